@@ -1,0 +1,24 @@
+"""What every test shares: seeds, the markers for GPUs, and a hypothesis profile."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("torchfast", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("torchfast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what this machine has no GPU for."""
+    n_gpus = torch.cuda.device_count()
+    for item in items:
+        gpus = item.get_closest_marker("gpus")
+        needed = gpus.args[0] if gpus else int(item.get_closest_marker("cuda") is not None)
+        if needed > n_gpus:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA GPU(s), this machine has {n_gpus}"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Start every test from the same random numbers."""
+    torch.manual_seed(0)

@@ -1,0 +1,55 @@
+"""The one rule for `device=`."""
+
+import torch
+
+
+def resolve_device(device: torch.device | str | int | None = None, /) -> torch.device:
+    """Return the device that `device` names, with its index where it has one.
+
+    `None` is the current accelerator where there is one, else the CPU. `"cuda"` becomes `cuda:<current>`
+    here and now: the current device belongs to a thread, and the caller's is the one that was meant.
+
+    Raises:
+        ValueError: no such device on this machine, or a name that PyTorch does not know.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator
+    asked = _parse(device)
+    if asked.type in ("cpu", "meta"):
+        return torch.device(asked.type)
+    _check_accelerator(asked, device)
+    index = torch.accelerator.current_device_index() if asked.index is None else asked.index
+    n_devices = torch.accelerator.device_count()
+    if index >= n_devices:
+        raise ValueError(
+            f"device={device!r} was asked for, but this machine has {n_devices} {asked.type} device(s), "
+            f"numbered from 0. Choose {_choices(asked.type, n_devices)}, or leave device=None."
+        )
+    return torch.device(asked.type, index)
+
+
+def _parse(device: torch.device | str | int) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is not a device that PyTorch knows. "
+            'Give "cpu", "cuda", "cuda:1", a torch.device, or None for the current accelerator.'
+        ) from error
+
+
+def _check_accelerator(asked: torch.device, device: object) -> None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type == asked.type:
+        return
+    found = "no accelerator" if accelerator is None else f"only {accelerator.type!r}"
+    build = "" if torch.version.cuda else " (this build of PyTorch is for the CPU only)"
+    raise ValueError(
+        f"device={device!r} was asked for, but PyTorch finds {found} here{build}. "
+        'Use device="cpu", or device=None to take whatever the machine has.'
+    )
+
+
+def _choices(kind: str, n_devices: int) -> str:
+    return repr(f"{kind}:0") if n_devices == 1 else f"{kind}:0 to {kind}:{n_devices - 1}"

@@ -1,0 +1,31 @@
+"""Objects that can let go of device memory when somebody runs short of it.
+
+A `DeviceLoader` with batches in flight registers itself here; `oom_guard` asks everybody registered to let
+go. So neither has to know the other.
+"""
+
+from typing import Protocol
+from weakref import WeakSet
+
+
+class Holder(Protocol):
+    """An object that keeps device memory which it can do without."""
+
+    def release_memory(self) -> None:
+        """Let go of whatever is not needed right now; called between steps, in the caller's thread."""
+
+
+_holders: WeakSet[Holder] = WeakSet()
+
+
+def register(holder: Holder, /) -> None:
+    """Have `holder` asked to let go when memory runs out, for as long as it lives."""
+    _holders.add(holder)
+
+
+def release_all() -> int:
+    """Ask every registered holder to let go, and return how many were asked."""
+    holders = list(_holders)
+    for holder in holders:
+        holder.release_memory()
+    return len(holders)

@@ -1,0 +1,152 @@
+"""The one walk over nested batches.
+
+A batch is any nesting of dicts, lists, tuples, named tuples, dataclasses and other mappings around tensors.
+`flatten` takes it apart into its tensors and a `Structure` that puts equal ones together again:
+
+- a tensor that occurs twice is one leaf, so aliases stay aliases;
+- an object that knows how to move itself (`PackedSequence`, a TensorDict, a user's own class with `.to`) is
+  one leaf too: only it knows which of its parts belong on the device;
+- a part without leaves is passed through as the very same object: strings, numbers, `torch.Size`, metadata.
+"""
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An object that moves itself, such as `PackedSequence`."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the object on another device or in another type."""
+
+
+Leaf = torch.Tensor | Movable
+Rebuild = Callable[[Sequence[Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Structure:
+    """What is left of a batch when its leaves are taken out."""
+
+    n_leaves: int
+    _rebuild: Rebuild
+
+    def rebuild(self, leaves: Sequence[Any], /) -> Any:
+        """Return a batch of the same structure around other leaves, in the order `flatten` gave them."""
+        if len(leaves) != self.n_leaves:
+            raise ValueError(f"this structure has {self.n_leaves} leaves, {len(leaves)} were given")
+        return self._rebuild(leaves)
+
+
+def flatten(tree: Any, /) -> tuple[list[Leaf], Structure]:
+    """Take a batch apart into its distinct leaves and the structure around them."""
+    leaves: list[Leaf] = []
+    rebuild = _take_apart(tree, leaves, {}, [])
+    return leaves, Structure(len(leaves), _constant(tree) if rebuild is None else rebuild)
+
+
+def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], tree: T, /) -> T:
+    """Return the batch with `fn` applied once to each distinct tensor; other leaves stay as they are."""
+    leaves, structure = flatten(tree)
+    mapped = [fn(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return cast(T, structure.rebuild(mapped))
+
+
+def tensors(tree: Any, /) -> list[torch.Tensor]:
+    """Return the distinct tensors of a batch, in the order in which they are met."""
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+# Each of the following returns a function that rebuilds its part from the leaves, or None for a part without
+# leaves. `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
+
+
+def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int]) -> Rebuild | None:
+    if isinstance(part, torch.Tensor):
+        return _leaf(part, leaves, seen)
+    if part is None or isinstance(part, (str, bytes, int, float, complex, type, torch.nn.Module)):
+        return None
+    children = _children(part)
+    if children is None:
+        return _leaf(part, leaves, seen) if isinstance(part, Movable) else None
+    if id(part) in path:
+        raise ValueError(
+            f"a batch must be a tree, but this {type(part).__name__} contains itself. "
+            "Walking it would never end: break the cycle."
+        )
+    path.append(id(part))
+    rebuilds = [(key, _take_apart(child, leaves, seen, path)) for key, child in children]
+    path.pop()
+    changing = [(key, rebuild) for key, rebuild in rebuilds if rebuild is not None]
+    return _container(part, changing) if changing else None
+
+
+def _leaf(part: Leaf, leaves: list[Leaf], seen: dict[int, int]) -> Rebuild:
+    index = seen.setdefault(id(part), len(leaves))
+    if index == len(leaves):
+        leaves.append(part)
+    return lambda new: new[index]
+
+
+def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
+    """Return the keys and values of a container, or None for what is not one."""
+    if isinstance(part, (dict, UserDict)):
+        return iter(part.items())
+    if isinstance(part, Movable):
+        return None
+    if isinstance(part, Mapping):
+        return iter(part.items())
+    if isinstance(part, (list, tuple)):
+        return iter(enumerate(part))
+    if dataclasses.is_dataclass(part):
+        names = [field.name for field in dataclasses.fields(part)]
+        return iter([(name, getattr(part, name)) for name in names if hasattr(part, name)])
+    return None
+
+
+def _container(part: Any, changing: list[tuple[Any, Rebuild]]) -> Rebuild:
+    if isinstance(part, tuple):
+        return _tuple(part, changing)
+    if isinstance(part, Mapping) and not hasattr(part, "__setitem__"):
+        return lambda new: type(part)({**part, **{key: rebuild(new) for key, rebuild in changing}})
+    put = _set_field if dataclasses.is_dataclass(part) and not isinstance(part, dict) else _set_item
+
+    def rebuild_copy(new: Sequence[Any]) -> Any:
+        # A shallow copy keeps what a constructor would not take back: default factories, extra attributes,
+        # fields with init=False.
+        twin = copy.copy(part)
+        for key, rebuild in changing:
+            put(twin, key, rebuild(new))
+        return twin
+
+    return rebuild_copy
+
+
+def _tuple(part: Any, changing: list[tuple[Any, Rebuild]]) -> Rebuild:
+    def rebuild_tuple(new: Sequence[Any]) -> Any:
+        items = list(part)
+        for index, rebuild in changing:
+            items[index] = rebuild(new)
+        return part._make(items) if hasattr(part, "_make") else type(part)(items)
+
+    return rebuild_tuple
+
+
+def _set_item(container: Any, key: Any, value: Any) -> None:
+    container[key] = value
+
+
+def _set_field(instance: Any, name: str, value: Any) -> None:
+    object.__setattr__(instance, name, value)  # frozen dataclasses too
+
+
+def _constant(value: Any) -> Rebuild:
+    return lambda _: value
