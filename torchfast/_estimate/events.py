@@ -30,7 +30,7 @@ class Event(NamedTuple):
 class Note:
     """Where in the step something happened."""
 
-    phase: str  # "weights", "batch", "teacher", then "step 1 forward", "step 1 backward", "step 1 optimizer", ...
+    phase: str  # "weights", "batch", "teacher", then "step 1 forward", "step 1 backward", "step 1 optimizer"
     module: str  # dotted path of the module, "" outside of any
     operator: str  # "aten.convolution", "" for what no operator asked for
     category: str  # one of CATEGORIES: what the block was taken for
