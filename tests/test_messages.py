@@ -22,7 +22,7 @@ def test_device_that_the_machine_lacks() -> None:
     """Asking for a GPU where there is none says so, and names the two ways on."""
     with pytest.raises(ValueError, match="asked for") as error:
         resolve_device("cuda:3")
-    build = "" if torch.version.cuda else " (this build of PyTorch is for the CPU only)"
+    build = "" if torch.backends.cuda.is_built() else " (this build of PyTorch is for the CPU only)"
     assert text_of(error) == (
         f"device='cuda:3' was asked for, but PyTorch finds no accelerator here{build}. "
         'Use device="cpu", or device=None to take whatever the machine has.'

@@ -44,7 +44,7 @@ def _check_accelerator(asked: torch.device, device: object) -> None:
     if accelerator is not None and accelerator.type == asked.type:
         return
     found = "no accelerator" if accelerator is None else f"only {accelerator.type!r}"
-    build = "" if torch.version.cuda else " (this build of PyTorch is for the CPU only)"
+    build = "" if torch.backends.cuda.is_built() else " (this build of PyTorch is for the CPU only)"
     raise ValueError(
         f"device={device!r} was asked for, but PyTorch finds {found} here{build}. "
         'Use device="cpu", or device=None to take whatever the machine has.'

@@ -116,7 +116,8 @@ def _container(part: Any, changing: list[tuple[Any, Rebuild]]) -> Rebuild:
     if isinstance(part, tuple):
         return _tuple(part, changing)
     if isinstance(part, Mapping) and not hasattr(part, "__setitem__"):
-        return lambda new: type(part)({**part, **{key: rebuild(new) for key, rebuild in changing}})
+        kind: Callable[[dict[Any, Any]], Any] = type(part)
+        return lambda new: kind({**part, **{key: rebuild(new) for key, rebuild in changing}})
     put = _set_field if dataclasses.is_dataclass(part) and not isinstance(part, dict) else _set_item
 
     def rebuild_copy(new: Sequence[Any]) -> Any:

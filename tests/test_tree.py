@@ -1,0 +1,136 @@
+"""The walk over nested batches."""
+
+from collections import UserDict, defaultdict
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from tests.strategies import Encoding, Pair, Sample, batches
+from torchfast._tree import flatten, map_tensors, tensors
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two batches have the same types, contents and tensors, tensors by identity."""
+    if isinstance(left, torch.Tensor):
+        return left is right
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (dict, UserDict)):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    if hasattr(left, "__dataclass_fields__"):
+        return all(same(getattr(left, name), getattr(right, name)) for name in left.__dataclass_fields__)
+    return bool(left == right)
+
+
+@given(batches())
+def test_round_trip(batch: Any) -> None:
+    """A batch put together from its own leaves is the same batch."""
+    leaves, structure = flatten(batch)
+    assert same(structure.rebuild(leaves), batch)
+
+
+@given(batches())
+def test_map_reaches_every_tensor_and_changes_no_container(batch: Any) -> None:
+    """Mapping a clone gives equal tensors, none of them shared, and leaves the original as it was."""
+    before = tensors(batch)
+    mapped = map_tensors(torch.clone, batch)
+    after = tensors(mapped)
+    assert len(before) == len(after)
+    assert all(new is not old and torch.equal(new, old) for new, old in zip(after, before, strict=True))
+    assert all(new is old for new, old in zip(tensors(batch), before, strict=True))
+
+
+@given(batches())
+def test_mapping_composes(batch: Any) -> None:
+    """Mapping twice equals mapping the composition once."""
+    twice = map_tensors(torch.neg, map_tensors(torch.Tensor.float, batch))
+    once = map_tensors(lambda tensor: tensor.float().neg(), batch)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(twice), tensors(once), strict=True))
+
+
+def test_aliases_stay_aliases() -> None:
+    """A tensor that occurs twice is mapped once and occurs twice in the result."""
+    shared = torch.ones(2)
+    batch: Any = {"input": shared, "target": [shared]}
+    mapped = map_tensors(torch.clone, batch)
+    assert mapped["input"] is mapped["target"][0]
+    assert mapped["input"] is not shared
+
+
+def test_parts_without_tensors_are_the_same_objects() -> None:
+    """Metadata travels through as the very object that it was."""
+    meta, size = {"names": ["a", "b"]}, torch.Size([1, 2])
+    batch = map_tensors(torch.clone, {"image": torch.ones(1), "meta": meta, "size": size})
+    assert batch["meta"] is meta
+    assert batch["size"] is size
+
+
+def test_containers_keep_what_a_constructor_would_lose() -> None:
+    """Default factories, named fields, fields set after construction, and attributes survive."""
+    sample = Sample(torch.ones(1))
+    object.__setattr__(sample, "extra", torch.zeros(1))
+    batch: Any = {
+        "factory": defaultdict(list, image=[torch.ones(1)]),
+        "pair": Pair(torch.ones(1), 2),
+        "sample": sample,
+        "encoding": Encoding({"ids": torch.ones(1)}, n_sequences=7),
+        "proxy": MappingProxyType({"ids": torch.ones(1)}),
+    }
+    mapped = map_tensors(torch.neg, batch)
+    assert mapped["factory"].default_factory is list
+    assert mapped["pair"].first.item() == -1
+    assert (mapped["sample"].name, mapped["sample"].extra.item()) == ("sample", 0)
+    assert (mapped["encoding"].n_sequences, mapped["encoding"]["ids"].item()) == (7, -1)
+    assert mapped["proxy"]["ids"].item() == -1
+    assert batch["encoding"]["ids"].item() == 1
+
+
+def test_what_moves_itself_is_one_leaf() -> None:
+    """A PackedSequence is handed over whole: its lengths must stay on the CPU, and only it knows."""
+    packed = pack_sequence([torch.ones(2), torch.ones(1)])
+    leaves, structure = flatten([packed, torch.zeros(1)])
+    assert leaves[0] is packed
+    assert isinstance(structure.rebuild(leaves)[0], PackedSequence)
+
+
+def test_other_mappings_are_walked() -> None:
+    """Any mapping that can be built from a dict is a container."""
+
+    class Frozen(Mapping[str, Any]):
+        def __init__(self, data: Mapping[str, Any]) -> None:
+            self._data = dict(data)
+
+        def __getitem__(self, key: str) -> Any:
+            return self._data[key]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(self._data)
+
+        def __len__(self) -> int:
+            return len(self._data)
+
+    mapped = map_tensors(torch.neg, Frozen({"a": torch.ones(1), "b": "text"}))
+    assert isinstance(mapped, Frozen)
+    assert (mapped["a"].item(), mapped["b"]) == (-1, "text")
+
+
+def test_a_batch_that_contains_itself_is_refused() -> None:
+    """A cycle is an error, not an endless walk."""
+    batch: list[Any] = [torch.ones(1)]
+    batch.append(batch)
+    with pytest.raises(ValueError, match="contains itself"):
+        flatten(batch)
+
+
+def test_a_wrong_number_of_leaves_is_refused() -> None:
+    """A structure takes exactly as many leaves as it gave."""
+    leaves, structure = flatten([torch.ones(1), torch.ones(1)])
+    with pytest.raises(ValueError, match="has 2 leaves, 1 were given"):
+        structure.rebuild(leaves[:1])
