@@ -1,10 +1,10 @@
-"""How every benchmark times, and what it writes down: machine, driver, versions, commit, protocol, raw samples.
+"""How every benchmark times, and what it writes down beside its raw samples.
 
 A result file is `benchmarks/results/<subject>_<gpu>_<yyyymm>.json`. Ratios and medians are quoted from it;
 the raw samples stay in it.
 """
 
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import os
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "timm", "torchvision", "transformers", "accelerate", "numpy
 def environment() -> dict[str, Any]:
     """Return what a reader needs to know to repeat a measurement."""
     return {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
         "machine": {
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "n_gpus": torch.cuda.device_count(),
@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
 
 
 def times_ms(step: Callable[[], object], *, n_samples: int, n_steps: int, n_warmup: int) -> list[float]:
-    """Return `n_samples` times of one step, each the mean over `n_steps` with the GPU drained on both sides."""
+    """Return `n_samples` times of one step, each the mean of `n_steps`, the GPU drained around them."""
     for _ in range(n_warmup):
         step()
     samples = []
@@ -69,7 +69,7 @@ def write(subject: str, protocol: str, rows: list[dict[str, Any]], **more: Any) 
     """Write a result file and return its path."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     name = re.sub(r"nvidia[-_ ]*|[^a-z0-9]+", "", gpu.lower())
-    month = datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m")
+    month = dt.datetime.now(tz=dt.UTC).strftime("%Y%m")
     folder = Path(os.environ.get("TORCHFAST_RESULTS", RESULTS))
     path = folder / f"{subject}_{name}_{month}.json"
     record = {"subject": subject, **environment(), "protocol": protocol, "rows": rows, **more}
