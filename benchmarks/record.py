@@ -109,5 +109,5 @@ def _nvml_driver() -> str | None:
 def _commit() -> str:
     """Return the commit that was measured; a copy without history takes it from the environment."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  fixed command
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or os.environ.get("TORCHFAST_COMMIT", "unknown")
