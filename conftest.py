@@ -5,10 +5,11 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 
-_pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/**/*.md"])
+# In these patterns, matched by fnmatch, `*` reaches into folders and `**/` would demand one.
+_pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md"])
 _docstrings = Sybil(
     parsers=[DocTestParser()],
-    patterns=["torchfast/**/*.py"],
+    patterns=["torchfast/*.py"],
     document_types={".py": PythonDocStringDocument},
 )
 pytest_collect_file = (_pages + _docstrings).pytest()

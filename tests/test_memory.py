@@ -1,0 +1,70 @@
+"""Reading the allocator and the driver, on a machine without a GPU."""
+
+import pytest
+import torch
+
+from torchfast._memory import AllocatorStats, allocator_stats, driver_memory
+
+CUDA = torch.device("cuda", 0)
+COUNTERS = ["allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "inactive_split_bytes"]
+NESTED = {
+    **{
+        name: {"all": {"current": 10 * i, "peak": 10 * i + 5, "allocated": 0, "freed": 0}}
+        for i, name in enumerate(COUNTERS, 1)
+    },
+    "num_alloc_retries": 3,
+    "num_ooms": 2,
+}
+EXPECTED = AllocatorStats(10, 20, 30, 40, 50, 15, 25, 35, 45, 55, 3, 2)
+
+
+def test_a_cpu_has_no_allocator_and_no_driver() -> None:
+    """On a CPU there is nothing to read, which is None and not zero."""
+    assert allocator_stats(torch.device("cpu")) is None
+    assert driver_memory(torch.device("cpu")) is None
+
+
+def test_nothing_is_initialised_by_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before CUDA is initialised the answer is None, and CUDA stays uninitialised."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert allocator_stats(CUDA) is None
+    assert driver_memory(CUDA) is None
+
+
+def test_the_direct_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's C function gives every field."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_memoryStats", lambda _: NESTED, raising=False)
+    assert allocator_stats(CUDA) == EXPECTED
+    assert EXPECTED.peaks == (15, 25, 35, 45, 55)
+
+
+def test_the_public_reading_where_the_direct_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch without the private function is read through its public one, with the same result."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delattr(torch._C, "_cuda_memoryStats", raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: NESTED)
+    assert allocator_stats(CUDA) == EXPECTED
+
+
+def test_no_context_is_made_by_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that this process has not used is not asked: the question would create a context there."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: False, raising=False)
+    assert driver_memory(CUDA) is None
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: True, raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 9))
+    assert driver_memory(CUDA) == (5, 9)
+
+
+def test_contexts_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the private question, the current device and one that holds memory are taken to have one."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext", raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 9))
+    monkeypatch.setattr(
+        torch._C, "_cuda_memoryStats", lambda index: NESTED if index == 2 else {}, raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = [driver_memory(torch.device("cuda", index)) is not None for index in range(3)]
+    assert found == [True, False, True]
