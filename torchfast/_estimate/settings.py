@@ -1,0 +1,90 @@
+"""The options of PyTorch's caching allocator that decide how much it reserves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torchfast._bytes import MIB
+
+NO_LIMIT = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorSettings:
+    """The options of `PYTORCH_CUDA_ALLOC_CONF` that decide how much is reserved.
+
+    Example:
+        >>> from torchfast._estimate.settings import AllocatorSettings
+        >>> AllocatorSettings.parse("expandable_segments:True,max_split_size_mb:64").max_split_size_bytes
+        67108864
+    """
+
+    expandable_segments: bool = False
+    # Steps from one power of two to the next, for each of the 16 from 1 MiB to 32 GiB; 0 rounds to 512 B.
+    roundup_power2_divisions: tuple[int, ...] = (0,) * 16
+    max_split_size_bytes: int = NO_LIMIT
+    max_non_split_rounding_bytes: int = 20 * MIB
+    garbage_collection_threshold: float = 0.0  # acts only under a memory limit, as in PyTorch
+
+    @classmethod
+    def parse(cls, text: str, /) -> "AllocatorSettings":
+        """Read a value of `PYTORCH_CUDA_ALLOC_CONF`; options that do not change sizes are passed over.
+
+        Raises:
+            ValueError: an option without a value, or a value that is no number.
+        """
+        found = dict(_option(part) for part in _split_outside_brackets(text))
+        try:
+            return cls(
+                expandable_segments=found.get("expandable_segments", "False") in ("True", "1"),
+                roundup_power2_divisions=_divisions(found.get("roundup_power2_divisions", "0")),
+                max_split_size_bytes=int(found["max_split_size_mb"]) * MIB
+                if "max_split_size_mb" in found
+                else NO_LIMIT,
+                max_non_split_rounding_bytes=int(found.get("max_non_split_rounding_mb", "20")) * MIB,
+                garbage_collection_threshold=float(found.get("garbage_collection_threshold", "0")),
+            )
+        except ValueError as error:
+            raise _not_a_setting(text) from error
+
+
+def _split_outside_brackets(text: str) -> Iterable[str]:
+    depth, part = 0, ""
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and not depth:
+            yield part
+            part = ""
+        else:
+            part += letter
+    if part.strip():
+        yield part
+
+
+def _option(part: str) -> tuple[str, str]:
+    name, colon, value = part.strip().partition(":")
+    if not colon:
+        raise _not_a_setting(part)
+    return name.strip(), value.strip()
+
+
+def _not_a_setting(text: str) -> ValueError:
+    return ValueError(
+        f"The allocator's settings were given as {text!r}, which does not read as PyTorch's own do. "
+        'Write them as in PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True,max_split_size_mb:128".'
+    )
+
+
+def _divisions(value: str) -> tuple[int, ...]:
+    """Read `4`, or `[256:1,512:2,>:4]`: divisions for sizes up to so many MiB."""
+    if not value.startswith("["):
+        return (int(value),) * 16
+    result = [0] * 16
+    last = -1
+    for part in value.strip("[]").split(","):
+        key, _, number = part.partition(":")
+        index = 15 if key.strip() == ">" else min(max(int(key).bit_length() - 1, 0), 15)
+        start = last + 1 if key.strip() == ">" or last < 0 else index
+        for i in range(start, index + 1):
+            result[i] = int(number)
+        last = index
+    return tuple(result)
