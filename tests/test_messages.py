@@ -3,9 +3,14 @@
 Each part of the library has its section, in the order of the files.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from torchfast import to_channels_last
 from torchfast._device import resolve_device
 
 
@@ -40,6 +45,150 @@ def test_device_that_nobody_has() -> None:
 
 
 # --- to_channels_last ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """Have a process group of this process alone."""
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_converting_neither_a_module_nor_a_batch() -> None:
+    """A number, a class or a loader is none of the two; a loader's batches have their own switch."""
+    with pytest.raises(TypeError, match="module") as error:
+        to_channels_last(nn.Conv2d)
+    assert text_of(error) == (
+        "to_channels_last takes a module or a batch (tensors, or dicts, lists, tuples and dataclasses of "
+        "them), but was given the class Conv2d. "
+        "For the batches of a loader, use DeviceLoader(loader, channels_last=True)."
+    )
+    with pytest.raises(TypeError, match="was given an object of type DataLoader"):
+        to_channels_last(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1))))
+
+
+def test_an_optimizer_for_a_batch() -> None:
+    """A batch has no optimizer."""
+    with pytest.raises(TypeError, match="batch") as error:
+        to_channels_last([torch.zeros(2)], optimizer=torch.optim.SGD([torch.zeros(2)]))
+    assert text_of(error) == (
+        "optimizer= was given together with a batch, which has no optimizer. "
+        "Give it where the model is converted: to_channels_last(model, optimizer=optimizer)."
+    )
+
+
+def test_an_optimizer_that_is_none() -> None:
+    """Parameters, or a scheduler, are not an optimizer."""
+    with pytest.raises(TypeError, match="optimizer") as error:
+        to_channels_last(nn.Conv2d(1, 1, 1), optimizer=3)  # type: ignore[arg-type]  # wrong on purpose
+    assert text_of(error) == (
+        "optimizer= takes a torch.optim.Optimizer, or several, but was given an object of type int. "
+        "Its state has to be laid out like the parameters, and only an Optimizer says where it is."
+    )
+
+
+def test_an_optimizer_of_another_model() -> None:
+    """The state of a stranger's optimizer cannot follow this model's layout."""
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    with pytest.raises(ValueError, match="belongs") as error:
+        to_channels_last(nn.Conv2d(3, 4, 3), optimizer=optimizer)
+    assert text_of(error) == (
+        "none of the parameters of the SGD given as optimizer= belongs to this model, so its state cannot "
+        "follow the model's layout. Give the optimizer that was made from this model's parameters."
+    )
+
+
+def test_an_optimizer_that_needs_contiguous_parameters() -> None:
+    """LBFGS would fail at its first step: the conversion says so, and leaves the model as it is."""
+    model = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match="LBFGS") as error:
+        to_channels_last(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    assert model.weight.is_contiguous()
+    assert text_of(error) == (
+        "LBFGS flattens parameters with .view(-1), which fails for channels_last weights. "
+        "Leave the model as it is and convert its batches, or choose another optimizer."
+    )
+
+
+def test_optimizer_state_in_blocks() -> None:
+    """Quantised state has a scale for each block of memory, so it cannot be laid out again."""
+    model = nn.Conv2d(3, 4, 3)
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight] = {"state1": torch.zeros(4, 3, 3, 3, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="blocks") as error:
+        to_channels_last(model, optimizer=optimizer)
+    assert model.weight.is_contiguous()
+    assert text_of(error) == (
+        "SGD keeps state as Tensor of torch.uint8, whose scales belong to blocks of memory: laid out again, "
+        "its values would be others. Convert the model before the optimizer's first step."
+    )
+
+
+def test_a_convolution_without_a_weight_yet() -> None:
+    """A lazy convolution is converted after its first batch."""
+    with pytest.raises(ValueError, match="no weight") as error:
+        to_channels_last(nn.Sequential(nn.LazyConv2d(8, 3)))
+    assert text_of(error) == (
+        "the convolution '0' has no weight yet: it takes its shape from the first batch. "
+        "Run one batch through the model, then convert it."
+    )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_converting_inside_ddp() -> None:
+    """The layout is chosen before wrapping; a model that was converted before may be passed again."""
+    wrapped = nn.parallel.DistributedDataParallel(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="Distributed") as error:
+        to_channels_last(wrapped)
+    assert text_of(error) == (
+        "the model is wrapped in DistributedDataParallel, whose gradient buckets are laid out like the "
+        "weights at the time of wrapping. Convert first, on every rank, and wrap then: "
+        "DistributedDataParallel(to_channels_last(model))."
+    )
+    early = nn.parallel.DistributedDataParallel(to_channels_last(nn.Conv2d(3, 4, 3)))
+    assert to_channels_last(early) is early
+
+
+@pytest.mark.usefixtures("one_process")
+def test_converting_sharded_weights() -> None:
+    """FSDP keeps weights contiguous: its models stay as they are, and their batches are converted."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="DTensor") as error:
+        to_channels_last(model)
+    assert text_of(error) == (
+        "the weight of '0' is a DTensor, spread over several processes by fully_shard or tensor parallelism, "
+        "which keep weights contiguous. Leave the model as it is and convert its batches: convolutions pass "
+        "on the layout of their input."
+    )
+
+
+def test_converting_shared_memory() -> None:
+    """Other processes would keep reading the old memory."""
+    with pytest.raises(ValueError, match="shared") as error:
+        to_channels_last(nn.Conv2d(3, 4, 3).share_memory())
+    assert text_of(error) == (
+        "'weight' lies in memory shared with other processes, which would keep the old one. "
+        "Convert the model before model.share_memory()."
+    )
+
+
+def test_converting_a_weight_that_others_look_into() -> None:
+    """A view of another shape cannot follow its base into the new layout."""
+    model = nn.Module()
+    model.conv = nn.Conv2d(3, 4, 2)
+    model.flat = nn.Parameter(model.conv.weight.data.view(4, 12))
+    with pytest.raises(ValueError, match="view") as error:
+        to_channels_last(model)
+    assert text_of(error) == (
+        "'flat' is a view into the memory of a convolution's weight: laying the weight out again would untie "
+        "them. Tie them after the conversion, or give each its own memory."
+    )
+
 
 # --- DeviceLoader ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,10 @@
 """Six composable primitives for PyTorch training loops: fast on a GPU, and they do not die of memory."""
 
-__all__: list[str] = []
+from torchfast._channels_last import to_channels_last
+
+__all__ = [
+    "to_channels_last",
+]
 
 
 def __getattr__(name: str) -> str:
