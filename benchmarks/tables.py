@@ -1,0 +1,80 @@
+"""Writes the tables of README and docs from the result files: `python benchmarks/tables.py [--check]`.
+
+A table stands between `<!-- table: SUBJECT -->` and `<!-- end -->`; SUBJECT names the result file
+(`results/SUBJECT_*.json`, the newest by name) and the function below that renders its rows.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    """Write every table, or with --check say which are out of date."""
+    stale = [page for page in pages() if page.read_text() != (text := rendered(page)) and _put(page, text)]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'out of date' if '--check' in sys.argv else 'written'}")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rendered(page: Path) -> str:
+    """Return the text of a page with its tables made from the result files."""
+    return PLACE.sub(lambda found: found[1] + TABLES[found[2]](newest(found[2])) + found[3], page.read_text())
+
+
+def newest(subject: str) -> dict[str, Any]:
+    """Return the newest result of a subject."""
+    paths = sorted(
+        (ROOT / "benchmarks" / "results").glob(f"{subject}_*_[0-9]*.json"), key=lambda p: p.stem[-6:]
+    )
+    result: dict[str, Any] = json.loads(paths[-1].read_text())
+    return result
+
+
+def distillation(result: dict[str, Any]) -> str:
+    """Render samples/s of the distillation loop, one row a step of the ladder, one column a batch size."""
+    sizes = sorted({row["batch_size"] for row in result["rows"]})
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    cells = {(row["name"], row["batch_size"]): row for row in result["rows"]}
+    lines = [
+        "| loop | " + " | ".join(f"batch {size}: samples/s (ms a step)" for size in sizes) + " |",
+        "|---|" + "---:|" * len(sizes),
+    ]
+    for name in names:
+        row = [_speed(cells[name, size]) for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def _speed(row: dict[str, Any]) -> str:
+    return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
+
+
+def _source(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"Medians on one {machine['gpu']}, torch {versions['torch']}, {result['date']}: {result['protocol']}"
+    )
+
+
+def _put(page: Path, text: str) -> bool:
+    if "--check" not in sys.argv:
+        page.write_text(text)
+    return True
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"distillation": distillation}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,28 @@
+"""The results that are committed, and the tables made from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+RESULTS = sorted((Path(tables.__file__).parent / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_says_where_it_comes_from(path: Path) -> None:
+    """Every result file names its machine, versions, commit and protocol, and holds rows."""
+    result = json.loads(path.read_text())
+    assert path.stem.startswith(result["subject"])
+    assert {"gpu", "driver", "cpu_cores"} <= set(result["machine"])
+    assert result["versions"]["torch"]
+    assert len(result["commit"]) == 40
+    assert result["protocol"]
+    assert result["rows"]
+
+
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: page.stem)
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    """Every table in the documentation is the one that its result file gives."""
+    assert page.read_text() == tables.rendered(page)
