@@ -1,16 +1,48 @@
 """Six composable primitives for PyTorch training loops: fast on a GPU, and they do not die of memory."""
 
+from typing import TYPE_CHECKING, Any
+
 from torchfast._channels_last import to_channels_last
 
+if TYPE_CHECKING:
+    from torchfast._monitor.history import VRAMSpan
+    from torchfast._monitor.monitor import VRAMMonitor
+    from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
+
 __all__ = [
+    "VRAMMonitor",
+    "VRAMPeak",
+    "VRAMPhase",
+    "VRAMSample",
+    "VRAMSpan",
     "to_channels_last",
 ]
 
+# What is imported when it is first asked for: records of many fields cost milliseconds to define.
+_HOMES = {
+    "VRAMMonitor": "_monitor.monitor",
+    "VRAMPeak": "_monitor.sample",
+    "VRAMPhase": "_monitor.sample",
+    "VRAMSample": "_monitor.sample",
+    "VRAMSpan": "_monitor.history",
+}
 
-def __getattr__(name: str) -> str:
-    """Look the version up when it is asked for: reading metadata costs more than the rest of the import."""
-    if name != "__version__":
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, and look the version up."""
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("torchfast")
+    if name not in _HOMES:
         raise AttributeError(f"module 'torchfast' has no attribute {name!r}")
-    import importlib.metadata
+    import importlib
 
-    return importlib.metadata.version("torchfast")
+    value = getattr(importlib.import_module(f"torchfast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Name what can be imported, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ may belong to different threads, and each still gets its own exact peak.
 import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, cast
 
@@ -92,6 +93,31 @@ def driver_memory(device: torch.device, /) -> DriverMemory | None:
     return DriverMemory(free_bytes, total_bytes)
 
 
+class HostMemory(NamedTuple):
+    """The machine's own memory, and what this process has of it in RAM."""
+
+    process_bytes: int
+    free_bytes: int
+    total_bytes: int
+
+
+def host_memory() -> HostMemory | None:
+    """Return this process's resident memory and the machine's, available and in all; None without /proc.
+
+    It is the machine's memory that is told: the limit of a container is not looked at.
+    """
+    try:
+        n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except (OSError, IndexError, ValueError):
+        return None
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    if "MemAvailable" not in kib:
+        return None
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return HostMemory(n_pages * page_bytes, kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024)
+
+
 def peak_scope(device: torch.device, /) -> "PeakScope":
     """Return a scope that measures the peak of a block.
 
@@ -114,13 +140,16 @@ class PeakScope:
     """The peaks between the opening and the closing of a scope; while it is open, so far.
 
     A peak is None on a CPU and as long as CUDA is not initialised. `is_lower_bound` says that somebody else
-    reset the register meanwhile: what peaked shortly before that may be missing.
+    reset the register meanwhile: what peaked shortly before that may be missing. `start` and `end` are the
+    allocator's state as the scope was opened and closed.
     """
 
     def __init__(self, ledger: "PeakLedger") -> None:
         self._ledger = ledger
         self._peaks: tuple[int, ...] | None = None
         self.n_foreign_resets = 0
+        self.start: AllocatorStats | None = None
+        self.end: AllocatorStats | None = None
 
     def __enter__(self) -> Self:
         self._ledger._open(self)
@@ -173,7 +202,9 @@ class PeakLedger:
 
     def __init__(self, read: Callable[[], AllocatorStats | None], reset: Callable[[], None]) -> None:
         self._read, self._reset = read, reset
-        self._lock = threading.Lock()
+        # Re-entrant, and the list is never changed in place: the garbage collector may close the scope of a
+        # dropped monitor in the midst of a reading, in the same thread.
+        self._lock = threading.RLock()
         self._scopes: list[PeakScope] = []
         self._last: tuple[int, ...] | None = None
 
@@ -184,18 +215,19 @@ class PeakLedger:
 
     def _open(self, scope: PeakScope) -> None:
         with self._lock:
-            if self._read_and_fold() is not None:
+            scope.start = self._read_and_fold()
+            if scope.start is not None:
                 # What another thread allocates and frees again between these two lines, some 5 µs, is lost:
                 # PyTorch has no call that reads and resets at once.
                 self._reset()
                 self._last = None
-            self._scopes.append(scope)
+            self._scopes = [*self._scopes, scope]
 
     def _close(self, scope: PeakScope) -> None:
         with self._lock:
             if scope in self._scopes:
-                self._read_and_fold()
-                self._scopes.remove(scope)
+                scope.end = self._read_and_fold()
+                self._scopes = [other for other in self._scopes if other is not scope]
 
     def _read_and_fold(self) -> AllocatorStats | None:
         stats = self._read()
@@ -234,7 +266,7 @@ def ledger_of(device: torch.device, /) -> PeakLedger:
 def _after_fork() -> None:
     # Another thread may have held a lock at the moment of the fork; in the child it would stay locked.
     for ledger in _ledgers.values():
-        ledger._lock = threading.Lock()
+        ledger._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

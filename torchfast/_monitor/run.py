@@ -1,0 +1,188 @@
+"""One run of a monitor: its thread, its samples, its phases."""
+
+import dataclasses
+import threading
+from types import TracebackType
+from typing import Self
+
+from torchfast._memory import PeakLedger, PeakScope
+from torchfast._monitor.history import History, VRAMSpan
+from torchfast._monitor.probe import Clock, Probe
+from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample, highest
+
+# A driver call that hangs must not hang the end of the program.
+_JOIN_S = 5.0
+
+
+class Run:
+    """What happens while a monitor is open; the thread holds this, and not the monitor."""
+
+    def __init__(self, probe: Probe, ledger: PeakLedger, history: History, clock: Clock) -> None:
+        self.ledger, self.clock = ledger, clock
+        self.latest: VRAMSample | None = None
+        self.errors: list[str] = []
+        self._probe, self._history = probe, history
+        self._scope = PeakScope(ledger)
+        self._phases: dict[str, VRAMPhase] = {}
+        self._open_phases: list[Phase] = []
+        self._of_thread = threading.local()
+        # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything.
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._start_s = 0.0
+
+    def open(self, interval_s: float | None) -> None:
+        """Begin to measure; sample in the background unless `interval_s` is None."""
+        self._start_s = self.clock()
+        self._scope.__enter__()
+        self.sample(fresh=True)
+        if interval_s is not None:
+            self._thread = threading.Thread(
+                target=self._watch, args=(interval_s,), name="torchfast-vram-monitor", daemon=True
+            )
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and close the run's scope; nothing is read any more but the register."""
+        self.stop_thread()
+        self._scope.__exit__(None, None, None)
+
+    def stop_thread(self) -> None:
+        """End the background samples."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+
+    def sample(self, *, fresh: bool) -> VRAMSample:
+        """Take a sample of what is due, or of everything if `fresh`."""
+        with self._lock:
+            phase = self._open_phases[-1].name if self._open_phases else None
+            sample = self._probe.sample(self.clock, self._start_s, phase, fresh=fresh)
+            self._history.add(sample)
+            self.latest = sample
+            return sample
+
+    def spans(self) -> tuple[VRAMSpan, ...]:
+        """The history so far."""
+        with self._lock:
+            return self._history.spans
+
+    def peak(self) -> VRAMPeak:
+        """The highest values so far."""
+        spans = self.spans()
+        used = (_used_bytes(span) for span in spans)
+        return VRAMPeak(
+            self._scope.peak_allocated_bytes,
+            self._scope.peak_reserved_bytes,
+            self._scope.peak_requested_bytes,
+            is_lower_bound=self._scope.is_lower_bound,
+            used_bytes=highest(used),
+            host_process_bytes=highest(span.high.host_process_bytes for span in spans),
+        )
+
+    def phases(self) -> dict[str, VRAMPhase]:
+        """The phases opened so far."""
+        with self._lock:
+            return dict(self._phases)
+
+    def begin(self, phase: "Phase", name: str) -> str:
+        """Note that a phase opens, and return its full name."""
+        outer: list[Phase] = self._of_thread.__dict__.setdefault("phases", [])
+        full = f"{outer[-1].name}/{name}" if outer else name
+        outer.append(phase)
+        with self._lock:
+            self._open_phases = [*self._open_phases, phase]
+            # The table lists phases in the order in which they were first opened.
+            self._phases.setdefault(full, VRAMPhase(full, 0, 0.0, None, None, None, is_lower_bound=False))
+        return full
+
+    def finish(self, phase: "Phase", once: VRAMPhase) -> None:
+        """Note that a phase closes, and add this time to the others of its name."""
+        outer: list[Phase] = self._of_thread.__dict__.setdefault("phases", [])
+        if phase in outer:
+            outer.remove(phase)
+        with self._lock:
+            self._open_phases = [other for other in self._open_phases if other is not phase]
+            self._phases[once.name] = _add(self._phases[once.name], once)
+
+    def _watch(self, interval_s: float) -> None:
+        while not self._stop.wait(interval_s):
+            try:
+                self.sample(fresh=False)
+            except Exception as error:  # noqa: BLE001 - reported at the end; the training goes on
+                self.errors.append(f"the sampling thread ended with {type(error).__name__}: {error}")
+                return
+
+
+class Phase:
+    """A part of a run and its own exact peaks: so far while it is open, for good afterwards."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.name = name
+        self._short_name, self._run = name, run
+        self._scope = PeakScope(run.ledger)
+        self._start_s = 0.0
+
+    def __enter__(self) -> Self:
+        self.name = self._run.begin(self, self._short_name)
+        self._scope = PeakScope(self._run.ledger)
+        self._start_s = self._run.clock()
+        self._scope.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._scope.__exit__(kind, error, traceback)
+        once = VRAMPhase(
+            name=self.name,
+            n_times=1,
+            total_s=self._run.clock() - self._start_s,
+            peak_allocated_bytes=self.peak_allocated_bytes,
+            peak_reserved_bytes=self.peak_reserved_bytes,
+            kept_bytes=self.kept_bytes,
+            is_lower_bound=self.is_lower_bound,
+        )
+        self._run.finish(self, once)
+
+    @property
+    def peak_allocated_bytes(self) -> int | None:
+        """The highest `torch.cuda.memory_allocated` within the phase; None on a CPU."""
+        return self._scope.peak_allocated_bytes
+
+    @property
+    def peak_reserved_bytes(self) -> int | None:
+        """The highest `torch.cuda.memory_reserved` within the phase; None on a CPU."""
+        return self._scope.peak_reserved_bytes
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """How much more was allocated at the end of the phase than at its start; None while it is open."""
+        start, end = self._scope.start, self._scope.end
+        return None if start is None or end is None else end.allocated_bytes - start.allocated_bytes
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether somebody else was seen to reset PyTorch's register within the phase."""
+        return self._scope.is_lower_bound
+
+
+def _add(before: VRAMPhase, once: VRAMPhase) -> VRAMPhase:
+    return dataclasses.replace(
+        once,
+        n_times=before.n_times + 1,
+        total_s=before.total_s + once.total_s,
+        peak_allocated_bytes=highest((before.peak_allocated_bytes, once.peak_allocated_bytes)),
+        peak_reserved_bytes=highest((before.peak_reserved_bytes, once.peak_reserved_bytes)),
+        is_lower_bound=before.is_lower_bound or once.is_lower_bound,
+    )
+
+
+def _used_bytes(span: VRAMSpan) -> int | None:
+    if span.high.total_bytes is None or span.low.free_bytes is None:
+        return None
+    return span.high.total_bytes - span.low.free_bytes
