@@ -3,28 +3,44 @@
 from typing import TYPE_CHECKING, Any
 
 from torchfast._channels_last import to_channels_last
+from torchfast._loader import DeviceLoader
 
 if TYPE_CHECKING:
     from torchfast._monitor.history import VRAMSpan
     from torchfast._monitor.monitor import VRAMMonitor
     from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
+    from torchfast._oom.guard import OOMGuard, QuietOOMGuard, oom_guard
+    from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
 
 __all__ = [
+    "DeviceLoader",
+    "HostOutOfMemoryError",
+    "OOMGuard",
+    "OutOfMemoryError",
+    "OutOfMemoryReport",
+    "QuietOOMGuard",
     "VRAMMonitor",
     "VRAMPeak",
     "VRAMPhase",
     "VRAMSample",
     "VRAMSpan",
+    "oom_guard",
     "to_channels_last",
 ]
 
 # What is imported when it is first asked for: records of many fields cost milliseconds to define.
 _HOMES = {
+    "HostOutOfMemoryError": "_oom.report",
+    "OOMGuard": "_oom.guard",
+    "OutOfMemoryError": "_oom.report",
+    "OutOfMemoryReport": "_oom.report",
+    "QuietOOMGuard": "_oom.guard",
     "VRAMMonitor": "_monitor.monitor",
     "VRAMPeak": "_monitor.sample",
     "VRAMPhase": "_monitor.sample",
     "VRAMSample": "_monitor.sample",
     "VRAMSpan": "_monitor.history",
+    "oom_guard": "_oom.guard",
 }
 
 

@@ -1,0 +1,287 @@
+"""The public class: what is wrapped, what is checked, what is forwarded."""
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import torch
+
+from torchfast import _holders
+from torchfast._device import resolve_device
+from torchfast._layout import is_image, to_channels_last_tensor
+from torchfast._loader.epoch import Epoch, Feed, InlineFeed, ThreadedFeed, warn_of_open_epoch
+from torchfast._tree import map_tensors
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+T = TypeVar("T")
+
+FORWARDED = frozenset({
+    "batch_sampler",
+    "batch_size",
+    "collate_fn",
+    "dataset",
+    "drop_last",
+    "generator",
+    "in_order",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "pin_memory_device",
+    "prefetch_factor",
+    "sampler",
+    "timeout",
+    "worker_init_fn",
+})  # fmt: skip
+"""The attributes that a `DeviceLoader` takes from the loader it wraps."""
+
+MAX_WORKERS = 8
+"""`from_dataset` starts no more by itself: each worker costs the memory of an interpreter and its batches."""
+
+
+class DeviceLoader(Generic[T]):
+    """Wrap a `DataLoader` or any iterable of batches; yield the same batches, on the device, ahead of use.
+
+    On a CUDA device a thread loads and copies up to `depth` batches ahead on a stream of its own. A copy
+    waits for the last use of the memory it goes to, and the consumer's stream waits for the copy, so no
+    batch is ever overwritten or seen half-copied, however far the host runs ahead; batches that are kept
+    stay intact. Device memory is `depth + 2` batches, for any number of epochs. On the CPU batches pass
+    through, under the same contract.
+
+    Order, length, errors, early `break`, persistent workers: as if the loader were used bare. A batch is any
+    nesting of dicts, lists, tuples, dataclasses and mappings; what is no tensor passes through.
+
+    A tensor of a batch is used on another stream under PyTorch's own rule: `tensor.record_stream(other)`
+    before it is dropped, or that stream named in `streams=` once and for all. Small tensors of a batch (below
+    1 MiB) share one allocation: whoever keeps one keeps that.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import DeviceLoader
+        >>> batches = [{"image": torch.ones(2, 3, 8, 8), "name": ["a", "b"]}]
+        >>> for batch in DeviceLoader(batches, device="cpu", channels_last=True):
+        ...     print(batch["image"].is_contiguous(memory_format=torch.channels_last), batch["name"])
+        True ['a', 'b']
+
+    Args:
+        loader: a `DataLoader`, or any iterable of batches.
+        device: where the batches go; None is the current accelerator, else the CPU.
+        depth: how many batches are brought to the device ahead of the one in use, at least 1.
+        channels_last: whether image tensors, (N, C, H, W), are laid out channels last, on the device.
+        transform: called with each batch once it is on the device, in the caller's thread and on its current
+            stream: random numbers are drawn in the order of the batches. Its result is yielded.
+        streams: CUDA streams other than the current one that use batches without `record_stream`.
+
+    Raises:
+        TypeError: the loader cannot be iterated over, or `transform` not be called.
+        ValueError: no such device, or a depth below 1.
+
+    What it does not do: it runs one pass at a time. A second `iter` closes the first, with a warning, and a
+    bare iterator that is left early has already given up the batches that were loaded ahead.
+    """
+
+    def __init__(  # noqa: PLR0913 - options, all of them keyword-only
+        self,
+        loader: Iterable[T],
+        /,
+        device: torch.device | str | int | None = None,
+        *,
+        depth: int = 2,
+        channels_last: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+        streams: Sequence[torch.cuda.Stream] = (),
+    ) -> None:
+        _check(loader, depth, transform)
+        self.device = resolve_device(device)
+        self.loader = loader
+        self._depth = depth
+        self._streams = tuple(streams)
+        self._finish = _finishing(transform, channels_last=channels_last)
+        self._transport: Any = None
+        self._epoch: weakref.ref[Epoch[T]] | None = None
+        self._n_passes = 0
+        _holders.register(self)
+
+    @classmethod
+    def from_dataset(  # noqa: PLR0913 - options, all of them keyword-only
+        cls,
+        dataset: "Dataset[Any]",
+        /,
+        device: torch.device | str | int | None = None,
+        *,
+        batch_size: int,
+        num_workers: int | None = None,
+        depth: int = 2,
+        channels_last: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build the `DataLoader` too, with the settings that training on a GPU wants.
+
+        Workers stay alive between epochs, each with 4 batches ahead; their number is that of the CPUs of this
+        process less one, at most 8. Their batches are pinned by the `DeviceLoader`'s own parallel copies, so
+        `pin_memory` stays off.
+
+        Example:
+            >>> import torch
+            >>> from torch.utils.data import TensorDataset
+            >>> from torchfast import DeviceLoader
+            >>> digits = TensorDataset(torch.arange(10))
+            >>> loader = DeviceLoader.from_dataset(digits, "cpu", batch_size=4, num_workers=0)
+            >>> [len(batch) for (batch,) in loader]
+            [4, 4, 2]
+
+        Args:
+            dataset: what `torch.utils.data.DataLoader` takes.
+            device: as for `DeviceLoader`.
+            batch_size: samples in a batch.
+            num_workers: worker processes; None for the rule above.
+            depth: as for `DeviceLoader`.
+            channels_last: as for `DeviceLoader`.
+            transform: as for `DeviceLoader`.
+            **options: anything else that `DataLoader` takes, such as `shuffle=True` or `collate_fn=`.
+        """
+        from torch.utils.data import DataLoader
+
+        resolve_device(device)  # before any dataset is touched
+        n_workers = _default_workers() if num_workers is None else num_workers
+        if n_workers > 0:
+            options = {"persistent_workers": True, "prefetch_factor": 4, **options}
+        loader: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=n_workers, **options)
+        return cls(loader, device, depth=depth, channels_last=channels_last, transform=transform)
+
+    def __iter__(self) -> Epoch[T]:
+        """Begin a pass: the loader's own iterator is made here and now, in the caller's thread."""
+        self._close_last_pass(stacklevel=4)
+        self._n_passes += 1
+        if self._n_passes == 2:
+            _warn_of_lost_workers(self.loader, stacklevel=3)
+        epoch: Epoch[T] = Epoch(self._open_feed(iter(self.loader)), self._finish, owner=self)
+        self._epoch = weakref.ref(epoch)
+        return epoch
+
+    def __len__(self) -> int:
+        """Return the loader's own length; `TypeError` where it has none."""
+        return len(self.loader)  # type: ignore[arg-type]  # the error of a loader without length is the right one
+
+    def __getattr__(self, name: str) -> Any:
+        """Take the attributes in `FORWARDED` from the loader."""
+        if name in FORWARDED:
+            return getattr(self.loader, name)
+        raise AttributeError(
+            f"DeviceLoader has no attribute {name!r}, and does not take it from the loader it wraps. "
+            f"Use .loader.{name} if you mean that loader's own."
+        )
+
+    def set_epoch(self, epoch: int, /) -> None:
+        """Tell the epoch's number to whatever of the loader, its samplers and its dataset wants to know.
+
+        The first of them that has a `set_epoch` is told; where none has, nothing happens, so the same script
+        runs with and without a `DistributedSampler`.
+        """
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        parts: tuple[Any, ...] = (
+            self.loader,
+            getattr(self.loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+            getattr(self.loader, "dataset", None),
+        )
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+                return
+
+    def close(self) -> None:
+        """End the pass that is open, if any: no thread, worker or batch of it is left."""
+        epoch = None if self._epoch is None else self._epoch()
+        self._epoch = None
+        if epoch is not None:
+            epoch.close()
+
+    def release_memory(self) -> None:
+        """Give back the device memory of batches that nobody has taken yet, without losing them.
+
+        They go back to the host, and to the device again one by one when they are taken. `oom_guard` calls
+        this when memory runs out.
+        """
+        epoch = None if self._epoch is None else self._epoch()
+        if epoch is not None:
+            epoch.release_memory()
+
+    def _close_last_pass(self, stacklevel: int) -> None:
+        epoch = None if self._epoch is None else self._epoch()
+        was_under_way = epoch is not None and epoch.is_under_way
+        del epoch
+        self.close()
+        if was_under_way:
+            warn_of_open_epoch(stacklevel)
+
+    def _open_feed(self, source: Iterator[T]) -> Feed:
+        if self.device.type != "cuda":
+            return InlineFeed(source, self.device)
+        if self._transport is None:
+            from torchfast._loader.transport import CudaTransport
+
+            self._transport = CudaTransport(
+                self.device, self._depth, streams=self._streams, borrows=not _pins_afresh(self.loader)
+            )
+        self._transport.follow()
+        return ThreadedFeed(source, self._transport, depth=self._depth)
+
+
+def _check(loader: object, depth: object, transform: object) -> None:
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
+            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+        )
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise ValueError(
+            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
+            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+        )
+    if transform is not None and not callable(transform):
+        raise TypeError(
+            f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
+            "and returns what is to be yielded in its place."
+        )
+
+
+def _finishing(transform: Callable[[Any], Any] | None, *, channels_last: bool) -> Callable[[Any], Any] | None:
+    if not channels_last:
+        return transform
+
+    def finish(batch: Any) -> Any:
+        batch = map_tensors(lambda leaf: to_channels_last_tensor(leaf) if is_image(leaf) else leaf, batch)
+        return batch if transform is None else transform(batch)
+
+    return finish
+
+
+def _pins_afresh(loader: object) -> bool:
+    """Say whether the loader pins each batch into memory of its own, which nobody writes to again."""
+    from torch.utils.data import DataLoader
+
+    return isinstance(loader, DataLoader) and loader.pin_memory
+
+
+def _default_workers() -> int:
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MAX_WORKERS, n_cpus // n_processes - 1))
+
+
+def _warn_of_lost_workers(loader: object, stacklevel: int) -> None:
+    if getattr(loader, "num_workers", 0) > 0 and not getattr(loader, "persistent_workers", True):
+        warnings.warn(
+            f"this loader ends its {loader.num_workers} workers after each epoch and starts new ones"  # type: ignore[attr-defined]  # it has some, as the line above saw
+            ", which takes seconds an epoch and loses what their datasets have cached. "
+            "Build it with DataLoader(..., persistent_workers=True), or with DeviceLoader.from_dataset.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,245 @@
+"""How a batch gets to a CUDA device, and when the memory it lies in is free again.
+
+Three rules keep every batch whole, whatever the host and the GPU are doing:
+
+1. Memory is allocated *on the consumer's stream*, in the consumer's thread, and an event (the gate) is
+   recorded there at once. Whatever used that memory before was enqueued earlier, so the copy stream, which
+   waits for the gate, cannot overwrite anything that is still to be read.
+2. The copy records an event, and the consumer's stream waits for it before the batch is handed out.
+3. A batch belongs to whoever holds it, like any tensor of that stream: memory is reused when the last
+   reference is gone, by the caching allocator and by its rules, `record_stream` included.
+
+So the caching allocator is the ring of slots: it has `depth + 2` of them in steady state, and it alone
+decides when one is free. A ring of our own would need to guess that from use counts, and could neither see
+`record_stream` nor lend an idle slot to the model.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torchfast._loader.staging import (
+    CHUNK_BYTES,
+    Load,
+    PinnedRing,
+    bytes_of,
+    is_dense,
+    sort_leaves,
+    team_size,
+    tensor_at,
+)
+from torchfast._tree import flatten
+
+
+class Blank(NamedTuple):
+    """Device memory for a batch to come, free as soon as the gate is passed."""
+
+    buffers: list[torch.Tensor]
+    stream: torch.cuda.Stream
+    gate: torch.cuda.Event
+
+
+class Parcel:
+    """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
+
+    __slots__ = ("batch", "blank", "has_late", "ready")
+
+    def __init__(
+        self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
+    ) -> None:
+        self.batch = batch
+        self.blank = blank
+        self.ready = ready
+        self.has_late = has_late
+
+
+class CudaTransport:
+    """Copies batches to one CUDA device on one stream of its own."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        depth: int,
+        *,
+        streams: Sequence[torch.cuda.Stream],
+        borrows: bool,
+    ) -> None:
+        self._device = device
+        self._streams = tuple(streams)
+        self._borrows = borrows
+        self._copy_stream = torch.cuda.Stream(device)
+        self._consumer = torch.cuda.current_stream(device)
+        self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
+        self._expected_bytes: tuple[int, ...] = ()
+        self._ring = PinnedRing(max(4, depth + 2))
+        self._borrowed: torch.cuda.Event | None = None
+
+    # In the consumer's thread.
+
+    def follow(self) -> None:
+        """Take the calling thread's current stream as the one that consumes the batches."""
+        self._consumer = torch.cuda.current_stream(self._device)
+
+    def blank(self) -> Blank | None:
+        """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
+        if not self._expected_bytes:
+            return None
+        try:
+            return self._allocate(self._expected_bytes)
+        except torch.OutOfMemoryError:
+            # Not the step's business: the batch will ask for its memory itself, and fail for itself.
+            return None
+
+    def deliver(self, parcel: Parcel) -> Any:
+        """Return the batch; the current stream has then waited for its copy."""
+        stream = self._consumer
+        for event in parcel.ready:
+            stream.wait_event(event)
+        if parcel.blank is not None:
+            others = self._streams if parcel.blank.stream == stream else (stream, *self._streams)
+            for buffer in parcel.blank.buffers if others else ():
+                for other in others:
+                    buffer.record_stream(other)
+        if not parcel.has_late:
+            return parcel.batch
+        return _map_leaves(lambda leaf: _move(leaf, self._device), parcel.batch)
+
+    def evict(self, parcel: Parcel) -> None:
+        """Bring a batch that nobody has seen yet back to the host, and free its device memory."""
+        if parcel.blank is None:
+            return
+        for event in parcel.ready:
+            event.synchronize()
+        ours = {buffer.untyped_storage().data_ptr() for buffer in parcel.blank.buffers}
+
+        def to_host(leaf: Any) -> Any:
+            is_ours = type(leaf) is torch.Tensor and leaf.untyped_storage().data_ptr() in ours
+            return leaf.cpu() if is_ours else leaf
+
+        parcel.batch = _map_leaves(to_host, parcel.batch)
+        parcel.blank, parcel.ready, parcel.has_late = None, [], True
+
+    def discard(self, parcel: Parcel) -> None:
+        """Let go of a batch that nobody will see; its memory stays untouched until the copy is over."""
+        for event in parcel.ready:
+            (self._consumer if parcel.blank is None else parcel.blank.stream).wait_event(event)
+
+    # In the copying thread.
+
+    def enter_thread(self) -> None:
+        """Make the thread work for the device and the stream of the consumer: both belong to a thread."""
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(self._consumer)
+        torch.set_num_threads(min(torch.get_num_threads(), team_size()))
+
+    def settle(self) -> None:
+        """Wait until the loader's own memory has been read: its next batch may go to the same place."""
+        if self._borrowed is not None:
+            self._borrowed.synchronize()
+            self._borrowed = None
+
+    def send(self, batch: Any, blank: Blank | None) -> Parcel:
+        """Start the copies of one batch, into `blank` if it fits."""
+        leaves, structure = flatten(batch)
+        load = sort_leaves(leaves)
+        ready = []
+        has_resident = any(isinstance(leaf, torch.Tensor) and leaf.device == self._device for leaf in leaves)
+        if has_resident:
+            ready.append(torch.cuda.current_stream(self._device).record_event())
+        n_late = len(leaves) - len(load.small) - len(load.large)
+        if not load.sizes_bytes:
+            return Parcel(batch, None, ready, has_late=n_late > 0)
+        try:
+            blank = self._fitting(blank, load)
+        except torch.OutOfMemoryError:
+            # The loader may write its next batch into the same host memory: keep a copy.
+            return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
+        sent = self._copy(leaves, load, blank)
+        ready.append(sent)
+        return Parcel(structure.rebuild(leaves), blank, ready, has_late=n_late > 0)
+
+    def _copy(self, leaves: list[Any], load: Load, blank: Blank) -> torch.cuda.Event:
+        """Replace the plain leaves by their copies, and return the event after which these are there."""
+        self._copy_stream.wait_event(blank.gate)
+        with torch.cuda.stream(self._copy_stream):
+            try:
+                buffers = iter(blank.buffers)
+                if load.small:
+                    self._copy_small(leaves, load, next(buffers))
+                for index, buffer in zip(load.large, buffers, strict=True):
+                    leaves[index] = self._copy_large(leaves[index], buffer)
+            except BaseException:
+                # What was already enqueued still writes: nobody else may get that memory before it is over.
+                blank.stream.wait_stream(self._copy_stream)
+                raise
+            sent: torch.cuda.Event = self._copy_stream.record_event()
+            return sent
+
+    def _copy_small(self, leaves: list[Any], load: Load, buffer: torch.Tensor) -> None:
+        originals = [leaves[index] for index in load.small]
+        staged = self._ring.take(load.sizes_bytes[0])
+        places = list(zip(load.small, load.offsets_bytes, strict=True))
+        layouts = [leaf if is_dense(leaf) else leaf.contiguous() for leaf in originals]
+        torch._foreach_copy_(
+            [tensor_at(staged, offset, like) for (_, offset), like in zip(places, layouts, strict=True)],
+            layouts,
+        )
+        buffer[: staged.nbytes].copy_(staged, non_blocking=True)
+        self._ring.being_read(self._copy_stream)
+        for (index, offset), like in zip(places, layouts, strict=True):
+            leaves[index] = tensor_at(buffer, offset, like)
+
+    def _copy_large(self, leaf: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        dense = leaf if is_dense(leaf) else leaf.contiguous()
+        target = tensor_at(buffer, 0, dense)
+        if dense.is_pinned():
+            target.copy_(dense, non_blocking=True)
+            if self._borrows:
+                self._borrowed = torch.cuda.Event(blocking=True)
+                self._borrowed.record(self._copy_stream)
+            return target
+        pairs = zip(bytes_of(dense).split(CHUNK_BYTES), bytes_of(target).split(CHUNK_BYTES), strict=True)
+        for source, destination in pairs:
+            staged = self._ring.take(source.nbytes)
+            staged.copy_(source)
+            destination.copy_(staged, non_blocking=True)
+            self._ring.being_read(self._copy_stream)
+        return target
+
+    def _fitting(self, blank: Blank | None, load: Load) -> Blank:
+        # Expect, buffer by buffer, the largest of the recent batches that are built like this one.
+        self._recent.append(load.sizes_bytes)
+        alike = [sizes for sizes in self._recent if len(sizes) == len(load.sizes_bytes)]
+        self._expected_bytes = tuple(map(max, zip(*alike, strict=True)))
+        if blank is not None and len(blank.buffers) == len(load.sizes_bytes):
+            pairs = zip(blank.buffers, load.sizes_bytes, strict=True)
+            if all(buffer.nbytes >= n_bytes for buffer, n_bytes in pairs):
+                return blank
+        del blank
+        with torch.cuda.stream(self._consumer):
+            return self._allocate(load.sizes_bytes)
+
+    # In either.
+
+    def _allocate(self, sizes_bytes: tuple[int, ...]) -> Blank:
+        # Tensors made in inference mode could never be saved for a backward.
+        with torch.inference_mode(mode=False):
+            buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
+        stream = torch.cuda.current_stream(self._device)
+        return Blank(buffers, stream, stream.record_event())
+
+
+def _move(leaf: Any, device: torch.device) -> Any:
+    # An object's own `.to` may know no more than the device.
+    return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf.to(device)
+
+
+def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
+    leaves, structure = flatten(batch)
+    return structure.rebuild([change(leaf) for leaf in leaves])
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
