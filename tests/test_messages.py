@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchfast import to_channels_last
+from tests.fake_gpu import FakeGPU
+from torchfast import VRAMMonitor, to_channels_last
 from torchfast._device import resolve_device
 
 
@@ -197,6 +198,59 @@ def test_converting_a_weight_that_others_look_into() -> None:
 # --- estimate_vram ---------------------------------------------------------------------------------------
 
 # --- VRAMMonitor -----------------------------------------------------------------------------------------
+
+
+def test_monitor_with_an_interval_that_is_none() -> None:
+    """A time between samples that is not positive is answered with what to give."""
+    with pytest.raises(ValueError, match="interval_s") as error:
+        VRAMMonitor("cpu", interval_s=0)
+    assert text_of(error) == (
+        "interval_s=0 is not a time between two samples. "
+        "Give seconds above zero, such as 0.1, or None to sample only when you ask."
+    )
+
+
+def test_monitor_without_room_for_a_history() -> None:
+    """A history of one span could not be merged."""
+    with pytest.raises(ValueError, match="max_history") as error:
+        VRAMMonitor("cpu", max_history=1)
+    assert text_of(error) == "max_history=1 is too short: a history needs at least 2 spans."
+
+
+def test_monitor_entered_twice() -> None:
+    """A monitor that runs says that it does, and what to use instead."""
+    vram = VRAMMonitor("cpu", interval_s=None)
+    with vram, pytest.raises(RuntimeError, match="already") as error:
+        vram.__enter__()
+    assert text_of(error) == (
+        "this VRAMMonitor of cpu is running already, and has one run at a time. "
+        "Use phase() for a part of the run, or a second VRAMMonitor: their peaks stay exact."
+    )
+
+
+def test_phase_of_a_monitor_that_is_not_running() -> None:
+    """A phase outside of the monitor's block would measure nothing."""
+    with pytest.raises(RuntimeError, match="not running") as error:
+        VRAMMonitor("cpu").phase("forward")
+    assert text_of(error) == (
+        "phase('forward') was asked of a VRAMMonitor that is not running: it has nothing to measure. "
+        "Open it inside `with monitor:`."
+    )
+
+
+def test_monitor_that_could_not_read_everything() -> None:
+    """Errors while sampling come out at the end, as one warning with the last of them."""
+    gpu = FakeGPU()
+    gpu.driver_error = OSError("driver gone")
+    vram = gpu.monitor().__enter__()
+    with pytest.warns(RuntimeWarning, match="could not") as warned:
+        vram.__exit__(None, None, None)
+    assert str(warned[0].message) == (
+        "VRAMMonitor of cuda:0 could not read everything: 2 error(s) while sampling, the last one "
+        "'driver: OSError: driver gone'. Its samples lack what those sources would have told; peaks are not "
+        "affected. All kept errors are in .errors."
+    )
+
 
 # --- oom_guard -------------------------------------------------------------------------------------------
 

@@ -9,35 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchfast._memory import AllocatorStats, PeakLedger, PeakScope, ledger_of, peak_scope
+from tests.fake_gpu import FakeAllocator
+from torchfast._memory import PeakLedger, PeakScope, ledger_of, peak_scope
 
 CPU = torch.device("cpu")
-
-
-class FakeAllocator:
-    """One device's allocator: a current value, and a register of its peak since the last reset."""
-
-    def __init__(self) -> None:
-        self.current = self.peak = 0
-        self.is_initialized = True
-        self.n_resets = 0
-
-    def allocate(self, n_bytes: int) -> None:
-        """Take `n_bytes`, or give them back where negative."""
-        self.current = max(0, self.current + n_bytes)
-        self.peak = max(self.peak, self.current)
-
-    def read(self) -> AllocatorStats | None:
-        """Return what PyTorch would."""
-        if not self.is_initialized:
-            return None
-        now, peak = self.current, self.peak
-        return AllocatorStats(now, 2 * now, now, now, 0, peak, 2 * peak, peak, peak, 0, 0, 0)
-
-    def reset(self) -> None:
-        """Begin a new peak, as `torch.cuda.reset_peak_memory_stats` does."""
-        self.peak = self.current
-        self.n_resets += 1
 
 
 def new() -> tuple[FakeAllocator, PeakLedger]:

@@ -92,6 +92,7 @@ class VRAMMonitor:
                 f"this VRAMMonitor of {self.device} is running already, and has one run at a time. "
                 "Use phase() for a part of the run, or a second VRAMMonitor: their peaks stay exact."
             )
+        self._probe.forget_errors()
         run = Run(self._probe, self._ledger, History(self._max_history), self._clock)
         # Stops the thread also when the monitor is dropped without being left, and at the interpreter's exit.
         # Neither the thread nor this refers to the monitor, which would keep it alive.

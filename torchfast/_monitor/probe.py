@@ -109,6 +109,12 @@ class Probe:
         """Return how often a source failed."""
         return sum(source.n_errors for source in self._all())
 
+    def forget_errors(self) -> None:
+        """Begin anew: what went wrong in an earlier run is not this one's."""
+        for source in self._all():
+            source.errors.clear()
+            source.n_errors = 0
+
     def sample(self, clock: Clock, start_s: float, phase: str | None, *, fresh: bool) -> VRAMSample:
         """Read what is due, or everything if `fresh`, and put it together."""
         stats = self._allocator.get(clock, fresh=fresh)

@@ -1,0 +1,475 @@
+"""VRAMMonitor on a GPU of the imagination, whose every number is known, and on this machine's CPU."""
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fake_gpu import FakeGPU
+from torchfast import VRAMMonitor, VRAMSample
+from torchfast._memory import host_memory
+from torchfast._monitor import probe as probe_module
+from torchfast._monitor.history import History
+from torchfast._monitor.probe import Probe, Source, probe_of
+from torchfast._nvml import Unknown, own_memory
+
+
+def test_a_sample_tells_all_parts_and_they_add_up() -> None:
+    """Tensors, cached, fragmented, outside, others and free are the total, and each names its source."""
+    gpu = FakeGPU()
+    gpu.allocate(1000)
+    sample = gpu.monitor().sample()
+    parts = [
+        sample.tensors_bytes,
+        sample.cached_bytes,
+        sample.fragmented_bytes,
+        sample.outside_bytes,
+        sample.others_bytes,
+        sample.free_bytes,
+    ]
+    assert parts == [1000, 800, 200, 300, 500, 7200]
+    assert sum(part or 0 for part in parts) == sample.total_bytes == 10_000
+    assert (sample.used_bytes, sample.reserved_bytes, sample.not_pytorch_bytes) == (2800, 2000, 800)
+    assert sample.sources == {
+        "total": "driver",
+        "free": "driver",
+        "tensors": "allocator",
+        "cached": "allocator",
+        "fragmented": "allocator",
+        "outside": "rest",
+        "others": "rest",
+        "not_pytorch": "rest",
+        "host": "host",
+    }
+
+
+def test_status_is_json_and_current() -> None:
+    """The status of a running training carries the VRAM of now, the peak, and the phases, as plain JSON."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        with vram.phase("forward"):
+            gpu.allocate(1000)
+        gpu.allocate(-400)
+        status = json.loads(json.dumps(vram.status()))
+    assert status["tensors_bytes"] == 600
+    assert status["used_bytes"] == 2000
+    assert status["peak"]["allocated_bytes"] == 1000
+    assert status["phases"]["forward"]["kept_bytes"] == 1000
+    assert status["is_running"] is True
+    assert status["errors"] == []
+
+
+def test_nested_phases_have_exact_peaks_and_full_names() -> None:
+    """A phase within another has its own peak; the run's peak is the true one all the while."""
+    gpu = FakeGPU()
+    gpu.allocate(100)
+    with gpu.monitor() as vram:
+        with vram.phase("step"):
+            gpu.allocate(500)
+            gpu.allocate(-500)
+            with vram.phase("forward") as forward:
+                gpu.allocate(50)
+                assert forward.peak_allocated_bytes == 150
+                assert vram.sample().phase == "step/forward"
+            assert vram.peak.allocated_bytes == 600
+        with vram.phase("step"):
+            gpu.allocate(10)
+    assert list(vram.phases) == ["step", "step/forward"]
+    step, inner = vram.phases.values()
+    assert (step.n_times, step.peak_allocated_bytes, step.kept_bytes) == (2, 600, 10)
+    assert (inner.n_times, inner.peak_allocated_bytes, inner.kept_bytes) == (1, 150, 50)
+    assert vram.peak.reserved_bytes == 1200
+
+
+def test_phases_of_threads_do_not_nest_in_one_another() -> None:
+    """A phase opened in another thread is not a part of this thread's phase."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram, vram.phase("main"):
+        worker = threading.Thread(target=lambda: vram.phase("worker").__enter__().__exit__(None, None, None))
+        worker.start()
+        worker.join()
+    assert list(vram.phases) == ["main", "worker"]
+
+
+def test_an_exception_closes_phase_and_run() -> None:
+    """An exception passes untouched, and afterwards everything is closed and readable."""
+    gpu = FakeGPU()
+
+    def fail() -> None:
+        gpu.allocate(700)
+        raise RuntimeError("boom")
+
+    vram = gpu.monitor()
+    with pytest.raises(RuntimeError, match="boom"), vram, vram.phase("forward"):
+        fail()
+    gpu.allocate(1000)
+    assert not vram.is_running
+    assert vram.phases["forward"].peak_allocated_bytes == vram.peak.allocated_bytes == 700
+    assert gpu.ledger._scopes == []
+
+
+def test_a_foreign_reset_is_said() -> None:
+    """A reset by somebody else makes the peak a lower bound, in the record and in the report."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        gpu.allocate(1000)
+        gpu.allocate(-1000)
+        vram.sample()
+        gpu.reset()
+    assert vram.peak.allocated_bytes == 1000
+    assert vram.peak.is_lower_bound
+    assert "or more: somebody else reset" in str(vram)
+    assert "at least" in repr(vram.peak)
+    assert "≥" in vram.line()
+
+
+def test_two_monitors_and_a_guard_at_once() -> None:
+    """Monitors that overlap share the register and each has its own true peak."""
+    gpu = FakeGPU()
+    one, two = gpu.monitor(), gpu.monitor()
+    with one:
+        gpu.allocate(900)
+        gpu.allocate(-900)
+        with two:
+            gpu.allocate(100)
+        gpu.allocate(200)
+    assert (one.peak.allocated_bytes, two.peak.allocated_bytes) == (900, 100)
+    assert not one.peak.is_lower_bound
+
+
+def test_a_second_run_starts_afresh() -> None:
+    """A monitor can be entered again after it was left; the second run knows nothing of the first."""
+    gpu = FakeGPU()
+    vram = gpu.monitor()
+    with vram, vram.phase("first"):
+        gpu.allocate(900)
+        gpu.allocate(-900)
+    with vram, vram.phase("second"):
+        gpu.allocate(100)
+    assert vram.peak.allocated_bytes == 100
+    assert list(vram.phases) == ["second"]
+
+
+def test_errors_of_an_earlier_run_are_not_reported_again() -> None:
+    """A run that went well says nothing of an earlier one's errors."""
+    gpu = FakeGPU()
+    gpu.driver_error = OSError("driver gone")
+    vram = gpu.monitor().__enter__()
+    with pytest.warns(RuntimeWarning, match="driver gone"):
+        vram.__exit__(None, None, None)
+    gpu.driver_error = None
+    with vram:
+        assert vram.errors == ()
+
+
+def test_before_the_first_run() -> None:
+    """A monitor that has not run knows no peak, and still samples when asked."""
+    gpu = FakeGPU()
+    gpu.allocate(5)
+    vram = gpu.monitor()
+    assert vram.peak.allocated_bytes is None
+    assert (vram.latest, vram.history, dict(vram.phases)) == (None, (), {})
+    assert vram.status()["tensors_bytes"] == 5
+    assert "no sample yet" in str(vram)
+
+
+def test_the_thread_samples_and_ends() -> None:
+    """With an interval, samples arrive without anybody asking, and the thread is gone after the block."""
+    gpu = FakeGPU()
+    arrived = threading.Event()
+    read = gpu.read
+
+    def counting() -> Any:
+        if threading.current_thread().name == "torchfast-vram-monitor":
+            arrived.set()
+        return read()
+
+    gpu.ledger._read = counting
+    with gpu.monitor(interval_s=0.001) as vram:
+        assert arrived.wait(30)
+    assert len(vram.history) >= 1
+    assert "torchfast-vram-monitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_dropped_monitor_ends_its_thread() -> None:
+    """A monitor that is dropped without being left is collected, and its thread and scope with it."""
+    gpu = FakeGPU()
+    vram = gpu.monitor(interval_s=0.001).__enter__()
+    gone = weakref.ref(vram)
+    del vram
+    gc.collect()
+    assert gone() is None
+    assert "torchfast-vram-monitor" not in {thread.name for thread in threading.enumerate()}
+    assert gpu.ledger._scopes == []
+
+
+def test_the_interpreter_exits_cleanly_while_a_monitor_runs() -> None:
+    """A program that ends inside the block, by any way, ends at once and quietly."""
+    program = "import torchfast as t\nv = t.VRAMMonitor('cpu', interval_s=0.001).__enter__()\nraise SystemExit(3)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
+
+
+def test_an_error_in_a_source_is_reported_and_the_rest_goes_on() -> None:
+    """A driver that fails makes its numbers None with the reason; the end of the block warns about it."""
+    gpu = FakeGPU()
+    gpu.driver_error = OSError("driver gone")
+    vram = gpu.monitor().__enter__()
+    gpu.allocate(70)
+    sample = vram.sample()
+    with pytest.warns(RuntimeWarning, match="driver gone"):
+        vram.__exit__(None, None, None)
+    assert (sample.total_bytes, sample.tensors_bytes) == (None, 70)
+    assert sample.sources["free"] == "not known: reading it failed with OSError: driver gone"
+    assert vram.errors[-1] == "driver: OSError: driver gone"
+    assert vram.peak.allocated_bytes == 70
+
+
+def test_errors_of_the_monitor_do_not_hide_those_of_the_block() -> None:
+    """Where warnings are errors, the block's own exception still is the one that comes out."""
+    gpu = FakeGPU()
+    gpu.driver_error = OSError("driver gone")
+    with pytest.raises(KeyError, match="mine"), gpu.monitor():
+        raise KeyError("mine")
+
+
+def test_a_thread_that_dies_is_reported() -> None:
+    """An error that is nobody's source ends the sampling, and the end of the block says so."""
+    gpu = FakeGPU()
+    vram = gpu.monitor(interval_s=0.001)
+    died = threading.Event()
+
+    def sample(*_: object, fresh: bool, **__: object) -> VRAMSample:
+        if fresh:
+            return real(vram._clock, 0.0, None, fresh=True)
+        died.set()
+        raise ArithmeticError("a bug")
+
+    real = vram._probe.sample
+    vram._probe.sample = sample  # type: ignore[method-assign]  # a bug is put in
+    with pytest.warns(RuntimeWarning, match="ended with ArithmeticError: a bug"), vram:
+        assert died.wait(30)
+
+
+def test_a_slow_source_is_asked_less_often() -> None:
+    """A driver call of 8 ms takes no more than 1 % of the time, however short the interval."""
+    gpu = FakeGPU()
+    gpu.driver_cost_s = 0.008
+    with gpu.monitor() as vram:
+        start_s, before = gpu.now_s, gpu.n_driver_reads
+        assert vram._run is not None
+        while gpu.now_s < start_s + 10:
+            gpu.now_s += 0.01
+            vram._run.sample(fresh=False)
+        n_reads = gpu.n_driver_reads - before
+        stale = vram._run.sample(fresh=False)
+    assert 10 <= n_reads <= 13
+    assert stale.sources["free"].startswith("driver, read ")
+
+
+def test_a_failing_source_is_asked_less_and_less() -> None:
+    """A source that fails every time is asked again after 2, 4, 8 s, and at last once a minute."""
+    gpu = FakeGPU()
+    asked: list[float] = []
+
+    def fail() -> int:
+        asked.append(gpu.now_s)
+        raise OSError("no")
+
+    source = Source("broken", fail)
+    for second in range(300):
+        gpu.now_s = second
+        source.get(gpu.clock, fresh=False)
+    assert asked == [0, 2, 6, 14, 30, 62, 126, 190, 254]
+    assert source.n_errors == 9
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=300), st.integers(2, 20))
+def test_history_is_bounded_and_keeps_the_extremes(values: list[int], max_spans: int) -> None:
+    """However many samples come, the spans stay few, in order, and lose neither lowest nor highest value."""
+    gpu = FakeGPU()
+    gpu.total_bytes = 10**7
+    vram = gpu.monitor()
+    history = History(max_spans)
+    for value in values:
+        gpu.now_s += 1
+        gpu.allocate(value - gpu.current)
+        history.add(vram.sample())
+    spans = history.spans
+    assert len(spans) <= max_spans
+    assert sum(span.n_samples for span in spans) == len(values)
+    assert max(span.high.tensors_bytes or 0 for span in spans) == max(values)
+    assert min(span.low.tensors_bytes or 0 for span in spans) == min(values)
+    assert max(span.high.free_bytes or 0 for span in spans) == 10**7 - 800 - 2 * min(values)
+    edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
+    assert edges == sorted(edges)
+
+
+def test_the_peak_of_the_device_survives_the_merging() -> None:
+    """The highest use of the whole device is kept when the history gets coarser."""
+    gpu = FakeGPU()
+    with gpu.monitor(max_history=2) as vram:
+        for n_others in (0, 900, *([10] * 50)):
+            gpu.others_bytes = n_others
+            vram.sample()
+    assert vram.peak.used_bytes == 300 + 900
+
+
+def test_on_a_cpu_the_host_is_watched() -> None:
+    """Without a GPU the device's numbers are None, each with the reason, and the host's are there."""
+    with VRAMMonitor("cpu", interval_s=None) as vram, vram.phase("forward") as forward:
+        sample = vram.sample()
+    assert sample.device == "cpu"
+    assert sample.tensors_bytes is None
+    assert sample.sources["tensors"] == "not known: device cpu has no CUDA allocator"
+    assert forward.peak_allocated_bytes is None
+    assert vram.phases["forward"].n_times == 1
+    if host_memory() is not None:
+        assert sample.host_process_bytes is not None
+        assert 2**20 < sample.host_process_bytes < (sample.host_total_bytes or 0)
+        assert vram.peak.host_process_bytes is not None
+        assert "host memory" in vram.line()
+
+
+def test_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a system without /proc the host's memory is unknown too, and everything still works."""
+    monkeypatch.setattr(probe_module, "host_memory", lambda: None)
+    with VRAMMonitor("cpu", interval_s=None) as vram:
+        sample = vram.sample()
+    assert sample.host_process_bytes is None
+    assert sample.sources["host"] == "not known: this system has no /proc"
+    assert vram.line() == "memory unknown"
+
+
+def test_report_and_line_read_well() -> None:
+    """The report shows the parts, the peaks and the phases; the line fits a progress bar."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        with vram.phase("forward"):
+            gpu.now_s = 1.5
+            gpu.allocate(1000)
+            gpu.allocate(-500)
+        assert vram.line() == "VRAM 500 B, peak 1000 B, device 1.76 KiB of 9.77 KiB"
+    assert str(vram).splitlines() == [
+        "VRAMMonitor of cuda:0",
+        "  now, 1.5 s after the start",
+        "    tensors       500 B",
+        "    cached        400 B",
+        "    fragmented    100 B",
+        "    outside       300 B",
+        "    others        500 B",
+        "    free          8.01 KiB",
+        "    total         9.77 KiB",
+        "    host process  7 B",
+        "  peak of the run",
+        "    allocated     1000 B",
+        "    reserved      1.95 KiB",
+        "    device used   1.76 KiB (highest sample)",
+        "    host process  7 B (highest sample)",
+        "  phase                     times  seconds        peak    reserved        kept",
+        "  forward                       1     1.50      1000 B    1.95 KiB       500 B",
+    ]
+    assert repr(vram.latest) == (
+        "VRAMSample(cuda:0 at 1.500 s: total 9.77 KiB, tensors 500 B, cached 400 B, fragmented 100 B, "
+        "outside 300 B, others 500 B, free 8.01 KiB)"
+    )
+
+
+class TestWhoHoldsWhat:
+    """Telling this process's memory from the others' by NVML's list of processes."""
+
+    def test_our_pid_counts_where_it_is_the_hosts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where this process sees the PIDs that NVML lists, its own entry is its own."""
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: True)
+        monkeypatch.setattr("os.getpid", lambda: 7)
+        assert own_memory({7: 100, 8: 900}, 60) == 100
+
+    def test_alone_on_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A single process on the list is this one, by whatever PID: we hold memory there."""
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
+        assert own_memory({4711: 100}, 60) == 100
+
+    @pytest.mark.parametrize(
+        ("listed", "why"),
+        [
+            ({}, "NVML lists no process on this GPU"),
+            ({1: 100, 2: 100}, "NVML names processes by PIDs of the host, which this container does not see"),
+            ({1: None}, "the driver does not tell NVML what each process holds"),
+            ({1: 50}, "NVML's process list does not show this process"),
+        ],
+    )
+    def test_unknown_rather_than_guessed(
+        self, listed: dict[int, int | None], why: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where it cannot be told which process is ours, the reason is given and no number."""
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
+        with pytest.raises(Unknown) as unknown:
+            own_memory(listed, 60)
+        assert str(unknown.value) == why
+
+
+class FakeDevice:
+    """The readings that `probe_of` combines, for a GPU with one other process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gpu = FakeGPU()
+        self.gpu.allocate(1000)
+        self.listed: dict[int, int | None] = {1: 2300}
+        self.moves: list[int] = []
+        monkeypatch.setattr(probe_module, "ledger_of", lambda _: self.gpu.ledger)
+        monkeypatch.setattr(probe_module, "driver_memory", lambda _: self.gpu._driver())
+        monkeypatch.setattr(probe_module, "Nvml", lambda _: self)
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
+
+    def used_by_process(self) -> dict[int, int | None]:
+        """Return the list of processes; meanwhile the training may take memory."""
+        if self.moves:
+            self.gpu.allocate(self.moves.pop())
+        return self.listed
+
+    def used_bytes(self) -> int:
+        """Return what all processes hold."""
+        return 2800
+
+    def sample(self) -> VRAMSample:
+        """Sample through the real combination of sources."""
+        probe: Probe = probe_of(torch.device("cuda", 0))
+        return probe.sample(self.gpu.clock, 0.0, None, fresh=True)
+
+
+def test_outside_and_others_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process holds beyond the reserved is outside PyTorch; what it does not hold is others'."""
+    sample = FakeDevice(monkeypatch).sample()
+    assert (sample.not_pytorch_bytes, sample.outside_bytes, sample.others_bytes) == (800, 300, 500)
+
+
+def test_what_cannot_be_told_apart_is_given_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where NVML cannot name this process, outside and others are None, and their sum is still known."""
+    device = FakeDevice(monkeypatch)
+    device.listed = {1: 100, 2: 2200}
+    sample = device.sample()
+    assert (sample.not_pytorch_bytes, sample.outside_bytes, sample.others_bytes) == (800, None, None)
+    assert sample.sources["others"].startswith("not known: NVML names processes by PIDs of the host")
+    assert "not PyTorch 800 B" in repr(sample)
+
+
+def test_a_training_that_allocates_meanwhile_is_not_taken_for_somebody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Readings between which PyTorch took memory from the driver are thrown away and made again."""
+    device = FakeDevice(monkeypatch)
+    device.moves = [-1000, 1000]
+    sample = device.sample()
+    assert (sample.not_pytorch_bytes, sample.outside_bytes) == (800, 300)
+    device.moves = [100, 100, 100, 100]
+    assert device.sample().sources["not_pytorch"] == (
+        "not known: PyTorch took or gave back memory each time while it was read"
+    )
