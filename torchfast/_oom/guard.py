@@ -1,0 +1,320 @@
+"""`oom_guard`: an out-of-memory error becomes something that a person can act on."""
+
+import functools
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+
+import torch
+
+from torchfast import _batch
+from torchfast._device import resolve_device
+from torchfast._oom import frames, message, telemetry
+from torchfast._oom.release import clean_up, place_of
+from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, SizeSource, error_of
+from torchfast._oom.telemetry import Monitor
+from torchfast._oom_errors import OutOfMemoryRecord, classify
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@overload
+def oom_guard(
+    *,
+    reraise: Literal[True] = True,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    keep_frames: bool = False,
+    monitor: Monitor | None = None,
+    device: torch.device | str | int | None = None,
+) -> "OOMGuard": ...
+
+
+@overload
+def oom_guard(
+    *,
+    reraise: Literal[False],
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    keep_frames: bool = False,
+    monitor: Monitor | None = None,
+    device: torch.device | str | int | None = None,
+) -> "QuietOOMGuard": ...
+
+
+@overload
+def oom_guard(
+    *,
+    reraise: bool,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    keep_frames: bool = False,
+    monitor: Monitor | None = None,
+    device: torch.device | str | int | None = None,
+) -> "OOMGuard | QuietOOMGuard": ...
+
+
+def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
+    *,
+    reraise: bool = True,
+    batch_size: int | None = None,
+    batch_dim: int = 0,
+    keep_frames: bool = False,
+    monitor: Monitor | None = None,
+    device: torch.device | str | int | None = None,
+) -> "OOMGuard | QuietOOMGuard":
+    """Turn an out-of-memory error in a block, a loop or a function into one that says what to do.
+
+    Any kind of out-of-memory error (CUDA, cuBLAS, cuDNN, NCCL, Triton, host, MPS; wrapped, chained or
+    grouped) becomes an `OutOfMemoryError`, which is a `torch.OutOfMemoryError` (for host memory a
+    `MemoryError` too). Its message names the batch size to try and why. Every other exception passes as the
+    same object with the same traceback. Costs a few microseconds while nothing fails.
+
+    On failure, everything that the block held through its frames is let go before caches are emptied: the
+    local variables of the functions that failed, and, in the function with the `with` statement itself, the
+    names that the block has bound to tensors or to containers of tensors, which become None. Gradients,
+    optimizer state and whatever was bound before the block stay. The original error is the cause; its
+    traceback keeps its lines but no variables.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import oom_guard
+        >>> with oom_guard(reraise=False) as guard:
+        ...     for batch in guard.steps([torch.zeros(64, 3)]):
+        ...         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        >>> guard.report.suggested_batch_size, guard.report.batch_size
+        (32, 64)
+        >>> @oom_guard()
+        ... def double(batch):
+        ...     return 2 * batch
+        >>> double(torch.ones(2))
+        tensor([2., 2.])
+
+    Args:
+        reraise: False ends the block quietly, or has the decorated function return None; `guard.report` then
+            says what happened.
+        batch_size: the size of the batches in the block, in samples, if it is known and the loop does not go
+            through `guard.steps(loader)`, which knows better.
+        batch_dim: the dimension along which samples are counted. The size is the one that most tensors of the
+            batch share.
+        keep_frames: True lets go of nothing, for a post-mortem in a debugger.
+        monitor: an object with `phase(name)` and `status()`, such as a `VRAMMonitor`: every step of
+            `guard.steps` is a phase "step", and its status is in the report.
+        device: the device meant where the error does not name one; None is the current accelerator.
+
+    Raises:
+        ValueError: `batch_size` is less than 1, or `batch_dim` is negative.
+        TypeError: `monitor` lacks `phase` or `status`.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(
+            f"batch_size={batch_size} was given to oom_guard; it must be the number of samples in a "
+            "batch, at least 1. Leave it out if it is not known."
+        )
+    if batch_dim < 0:
+        raise ValueError(
+            f"batch_dim={batch_dim} was given to oom_guard; the tensors of a batch differ in rank, so "
+            "the dimension must be counted from the front: 0, 1, ..."
+        )
+    if monitor is not None and not (hasattr(monitor, "phase") and hasattr(monitor, "status")):
+        raise TypeError(
+            "monitor must have phase(name) and status(), as a VRAMMonitor has; "
+            f"{type(monitor).__name__} has not. Give a VRAMMonitor, or leave it out."
+        )
+    guard = OOMGuard if reraise else QuietOOMGuard
+    return guard(batch_size, batch_dim, monitor, device, keep_frames=keep_frames)
+
+
+class _Guard:
+    """What both guards do; they differ in how a block ends that ran out of memory."""
+
+    def __init__(
+        self,
+        batch_size: int | None,
+        batch_dim: int,
+        monitor: Monitor | None,
+        device: torch.device | str | int | None,
+        *,
+        keep_frames: bool,
+    ) -> None:
+        self.report: OutOfMemoryReport | None = None
+        self._batch_size, self._batch_dim = batch_size, batch_dim
+        self._monitor, self._asked_device = monitor, device
+        self._keep_frames = keep_frames
+        self._bound: list[frames.Bound] = []
+
+    @functools.cached_property
+    def _log(self) -> telemetry.StepLog:
+        return telemetry.StepLog()
+
+    def __enter__(self) -> Self:
+        self.report = None
+        self._bound.append(frames.bound_in(sys._getframe(1)))
+        return self
+
+    def steps(self, loader: Iterable[T], /) -> "Steps[T]":
+        """Return the loader's batches, to loop over: the guard then knows the size and the peak of each step.
+
+        Each iteration is one step. On a GPU its peak is measured, at some 50 µs a step. The batches are the
+        loader's own; none is kept. Has a length if the loader has one.
+
+        Example:
+            >>> from torchfast import oom_guard
+            >>> with oom_guard() as guard:
+            ...     for batch in guard.steps([1, 2, 3]):
+            ...         print(batch, end=" ")
+            1 2 3
+        """
+        return Steps(loader, self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> bool | None:
+        raise NotImplementedError
+
+    def _leave(self, error: BaseException | None) -> OutOfMemoryReport | None:
+        """Let go, and return the report, if the block ran out of memory."""
+        bound = self._bound.pop()
+        if not isinstance(error, Exception) or (record := classify(error)) is None:
+            return None
+        # An inner guard has explained it already; of what it held, the outer block lets go as well.
+        inner = [
+            found.report for found in frames.related_errors(error) if isinstance(found, OutOfMemoryError)
+        ]
+        self.report = next((report for report in inner if report is not None), None)
+        if self.report is None:
+            self.report = self._explain(error, record, bound)
+        else:
+            clean_up(error, bound, keep_frames=self._keep_frames)
+        return self.report
+
+    def _explain(
+        self, error: BaseException, record: OutOfMemoryRecord, bound: frames.Bound
+    ) -> OutOfMemoryReport:
+        device = record.device or resolve_device(self._asked_device)
+        # First all that is lost when the frames are cleared, then all that is known only afterwards.
+        findings, place = frames.look_into(error), place_of(error)
+        text = "".join(traceback.format_exception(error))
+        now = telemetry.situation(device, record.allowed_bytes)
+        clean_up(error, bound, keep_frames=self._keep_frames)
+        held_bytes = telemetry.situation(device, None).allocated_bytes
+        batch_size, source = self._size(findings)
+        case = message.Case(
+            record=record,
+            device=device,
+            findings=findings,
+            batch_size=batch_size,
+            batch_size_source=source,
+            suggestion=telemetry.suggest(self._log, batch_size, held_bytes, now, record.requested_bytes),
+            growth_bytes=self._log.growth_bytes,
+            place=place,
+            traceback=text,
+            status=None if self._monitor is None else self._monitor.status(),
+        )
+        return message.report(case)
+
+    def _size(self, findings: frames.Findings) -> tuple[int | None, SizeSource | None]:
+        if self._log.batch_size is not None:
+            return self._log.batch_size, "steps"
+        if self._batch_size is not None:
+            return self._batch_size, "given"
+        return findings.common_size, None if findings.common_size is None else "guess"
+
+    def _per_call(self) -> Self:
+        """Return a guard of the same options for one call: a decorated function may run in many threads."""
+        return type(self)(
+            self._batch_size,
+            self._batch_dim,
+            self._monitor,
+            self._asked_device,
+            keep_frames=self._keep_frames,
+        )
+
+    def _decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"oom_guard was put on {function.__name__}, which is a generator: its body runs in "
+                "pieces, between which other code runs. Use `with oom_guard():` inside it."
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                guard = self._per_call()
+                try:
+                    with guard:
+                        return await function(*args, **kwargs)
+                finally:
+                    self.report = guard.report
+
+            return run_async
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            guard = self._per_call()
+            try:
+                with guard:
+                    return function(*args, **kwargs)
+            finally:
+                self.report = guard.report
+
+        return run
+
+
+class OOMGuard(_Guard):
+    """A context manager, and a decorator, that raises an explained error. Made by `oom_guard()`.
+
+    `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        report = self._leave(error)
+        if error is not None and report is not None and not isinstance(error, OutOfMemoryError):
+            raise error_of(report) from error
+
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, R]:
+        """Return the function with every call of it guarded; coroutine functions too."""
+        return self._decorate(function)
+
+
+class QuietOOMGuard(_Guard):
+    """A context manager, and a decorator, that ends quietly. Made by `oom_guard(reraise=False)`.
+
+    `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> bool:
+        return self._leave(error) is not None
+
+    def __call__(self, function: Callable[P, R], /) -> Callable[P, R | None]:
+        """Return the function with every call of it guarded: one that runs out of memory returns None."""
+        return self._decorate(function)
+
+
+class Steps(Generic[T]):
+    """The batches of a loader, each noted by a guard as one step. Made by `guard.steps(loader)`."""
+
+    def __init__(self, loader: Iterable[T], guard: _Guard) -> None:
+        self._loader, self._guard = loader, guard
+
+    def __iter__(self) -> Iterator[T]:
+        guard = self._guard
+        return telemetry.logged_steps(
+            guard._log,
+            self._loader,
+            resolve_device(guard._asked_device),
+            lambda batch: _batch.batch_size(batch, dim=guard._batch_dim),
+            guard._monitor,
+        )
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._loader))
