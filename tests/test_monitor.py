@@ -213,7 +213,8 @@ def test_a_dropped_monitor_ends_its_thread() -> None:
 
 def test_the_interpreter_exits_cleanly_while_a_monitor_runs() -> None:
     """A program that ends inside the block, by any way, ends at once and quietly."""
-    program = "import torchfast as t\nv = t.VRAMMonitor('cpu', interval_s=0.001).__enter__()\nraise SystemExit(3)"
+    enter = "torchfast.VRAMMonitor('cpu', interval_s=0.001).__enter__()"
+    program = f"import torchfast\nvram = {enter}\nraise SystemExit(3)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
 
