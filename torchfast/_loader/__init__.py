@@ -1,7 +1,8 @@
 """DeviceLoader: batches on the device, ahead of use.
 
 - `loader.py`     the public class
-- `epoch.py`      one pass over the loader, and the two ways to feed it: in line, or by a thread
+- `epoch.py`      one pass over the loader, and the simple way to feed it
+- `feed.py`       the thread that loads and copies ahead
 - `transport.py`  streams, events, memory: how a batch gets to a CUDA device and when its memory is free again
 - `staging.py`    what travels together, and the ring of pinned buffers through which pageable memory travels
 """

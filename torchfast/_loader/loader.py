@@ -11,7 +11,8 @@ import torch
 from torchfast import _holders
 from torchfast._device import resolve_device
 from torchfast._layout import is_image, to_channels_last_tensor
-from torchfast._loader.epoch import Epoch, Feed, InlineFeed, ThreadedFeed, warn_of_open_epoch
+from torchfast._loader.epoch import Epoch, Feed, InlineFeed, warn_of_open_epoch
+from torchfast._loader.feed import ThreadedFeed
 from torchfast._tree import map_tensors
 
 if TYPE_CHECKING:

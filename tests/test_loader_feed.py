@@ -1,0 +1,261 @@
+"""The thread that loads and copies ahead, shown on the CPU with a transport that only hands batches over."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torchfast._loader.epoch import Epoch
+from torchfast._loader.feed import ThreadedFeed
+
+
+class HostTransport:
+    """Moves nothing; keeps count of what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.n_sent = 0
+        self.n_delivered = 0
+        self.n_discarded = 0
+        self.n_evicted = 0
+        self.sending_fails_at: int | None = None
+        self.delivery_fails_once = False
+
+    def follow(self) -> None:
+        """Nothing to follow."""
+
+    def blank(self) -> None:
+        """Nothing to allocate."""
+
+    def enter_thread(self) -> None:
+        """Nothing to set."""
+
+    def settle(self) -> None:
+        """Nothing to wait for."""
+
+    def send(self, batch: Any, blank: object) -> Any:
+        """Send a batch, or fail."""
+        assert blank is None
+        if self.n_sent == self.sending_fails_at:
+            self.n_sent += 1
+            raise ConnectionError("the transfer failed")
+        self.n_sent += 1
+        return [batch]
+
+    def deliver(self, parcel: Any) -> Any:
+        """Hand the batch over, or run out of memory."""
+        if self.delivery_fails_once:
+            self.delivery_fails_once = False
+            raise torch.OutOfMemoryError
+        self.n_delivered += 1
+        return parcel[0]
+
+    def evict(self, parcel: Any) -> None:
+        """Count."""
+        assert parcel
+        self.n_evicted += 1
+
+    def discard(self, parcel: Any) -> None:
+        """Count."""
+        assert parcel
+        self.n_discarded += 1
+
+
+def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
+    """Open a pass over a source that is fed by a thread."""
+    transport = HostTransport()
+    feed = ThreadedFeed(iter(source), transport, depth=depth)
+    return Epoch(feed, None, owner=None), transport, feed
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
+    while not condition():
+        threading.Event().wait(0.001)
+
+
+def copying_threads() -> int:
+    """Count the threads that are copying."""
+    return sum(thread.name == "torchfast-loader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_order_and_end(depth: int) -> None:
+    """Batches come in order, the end comes once and stays, and the thread is gone."""
+    epoch, _, _ = open_feed(range(20), depth)
+    assert list(epoch) == list(range(20))
+    assert list(epoch) == []
+    assert copying_threads() == 0
+
+
+def test_an_empty_source_ends_at_once() -> None:
+    """A loader without batches yields none."""
+    assert list(open_feed([])[0]) == []
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_no_more_than_depth_batches_are_sent_ahead(depth: int) -> None:
+    """However fast the loader, depth batches are sent beyond the one in the consumer's hands."""
+    epoch, transport, feed = open_feed(range(100), depth)
+    until(lambda: feed._work.ready.qsize() == depth)
+    for taken in range(1, 6):
+        next(epoch)
+        until(lambda: feed._work.ready.qsize() == depth)
+        assert transport.n_sent == taken + depth
+
+
+def test_a_slow_batch_does_not_delay_the_one_before_it() -> None:
+    """Batch k is handed out while batch k + 1 is still being made."""
+    may_go_on = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        may_go_on.wait()
+        yield 1
+
+    epoch, _, _ = open_feed(source())
+    assert next(epoch) == 0
+    may_go_on.set()
+    assert next(epoch) == 1
+
+
+def failing(at: int) -> Iterator[int]:
+    """Fail in the place of one batch."""
+    yield from range(at)
+    raise LookupError("broken")
+
+
+def test_an_error_of_the_loader_comes_in_its_place() -> None:
+    """The batches before the error come first; then it is raised, with the frames of the loader's code."""
+    epoch, _, _ = open_feed(failing(3))
+    assert [next(epoch) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(LookupError, match="broken") as error:
+        next(epoch)
+    assert "failing" in [entry.name for entry in error.traceback]
+    assert list(epoch) == []
+
+
+def test_an_error_of_the_transfer_comes_in_its_place() -> None:
+    """A transfer that fails takes the place of its batch, and the others arrive."""
+    transport = HostTransport()
+    transport.sending_fails_at = 2
+    epoch: Epoch[int] = Epoch(ThreadedFeed(iter(range(5)), transport, depth=2), None, owner=None)
+    assert [next(epoch), next(epoch)] == [0, 1]
+    with pytest.raises(ConnectionError, match="transfer failed"):
+        next(epoch)
+    assert list(epoch) == [3, 4]
+
+
+def test_a_batch_that_found_no_room_is_not_lost() -> None:
+    """Out of memory at delivery leaves the batch first in line."""
+    epoch, transport, _ = open_feed(range(3))
+    transport.delivery_fails_once = True
+    with pytest.raises(torch.OutOfMemoryError):
+        next(epoch)
+    assert list(epoch) == [0, 1, 2]
+
+
+def test_released_batches_keep_their_order() -> None:
+    """Batches that were brought back to the host are handed out in their turn."""
+    epoch, transport, feed = open_feed(range(10), depth=3)
+    assert next(epoch) == 0
+    until(lambda: feed._work.ready.qsize() == 3)
+    epoch.release_memory()
+    assert transport.n_evicted == 3
+    assert list(epoch) == list(range(1, 10))
+
+
+def test_an_epoch_that_nobody_holds_ends_its_thread() -> None:
+    """Dropping the iterator ends the thread, and with it the loader's own iterator, then and there."""
+    closed = threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    epoch, transport, _ = open_feed(source())
+    next(epoch)
+    del _
+    del epoch
+    assert closed.is_set()
+    assert copying_threads() == 0
+    assert transport.n_discarded <= 2
+
+
+def test_an_epoch_in_a_cycle_is_collected() -> None:
+    """The thread holds nothing that leads back to the epoch: a forgotten cycle is collected and closed."""
+    holder: list[Any] = [open_feed(range(100))[0]]
+    holder.append(holder)
+    gone = weakref.ref(holder[0])
+    del holder
+    gc.collect()
+    assert gone() is None
+    assert copying_threads() == 0
+
+
+def test_a_thousand_breaks() -> None:
+    """A thousand passes left early leave no thread behind."""
+    for _ in range(1000):
+        epoch, _, feed = open_feed(range(5))
+        assert next(epoch) == 0
+        del feed, _
+        del epoch
+    assert copying_threads() == 0
+
+
+def test_a_pass_closed_elsewhere_is_an_error_not_a_hang() -> None:
+    """A consumer that waits for a batch while another thread closes the pass is told so."""
+    may_go_on = threading.Event()
+
+    def source() -> Iterator[int]:
+        may_go_on.wait()
+        yield 0
+
+    epoch, _, _ = open_feed(source())
+    errors: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            next(epoch)
+        except RuntimeError as error:
+            errors.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    closer = threading.Thread(target=epoch.close)
+    closer.start()
+    until(lambda: epoch._state == "closed")
+    may_go_on.set()
+    consumer.join()
+    closer.join()
+    assert ["was closed" in str(error) for error in errors] == [True]
+
+
+def test_the_thread_works_under_the_consumers_modes() -> None:
+    """Gradient mode and context variables are those of the thread that began the pass."""
+
+    def source() -> Iterator[bool]:
+        yield torch.is_grad_enabled()
+        yield torch.is_inference_mode_enabled()
+
+    with torch.no_grad():
+        assert list(open_feed(source())[0]) == [False, False]
+    with torch.inference_mode():
+        assert list(open_feed(source())[0]) == [False, True]
+
+
+def test_the_number_of_threads_is_left_alone() -> None:
+    """The cap on the copying thread's team reaches neither the caller nor threads started later."""
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    list(open_feed(range(3))[0])
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *seen] == [before, before]
