@@ -40,7 +40,7 @@ def bound_in(frame: FrameType, /) -> Bound:
     """
     code, variables = frame.f_code, frame.f_locals
     if code.co_flags & _CO_OPTIMIZED:
-        values = {
+        values: dict[str, object] = {
             name: _ref(value) if type(value) is _Tensor else id(value)  # inline: a call would double it
             for name, value in variables.items()
         }

@@ -1,0 +1,149 @@
+"""`oom_guard` with a GPU that really runs out of memory."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchfast import OutOfMemoryError, oom_guard
+from torchfast._bytes import GIB, MIB
+
+pytestmark = pytest.mark.cuda
+LIMIT_BYTES = 2 * GIB
+
+
+@pytest.fixture
+def small_gpu() -> Iterator[torch.device]:
+    """Give a GPU of which this process may use 2 GiB."""
+    device = torch.device("cuda", 0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(LIMIT_BYTES / total, device)
+    yield device
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def small_net(device: torch.device) -> nn.Sequential:
+    """Return a net whose activations, not its weights, take the memory."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.LazyConv2d(32, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10)).to(device)
+    net(torch.zeros(1, 3, 64, 64, device=device))
+    return net
+
+
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> torch.Tensor:
+    """Take one step, and return the loss."""
+    labels = torch.arange(len(images), device=images.device) % 10
+    loss = F.cross_entropy(net(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def test_real_failure_is_explained(small_gpu: torch.device) -> None:
+    """The allocator's own numbers are in the report, and the suggestion is less than what failed."""
+    net = small_net(small_gpu)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(OutOfMemoryError) as caught, oom_guard():
+        train_step(net, optimizer, torch.zeros(4096, 3, 64, 64, device=small_gpu))
+    report = caught.value.report
+    assert report is not None
+    assert report.record.kind == "device"
+    assert report.record.device == small_gpu
+    assert report.record.requested_bytes is not None
+    assert report.record.requested_bytes >= 512 * MIB
+    assert report.record.allowed_bytes is not None
+    assert abs(report.record.allowed_bytes - LIMIT_BYTES) < 64 * MIB
+    assert (report.phase, report.batch_size) == ("forward", 4096)
+    assert report.suggested_batch_size is not None
+    assert 1 <= report.suggested_batch_size < 4096
+
+
+def test_size_suggested_from_steps_that_worked_fits(small_gpu: torch.device) -> None:
+    """The batch size computed from two smaller steps works, and twice as many do not."""
+    net = small_net(small_gpu)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sizes = [16, 32, 32, 4096]
+    guard = oom_guard(reraise=False)
+    with guard:
+        for images in guard.steps(torch.zeros(n, 3, 64, 64, device=small_gpu) for n in sizes):
+            train_step(net, optimizer, images)
+    assert guard.report is not None
+    suggested = guard.report.suggested_batch_size
+    assert guard.report.batch_size_source == "steps"
+    assert suggested is not None
+    assert "the steps that worked needed" in guard.report.message
+    train_step(net, optimizer, torch.zeros(suggested, 3, 64, 64, device=small_gpu))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(net, optimizer, torch.zeros(2 * suggested, 3, 64, 64, device=small_gpu))
+
+
+def test_a_thousand_failures_leave_no_byte(small_gpu: torch.device) -> None:
+    """After each of 1,000 failures as many bytes are allocated as before, though every error is kept."""
+    net = small_net(small_gpu)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    small = torch.randn(16, 3, 64, 64, device=small_gpu)
+    train_step(net, optimizer, small)
+    gc.collect()
+    before = torch.cuda.memory_allocated(small_gpu)
+    kept: list[BaseException] = []
+    gc.freeze()  # what exists is not walked a thousand times
+    try:
+        for _ in range(1000):
+            try:
+                with oom_guard() as guard:
+                    for images in guard.steps([torch.zeros(2048, 3, 64, 64, device=small_gpu)]):
+                        hidden = net[0](images)
+                        train_step(net, optimizer, images)
+            except OutOfMemoryError as error:
+                kept.append(error)
+            assert torch.cuda.memory_allocated(small_gpu) == before
+    finally:
+        gc.unfreeze()
+    assert hidden is None
+    assert len(kept) == 1000
+
+
+@pytest.mark.parametrize("fails_at", [0, 3])
+def test_training_goes_on_to_the_same_loss(small_gpu: torch.device, fails_at: int) -> None:
+    """A guarded failure between two steps does not change what the steps compute."""
+
+    def train(*, with_failure: bool) -> list[float]:
+        torch.manual_seed(0)
+        net = small_net(small_gpu)
+        optimizer = torch.optim.AdamW(net.parameters())
+        losses = []
+        for step in range(8):
+            if with_failure and step == fails_at:
+                with oom_guard(reraise=False) as guard:
+                    net(torch.zeros(4096, 3, 64, 64, device=small_gpu))
+                assert guard.report is not None
+            generator = torch.Generator(device=small_gpu).manual_seed(step)
+            images = torch.randn(16, 3, 64, 64, device=small_gpu, generator=generator)
+            losses.append(train_step(net, optimizer, images).item())
+        return losses
+
+    torch.backends.cudnn.deterministic = True
+    try:
+        assert train(with_failure=True) == train(with_failure=False)
+    finally:
+        torch.backends.cudnn.deterministic = False
+
+
+def test_failure_does_not_disturb_later_kernels(small_gpu: torch.device) -> None:
+    """What is computed after an impossible request is right."""
+    ones = torch.ones(1000, device=small_gpu)
+    with oom_guard(reraise=False) as guard:
+        torch.empty(800_000_000, 2**30, dtype=torch.uint8, device=small_gpu)
+    assert guard.report is not None
+    assert guard.report.record.kind in ("impossible", "device")
+    assert (ones * 3).sum().item() == 3000
