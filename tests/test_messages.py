@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 from tests.fake_gpu import FakeGPU
-from torchfast import VRAMMonitor, to_channels_last
+from torchfast import DeviceLoader, VRAMMonitor, to_channels_last
 from torchfast._device import resolve_device
 
 
@@ -192,6 +193,92 @@ def test_converting_a_weight_that_others_look_into() -> None:
 
 
 # --- DeviceLoader ----------------------------------------------------------------------------------------
+
+
+def test_loader_that_is_no_iterable() -> None:
+    """Something that cannot be iterated over is answered with what can, and the way for a dataset."""
+    with pytest.raises(TypeError, match="wraps an iterable") as error:
+        DeviceLoader(7)  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        "DeviceLoader wraps an iterable of batches, such as a DataLoader; int cannot be iterated over. "
+        "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+    )
+
+
+@pytest.mark.parametrize("depth", [0, -1, 1.5, True])
+def test_loader_depth_below_one(depth: object) -> None:
+    """A depth that is no positive whole number is answered with what depth means."""
+    with pytest.raises(ValueError, match="depth=") as error:
+        DeviceLoader([], "cpu", depth=depth)  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of at "
+        "least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+    )
+
+
+def test_loader_transform_that_cannot_be_called() -> None:
+    """A transform that is no function is answered with what one is."""
+    with pytest.raises(TypeError, match="transform=") as error:
+        DeviceLoader([], "cpu", transform=3)  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        "transform=3 cannot be called. Give a function that takes a batch, on the device, and returns what "
+        "is to be yielded in its place."
+    )
+
+
+def test_loader_attribute_that_is_not_forwarded() -> None:
+    """An attribute of the wrapped loader that is not forwarded is refused, with the way to it."""
+    with pytest.raises(AttributeError, match="no attribute") as error:
+        _ = DeviceLoader([], "cpu").append
+    assert text_of(error) == (
+        "DeviceLoader has no attribute 'append', and does not take it from the loader it wraps. "
+        "Use .loader.append if you mean that loader's own."
+    )
+
+
+def test_loader_pass_that_was_closed() -> None:
+    """A pass that another one closed says why, and what to do; so does the warning of closing it."""
+    loader = DeviceLoader([1, 2], "cpu")
+    first = iter(loader)
+    next(first)
+    with pytest.warns(RuntimeWarning) as warned:
+        iter(loader)
+    assert str(warned[0].message) == (
+        "a new pass over this DeviceLoader was begun before the last one was finished or dropped, so the "
+        "last one was closed: two passes at a time would share workers and steal each other's batches. "
+        "Call close() on the first, or use one DeviceLoader for each loop that runs at the same time."
+    )
+    with pytest.raises(RuntimeError, match="closed") as error:
+        next(first)
+    assert text_of(error) == (
+        "this pass over a DeviceLoader was closed, by close() or because another pass over the same loader "
+        "was begun: two at a time would share workers and steal each other's batches. "
+        "Use one DeviceLoader for each loop that runs at the same time."
+    )
+
+
+def test_loader_that_throws_its_workers_away() -> None:
+    """A second epoch with new workers is warned of, with their number and the remedy."""
+    loader = DeviceLoader(DataLoader([1, 2], num_workers=1), "cpu")  # type: ignore[arg-type]  # a list is a dataset
+    list(loader)
+    with pytest.warns(UserWarning, match="ends its") as warned:
+        list(loader)
+    assert str(warned[0].message) == (
+        "this loader ends its 1 worker(s) after each epoch and starts new ones, which takes seconds an epoch "
+        "and loses what their datasets have cached. "
+        "Build it with DataLoader(..., persistent_workers=True), or with DeviceLoader.from_dataset."
+    )
+
+
+def test_loader_transform_that_stops_the_iteration() -> None:
+    """A StopIteration out of a transform is named as what it would have done."""
+    with pytest.raises(RuntimeError, match="transform=") as error:
+        list(DeviceLoader([1], "cpu", transform=lambda _: next(iter([]))))
+    assert text_of(error) == (
+        "transform= raised StopIteration, which would have ended the epoch without a word. "
+        "Raise another error, or end the loop from its body."
+    )
+
 
 # --- GPUTeacher ------------------------------------------------------------------------------------------
 

@@ -102,7 +102,8 @@ def _finished(finish: Callable[[Any], Any], batch: Any) -> Any:
         return finish(batch)
     except StopIteration as error:
         raise RuntimeError(
-            "transform= raised StopIteration, which would have ended the epoch silently"
+            "transform= raised StopIteration, which would have ended the epoch without a word. "
+            "Raise another error, or end the loop from its body."
         ) from error
 
 

@@ -278,10 +278,11 @@ def _default_workers() -> int:
 
 
 def _warn_of_lost_workers(loader: object, stacklevel: int) -> None:
-    if getattr(loader, "num_workers", 0) > 0 and not getattr(loader, "persistent_workers", True):
+    n_workers = getattr(loader, "num_workers", 0)
+    if n_workers and not getattr(loader, "persistent_workers", True):
         warnings.warn(
-            f"this loader ends its {loader.num_workers} workers after each epoch and starts new ones"  # type: ignore[attr-defined]  # it has some, as the line above saw
-            ", which takes seconds an epoch and loses what their datasets have cached. "
+            f"this loader ends its {n_workers} worker(s) after each epoch and starts new ones, which takes "
+            "seconds an epoch and loses what their datasets have cached. "
             "Build it with DataLoader(..., persistent_workers=True), or with DeviceLoader.from_dataset.",
             UserWarning,
             stacklevel=stacklevel,
