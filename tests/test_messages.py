@@ -4,6 +4,7 @@ Each part of the library has its section, in the order of the files.
 """
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.fake_gpu import FakeGPU
-from torchfast import DeviceLoader, VRAMMonitor, to_channels_last
+from torchfast import DeviceLoader, VRAMMonitor, oom_guard, to_channels_last
 from torchfast._device import resolve_device
 
 
@@ -340,5 +341,177 @@ def test_monitor_that_could_not_read_everything() -> None:
 
 
 # --- oom_guard -------------------------------------------------------------------------------------------
+
+
+def message_for(text: str, *, kind: type[Exception] = torch.OutOfMemoryError, size: int | None = 64) -> str:
+    """Return what a guard makes of an error with this text."""
+    with oom_guard(reraise=False, batch_size=size) as guard:
+        raise kind(text)
+    assert guard.report is not None
+    return guard.report.message
+
+
+ALLOCATOR = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 79.33 GiB of "
+    "which 1.20 GiB is "
+    "free. Process 7 has 10.50 GiB memory in use. Including non-PyTorch memory, this process has "
+    "67.60 GiB memory "
+    "in use. Of the allocated memory 60.00 GiB is allocated by PyTorch, with 5.00 GiB allocated in "
+    "private pools (e.g., CUDA Graphs), and 6.50 GiB is reserved by PyTorch but unallocated."
+)
+
+
+def test_out_of_gpu_memory() -> None:
+    """First the batch size, then who else holds the memory and how to get at it."""
+    assert message_for(ALLOCATOR) == (
+        "Out of memory on cuda:1. Try batch_size=32 instead of 64: half of 64, since what a sample "
+        "needs was not measured.\n"
+        "Other processes hold 10.5 GiB of the 79.3 GiB: nvidia-smi lists them, and ending those that "
+        "are not needed helps at once.\n"
+        "6.50 GiB are held in pieces that do not fit: start with "
+        "PYTORCH_ALLOC_CONF=expandable_segments:True.\n"
+        "CUDA graphs keep 5.00 GiB to themselves: capture fewer shapes."
+    )
+
+
+def test_out_of_gpu_memory_and_nothing_else_known() -> None:
+    """Where nothing stands out, the message names what lowers the need of any step."""
+    assert message_for("CUDA out of memory. Tried to allocate 2.00 GiB.", size=None) == (
+        "Out of memory on the device. Try a smaller batch.\n"
+        "Without a smaller batch: bfloat16 autocast or activation checkpointing need less for a step."
+    )
+
+
+def test_out_of_memory_with_a_guessed_batch_size() -> None:
+    """A guess is called one, with how to do without."""
+    images = torch.zeros(48, 3)
+    with oom_guard(reraise=False) as guard:
+        fail_with(images)
+    assert guard.report is not None
+    assert guard.report.message.splitlines()[0] == (
+        "Out of memory on the device. Try batch_size=24 instead of 48: half of 48, since what a "
+        "sample needs was not "
+        "measured. (That it was 48 is a guess: the leading dimension most common among the tensors "
+        "of the code that failed. Give batch_size=, or loop over guard.steps(loader).)"
+    )
+
+
+def fail_with(batch: torch.Tensor) -> None:
+    """Fail with a batch in a variable."""
+    raise torch.OutOfMemoryError("CUDA out of memory." if len(batch) else "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (
+            RuntimeError,
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            (
+                "Out of memory on the device, outside PyTorch's allocator. Try batch_size=32 instead "
+                "of 64: half of 64, since what a sample needs was not measured.\n"
+                "Leave room for libraries: torch.cuda.set_per_process_memory_fraction(0.9)."
+            ),
+        ),
+        (
+            MemoryError,
+            "Unable to allocate 7.28 TiB for an array",
+            (
+                "Out of host memory. Try batch_size=32 instead of 64: half of 64, since what a "
+                "sample needs was not measured.\n"
+                "A DataLoader's workers hold batches too: fewer num_workers or a lower prefetch_factor help."
+            ),
+        ),
+        (
+            RuntimeError,
+            "unable to allocate shared memory(shm) for file </torch_1>",
+            (
+                "The DataLoader's workers ran out of shared memory (/dev/shm). Give the container "
+                "more (docker run --shm-size=8g, or --ipc=host), or lower num_workers or prefetch_factor."
+            ),
+        ),
+        (
+            RuntimeError,
+            "NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'",
+            (
+                "NCCL ran out of memory on the device. Its process group cannot be used any more: "
+                "restart the job and leave NCCL room with torch.cuda.set_per_process_memory_fraction(0.95)."
+            ),
+        ),
+        (
+            torch.OutOfMemoryError,
+            "CUDA out of memory. This allocation exceeds the expandable-segment reserve of 256.00 GiB",
+            (
+                "Out of virtual addresses for expandable segments on the device. A smaller batch "
+                "does not help: try PYTORCH_ALLOC_CONF=expandable_segments:False."
+            ),
+        ),
+        (
+            torch.OutOfMemoryError,
+            "CUDA out of memory. Tried to allocate more than 1EB memory.",
+            (
+                "A tensor larger than any machine was asked for. That is a mistake in a shape or an "
+                "index, not a lack of memory: see the line that failed."
+            ),
+        ),
+        (
+            RuntimeError,
+            "Invalid buffer size: 20.00 GB",
+            (
+                "One tensor is larger than the device can hold in one piece. Try batch_size=32 "
+                "instead of 64: half of 64, since what a sample needs was not measured."
+            ),
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="speaks of a machine without an accelerator")
+def test_other_memory_that_ran_out(kind: type[Exception], text: str, message: str) -> None:
+    """Each kind of memory has its own first remedy."""
+    assert message_for(text, kind=kind) == message
+
+
+def test_oom_guard_with_an_impossible_batch_size() -> None:
+    """A batch of no samples is refused."""
+    with pytest.raises(ValueError, match="batch_size") as error:
+        oom_guard(batch_size=0)
+    assert text_of(error) == (
+        "batch_size=0 was given to oom_guard; it must be the number of samples in a batch, at least "
+        "1. Leave it out if it is not known."
+    )
+
+
+def test_oom_guard_with_a_negative_batch_dim() -> None:
+    """Dimensions are counted from the front."""
+    with pytest.raises(ValueError, match="batch_dim") as error:
+        oom_guard(batch_dim=-1)
+    assert text_of(error) == (
+        "batch_dim=-1 was given to oom_guard; the tensors of a batch differ in rank, so the "
+        "dimension must be counted from the front: 0, 1, ..."
+    )
+
+
+def test_oom_guard_with_something_else_as_monitor() -> None:
+    """What cannot tell phases and status is no monitor."""
+    with pytest.raises(TypeError, match="monitor") as error:
+        oom_guard(monitor=cast(Any, 3))
+    assert text_of(error) == (
+        "monitor must have phase(name) and status(), as a VRAMMonitor has; int has not. Give a "
+        "VRAMMonitor, or leave it out."
+    )
+
+
+def test_oom_guard_on_a_generator() -> None:
+    """A generator function cannot be guarded from outside."""
+
+    def batches() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match="generator") as error:
+        oom_guard()(batches)
+    assert text_of(error) == (
+        "oom_guard was put on batches, which is a generator: its body runs in pieces, between which "
+        "other code runs. Use `with oom_guard():` inside it."
+    )
+
 
 # --- integrations ----------------------------------------------------------------------------------------

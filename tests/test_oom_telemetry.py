@@ -77,7 +77,7 @@ sizes = st.integers(0, 2**40)
     sizes,
     st.lists(st.tuples(st.integers(1, 10**6), sizes, sizes)),
 )
-def test_suggestion_is_always_smaller(  # noqa: PLR0913 -- what a situation is made of
+def test_suggestion_is_always_smaller(  # noqa: PLR0913, PLR0917 -- what a situation is made of
     n_samples: int, held: int, allocated: int, usable: int, requested: int, steps: list[tuple[int, int, int]]
 ) -> None:
     """Whatever was observed, the suggestion is at least 1 and less than what failed, or there is none."""

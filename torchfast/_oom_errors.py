@@ -103,7 +103,7 @@ _RULES = (
     _Rule(r"out of resource: shared memory", None),
     _Rule(r"device-side assert|illegal memory access|unspecified launch failure", None),
     # NCCL first: its text quotes CUDA's.
-    _Rule(r"(?s)nccl.*(?:out of memory|Failed to CUDA (?:c|m)alloc)", "communicator", retryable=False),
+    _Rule(r"(?is)nccl.*(?:out of memory|Failed to CUDA (?:c|m)alloc)", "communicator", retryable=False),
     _Rule(r"Failed to CUDA (?:c|m)alloc", "communicator", retryable=False),
     _Rule(r"ncclInternalError", "communicator", retryable=False, on_empty=None),
     # PyTorch's caching allocators.

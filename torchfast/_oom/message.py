@@ -56,10 +56,8 @@ _INSTEAD: dict[Kind, str] = {
         "Its process group cannot be used any more: restart the job and leave NCCL room with "
         "torch.cuda.set_per_process_memory_fraction(0.95)."
     ),
-    "address_space": "A smaller batch does not help: start with "
-    "PYTORCH_ALLOC_CONF=expandable_segments:False.",
-    "impossible": "That is a mistake in a shape or an index, not a lack of memory: look at the line "
-    "that failed.",
+    "address_space": "A smaller batch does not help: try PYTORCH_ALLOC_CONF=expandable_segments:False.",
+    "impossible": "That is a mistake in a shape or an index, not a lack of memory: see the line that failed.",
 }
 
 
@@ -86,7 +84,9 @@ def _depends_on_batch(case: Case) -> bool:
 
 def _message(case: Case) -> str:
     where = f" in {_PHASES[case.findings.phase]}" if case.findings.phase else ""
-    what = _WHAT[case.record.kind].format(device=case.device) + where
+    # A text may not name its device, and a machine without a GPU may read one from elsewhere.
+    device = "the device" if case.device.type == "cpu" else case.device
+    what = _WHAT[case.record.kind].format(device=device) + where
     return "\n".join([f"{what}. {_first(case)}", *_advice(case)])
 
 

@@ -143,7 +143,9 @@ def suggest(
         return _from_steps(n_samples, line, usable)
     if now.allocated_bytes is not None and usable is not None and base_bytes is not None:
         return _from_failure(n_samples, base_bytes, now.allocated_bytes + (requested_bytes or 0), usable)
-    return Suggestion(round_down(n_samples // 2), f"half of {n_samples}.")
+    return Suggestion(
+        round_down(n_samples // 2), f"half of {n_samples}, since what a sample needs was not measured."
+    )
 
 
 def _from_steps(n_samples: int, line: tuple[float, float], usable_bytes: int) -> Suggestion:
