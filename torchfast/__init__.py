@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
     from torchfast._oom.guard import OOMGuard, QuietOOMGuard, oom_guard
     from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
+    from torchfast._teacher import GPUTeacher
 
 __all__ = [
     "DeviceLoader",
+    "GPUTeacher",
     "HostOutOfMemoryError",
     "OOMGuard",
     "OutOfMemoryError",
@@ -30,6 +32,7 @@ __all__ = [
 
 # What is imported when it is first asked for: records of many fields cost milliseconds to define.
 _HOMES = {
+    "GPUTeacher": "_teacher",
     "HostOutOfMemoryError": "_oom.report",
     "OOMGuard": "_oom.guard",
     "OutOfMemoryError": "_oom.report",

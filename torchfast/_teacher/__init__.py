@@ -1,0 +1,322 @@
+"""`GPUTeacher`: a frozen distillation teacher, on the device, outside the student."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from torchfast import _layout
+from torchfast._device import resolve_device
+from torchfast._teacher.chunks import forward_in_memory
+from torchfast._teacher.loading import built_without_memory, loaded
+from torchfast._teacher.placing import Placing, frozen_copy, main_dtype, tensors_of
+from torchfast._tree import Leaf, flatten, map_tensors, tensors
+
+T = TypeVar("T")
+
+
+class GPUTeacher:
+    """A frozen teacher, called like the module, whose outputs are targets for a student.
+
+    It holds a copy of the module on the device, in eval mode and without gradients; the module given stays
+    as it is and may be deleted. It is no `nn.Module`: as an attribute of the student it follows neither
+    `.train()` nor `.to()`, and is in neither `parameters()`, `state_dict()`, optimizers, averaged copies nor
+    DDP's buckets. `copy.deepcopy` of an owner shares it, and a pickle leaves its weights out.
+
+    A call moves its inputs to the device, casts those that are floating point, and runs without autograd and
+    without autocast. The outputs are the caller's own, in the teacher's type. Where a batch does not fit, it
+    runs in parts, with a warning and from then on: the same outputs up to rounding. Call the teacher before
+    the student: then its scratch memory is free again when the student's activations need it.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import GPUTeacher
+        >>> module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Dropout())
+        >>> teacher = GPUTeacher(module, device="cpu", dtype=torch.bfloat16)
+        >>> targets = teacher(torch.randn(4, 3, 8, 8))
+        >>> targets.shape, targets.dtype, targets.requires_grad
+        (torch.Size([4, 288]), torch.bfloat16, False)
+
+    Args:
+        teacher: the module. A DDP, DataParallel or compiled wrapper is taken off.
+        device: where it runs; None is the current accelerator, else the CPU.
+        dtype: the type of its floating-point weights and inputs; None keeps the module's. In float16 and
+            bfloat16, batch norms keep their own.
+        channels_last: lay convolution weights and the images among the inputs out channels last, as
+            `to_channels_last` does.
+        chunk_size: run at most this many samples at a time; None is no limit. Samples lie along dimension 0.
+
+    Attributes:
+        device: the device, with its index.
+        dtype: the floating-point type of the inputs.
+        chunk_size: as given, or what is left of it since memory ran out.
+        module: the frozen module, to look at.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no such device or type, no parameters, or parameters without values of their own.
+        torch.OutOfMemoryError: the weights, or a single sample, do not fit; a note says what would.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        /,
+        device: torch.device | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = True,
+        chunk_size: int | None = None,
+    ) -> None:
+        module = _bare(teacher)
+        place = _place(dtype, chunk_size, device)
+        _check_has_values(module)
+        placing = Placing(module, place, dtype, channels_last=channels_last)
+        self._set_up(frozen_copy(module, placing), place, dtype, chunk_size, channels_last=channels_last)
+
+    @classmethod
+    def from_checkpoint(  # noqa: PLR0913 -- the options of GPUTeacher, and a file
+        cls,
+        factory: Callable[[], nn.Module],
+        path: str | PathLike[str] | Iterable[str | PathLike[str]],
+        /,
+        device: torch.device | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = True,
+        chunk_size: int | None = None,
+    ) -> Self:
+        """Build a teacher straight from a file, without ever holding its weights twice.
+
+        Peaks at the teacher plus one tensor on the device, and at one tensor plus the module's buffers on the
+        host. Tied weights stay tied, buffers that the file does not hold are computed by the factory, and the
+        run's random numbers do not change. A file that does not fit is refused before anything is read.
+
+        Example:
+            >>> import os, tempfile, torch
+            >>> from torchfast import GPUTeacher
+            >>> def build():
+            ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = os.path.join(folder, "teacher.pt")
+            ...     torch.save(build().state_dict(), path)
+            ...     teacher = GPUTeacher.from_checkpoint(build, path, device="cpu")
+            >>> teacher(torch.zeros(3, 4)).shape
+            torch.Size([3, 2])
+
+        Args:
+            factory: builds the module, as a function without arguments.
+            path: a `.safetensors` file or a state dict written by `torch.save`, or several that together hold
+                the weights. What `torch.save` wrote is read with `weights_only=True`.
+            device: as for `GPUTeacher`.
+            dtype: as for `GPUTeacher`; None is the type that the factory gives.
+            channels_last: as for `GPUTeacher`.
+            chunk_size: as for `GPUTeacher`.
+
+        Raises:
+            TypeError: the factory builds no module, or the file holds other things than tensors by name.
+            ValueError: names or shapes of file and module differ; the message lists them.
+            ImportError: a `.safetensors` file, and the package safetensors is not installed.
+            FileNotFoundError: there is no such file.
+        """
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise TypeError(
+                "GPUTeacher.from_checkpoint takes a function that builds the module, but was given "
+                f"{_an(factory)}. Give it a way to build one without memory: lambda: {_name(factory)}(...)."
+            )
+        place = _place(dtype, chunk_size, device)
+        module = built_without_memory(factory)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"the factory given to GPUTeacher.from_checkpoint returned {_an(module)}, not a "
+                "torch.nn.Module. It has to build and return the teacher's module."
+            )
+        _check_shapes_are_known(module)
+        paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+        placing = Placing(module, place, dtype, channels_last=channels_last)
+        teacher = cls.__new__(cls)
+        teacher._set_up(loaded(module, paths, placing), place, dtype, chunk_size, channels_last=channels_last)
+        return teacher
+
+    def _set_up(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        chunk_size: int | None,
+        *,
+        channels_last: bool,
+    ) -> None:
+        self.module = module
+        self.device = device
+        self.dtype = main_dtype(module) if dtype is None else dtype
+        self.chunk_size = chunk_size
+        ranks = {len(c.kernel_size) + 2 for _, c in _layout.convolutions(module)} if channels_last else set()
+        self._image_ranks = frozenset(ranks)
+        self._own = frozenset(id(tensor) for tensor in tensors_of(module))
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            inputs = self._ready((args, kwargs))
+            outputs, chunk_size = forward_in_memory(self._forward, inputs, self.chunk_size)
+            if chunk_size != self.chunk_size:
+                self.chunk_size = chunk_size
+                warnings.warn(
+                    f"the teacher ran out of memory on this batch and runs {chunk_size} samples at a time "
+                    "from now on: the same outputs up to rounding, more slowly. Give "
+                    f"GPUTeacher(..., chunk_size={chunk_size}) to begin so, or use a smaller batch.",
+                    stacklevel=2,
+                )
+            return self._released(outputs, inputs)
+
+    def _forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        args, kwargs = inputs
+        return self.module(*args, **kwargs)
+
+    def _ready(self, inputs: T) -> T:
+        """Return the inputs on the device, in the teacher's type and layout."""
+        leaves, structure = flatten(inputs)
+        return cast(T, structure.rebuild([self._ready_leaf(leaf) for leaf in leaves]))
+
+    def _ready_leaf(self, leaf: Leaf) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf.to(self.device)
+        dtype = self.dtype if leaf.is_floating_point() else None
+        moved = leaf.to(device=self.device, dtype=dtype, non_blocking=True)
+        if moved.dim() in self._image_ranks and _layout.is_image(moved, rank_5=True):
+            return _layout.to_channels_last_tensor(moved)
+        return moved
+
+    def _released(self, outputs: T, inputs: object) -> T:
+        """Return the outputs detached; copied, where they are memory of the teacher or of the inputs."""
+        kept = self._own | {id(_root(tensor)) for tensor in tensors(inputs)}
+
+        def release(output: torch.Tensor) -> torch.Tensor:
+            return output.detach().clone() if id(_root(output)) in kept else output.detach()
+
+        return map_tensors(release, outputs)
+
+    def __repr__(self) -> str:
+        """Say what is taught by, where and in which type."""
+        layout = ", channels_last" if self._image_ranks else ""
+        chunks = "" if self.chunk_size is None else f", {self.chunk_size} samples at a time"
+        return f"GPUTeacher({type(self.module).__name__}, {self.device}, {self.dtype}{layout}{chunks})"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_weights, (self.device, self.dtype)
+
+
+class _LeftOut(nn.Module):
+    """What stands for the module in a teacher that came through a pickle."""
+
+    def forward(self, *_args: object, **_kwargs: object) -> None:
+        """Say why there is nothing to call."""
+        raise RuntimeError(
+            "this GPUTeacher came through a pickle (torch.save of a whole student, or a spawned process), "
+            "which leaves a teacher's weights out. "
+            "Build it again with GPUTeacher(...) or GPUTeacher.from_checkpoint(...)."
+        )
+
+
+def _without_weights(device: torch.device, dtype: torch.dtype) -> GPUTeacher:
+    teacher = GPUTeacher.__new__(GPUTeacher)
+    teacher._set_up(_LeftOut(), device, dtype, None, channels_last=False)
+    return teacher
+
+
+def _root(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor whose memory this one is a view of."""
+    return tensor if tensor._base is None else tensor._base
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def _bare(teacher: object) -> nn.Module:
+    """Return the module without wrappers that make no sense for a teacher."""
+    if not isinstance(teacher, nn.Module):
+        hint = (
+            "To load one from a file, use GPUTeacher.from_checkpoint(factory, path)."
+            if isinstance(teacher, (str, PathLike, Mapping))
+            else "Give an instance of the module that computes the targets."
+        )
+        raise TypeError(f"GPUTeacher takes a torch.nn.Module, but was given {_an(teacher)}. {hint}")
+    if isinstance(teacher, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return _bare(teacher.module)
+    return _bare(teacher._orig_mod) if hasattr(teacher, "_orig_mod") else teacher
+
+
+def _an(thing: object) -> str:
+    return f"the class {_name(thing)}" if isinstance(thing, type) else f"an object of type {_name(thing)}"
+
+
+def _name(thing: object) -> str:
+    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
+
+
+def _place(
+    dtype: torch.dtype | None, chunk_size: int | None, device: torch.device | str | int | None
+) -> torch.device:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype} was asked for, but a teacher computes in floating point. "
+            "Choose torch.bfloat16, torch.float16 or torch.float32, or leave dtype=None to keep the module's."
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"chunk_size={chunk_size} was asked for, but at least one sample has to run at a time. "
+            "Give a positive number, or None for no limit."
+        )
+    place = resolve_device(device)
+    if place.type == "meta":
+        raise ValueError(
+            "device='meta' was asked for, where tensors have no values: a teacher could not compute targets. "
+            "Choose a device with memory, or None for the current one."
+        )
+    return place
+
+
+def _check_has_values(module: nn.Module) -> None:
+    _check_shapes_are_known(module)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} of the teacher lies on the meta device and has no values. "
+                "Load them with GPUTeacher.from_checkpoint(factory, path)."
+            )
+
+
+def _check_shapes_are_known(module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "the teacher is a TorchScript module, whose weights cannot be placed one by one. "
+            "Give the Python module that it was made from."
+        )
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"the teacher, {type(module).__name__}, has no parameters, so it has learnt nothing to teach. "
+            "Give the trained module itself; what needs no weights can be called as it is."
+        )
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name!r} of the teacher has no shape yet: it takes it from the first batch. "
+                "Run one batch through the module, then make it a teacher."
+            )
+        if any(base.__module__.startswith("torch.distributed.tensor") for base in type(parameter).__mro__):
+            raise ValueError(
+                f"{name!r} of the teacher is a DTensor, spread over several processes, and a teacher is "
+                "whole on each device. "
+                "Make it before fully_shard, or load it with GPUTeacher.from_checkpoint."
+            )
