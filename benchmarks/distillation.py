@@ -224,7 +224,7 @@ def step(
     with torch.autocast("cuda", torch.bfloat16):
         logits = student(images)
     loss = distillation_loss(logits, labels, targets)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
