@@ -51,7 +51,7 @@ border:1px solid var(--line);border-radius:10px;padding:16px 18px 12px;max-width
 .tfv svg text{font:11px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--soft)}
 .tfv .tfv-legend{display:grid;grid-template-columns:repeat(auto-fill,minmax(215px,1fr));
 gap:2px 22px;margin:8px 0 4px}
-.tfv .tfv-row{display:grid;grid-template-columns:14px 1fr auto 48px;align-items:center;
+.tfv .tfv-row{display:grid;grid-template-columns:14px 1fr auto 54px;align-items:center;
 font-variant-numeric:tabular-nums}
 .tfv .tfv-row i{width:9px;height:9px;border-radius:2px;display:block}
 .tfv .tfv-row span:last-child{text-align:right;color:var(--soft)}
@@ -167,9 +167,9 @@ def stacks(trace: "Trace", at: Iterable[int], lines: dict[str, str]) -> dict[str
 
 
 def nice_step(top_bytes: int) -> int:
-    """Return a round distance for grid lines: about four up to `top_bytes`."""
+    """Return a round distance for grid lines: two to five of them up to `top_bytes`."""
     unit = GIB if top_bytes > 2 * GIB else MIB if top_bytes > 2 * MIB else KIB
-    rough = top_bytes / 4 / unit
+    rough = top_bytes / 5 / unit
     power = 1
     while power * 10 <= rough:
         power *= 10
@@ -181,7 +181,7 @@ def _timeline(estimate: "VRAMEstimate") -> str:
     if done is None or not trace.events:
         return ""
     at = points(done.allocated_bytes)
-    top = max(done.peak_reserved_bytes, 1) * 1.06
+    top = max(done.peak_reserved_bytes, 1) * 1.1
     span_x, span_y = _WIDTH - _LEFT, _HEIGHT - _TOP - _BOTTOM
     n = len(trace.events)
 
@@ -208,6 +208,8 @@ def _timeline(estimate: "VRAMEstimate") -> str:
         f"<polyline points='{reserved}' fill='none' stroke='var(--soft)' stroke-width='1.2' "
         "stroke-dasharray='4 3'><title>reserved</title></polyline>"
     )
+    label_y = y_of(done.peak_reserved_bytes) - 5
+    svg.append(f"<text x='{_WIDTH - 2}' y='{label_y:.1f}' text-anchor='end'>reserved</text>")
     svg.append(_peak_mark(x_of(done.peak_event), y_of(done.peak_allocated_bytes), estimate))
     return "".join(svg) + "</svg>"
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torchfast._bytes import format_bytes
 from torchfast._estimate.events import Event, Trace
@@ -12,6 +13,12 @@ from torchfast._estimate.picture import html
 from torchfast._estimate.replay import Replay, replay
 from torchfast._estimate.settings import AllocatorSettings
 from torchfast._estimate.text import LINES, table
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+
+    from torchfast._estimate.search import BatchSize, Fit, WhatIfTable
 
 
 class Retrace(Protocol):
@@ -133,6 +140,73 @@ class VRAMEstimate:
             f"safe bound {format_bytes(self.safe_bytes)}) of {format_bytes(self.gpu.total_bytes)} "
             f"on {self.gpu.name}"
         )
+
+    def fits(
+        self, gpu: "GPU | str | int | torch.device | None" = None, /, *, limit_bytes: int | None = None
+    ) -> "Fit":
+        """Decide whether the step runs on a GPU, by replaying it under that GPU's memory.
+
+        Near the limit PyTorch gives cached memory back and tries again, so a step can run on a card that is
+        smaller than its peak; comparing the peak with the card would say no. For a GPU that would run other
+        kernels the step is traced again.
+
+        Args:
+            gpu: as in `estimate_vram`; the estimate's own by default.
+            limit_bytes: what PyTorch may reserve, where it is not the GPU's memory less the context: under
+                `torch.cuda.set_per_process_memory_fraction`, or where others share the GPU.
+
+        Returns:
+            A record that is true where the step fits, and otherwise says what ran out where.
+        """
+        from torchfast._estimate import search
+
+        return search.fits(self, gpu, limit_bytes)
+
+    def max_batch_size(
+        self, gpu: "GPU | str | int | torch.device | None" = None, /, *, limit_bytes: int | None = None
+    ) -> "BatchSize":
+        """Find the largest batch that runs, by replay; each candidate is confirmed by a trace of its own.
+
+        Between traces sizes are taken as affine in the batch size. Two to six traces, a second or two each.
+
+        Args:
+            gpu: as in `estimate_vram`; the estimate's own by default.
+            limit_bytes: as in `fits`.
+
+        Raises:
+            ValueError: the estimate does not know which dimension is the batch.
+            ReferenceError: the model no longer exists; an estimate holds it only weakly.
+        """
+        from torchfast._estimate import search
+
+        return search.max_batch_size(self, gpu, limit_bytes)
+
+    def what_if(self) -> "WhatIfTable":
+        """Trace the step once for each common change, and tell what each would save.
+
+        Checkpointing, bfloat16 autocast, pure bfloat16, a fused optimizer, channels_last, SGD, half the
+        batch; the common optimizers where the estimate was made without one. A change that makes no sense
+        for the step is left out. One trace a row.
+        """
+        from torchfast._estimate import search
+
+        return search.what_if(self)
+
+    def plot(self, axes: "Axes | None" = None, /) -> "Axes":
+        """Draw the timeline with matplotlib, on `axes` or on a new figure, and return the axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from torchfast._estimate.plot import plot
+
+        return plot(self, axes)
+
+    def save_snapshot(self, path: str | Path, /) -> None:
+        """Write the run as a memory snapshot, for pytorch.org/memory_viz and `torch.cuda._memory_viz`."""
+        from torchfast._estimate.snapshot import save_snapshot
+
+        save_snapshot(self, path)
 
     def __repr__(self) -> str:
         return f"<VRAMEstimate {self.summary().removeprefix('VRAM estimate: ')}>"
