@@ -3,7 +3,10 @@
 Each part of the library has its section, in the order of the files.
 """
 
+import pickle
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.fake_gpu import FakeGPU
-from torchfast import DeviceLoader, VRAMMonitor, oom_guard, to_channels_last
+from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, oom_guard, to_channels_last
 from torchfast._device import resolve_device
 
 
@@ -282,6 +285,250 @@ def test_loader_transform_that_stops_the_iteration() -> None:
 
 
 # --- GPUTeacher ------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_that_is_no_module() -> None:
+    """A class, a function or a path is no module; for a path there is another way."""
+    with pytest.raises(TypeError, match="takes") as error:
+        GPUTeacher(nn.Linear)  # type: ignore[arg-type]  # wrong on purpose
+    assert text_of(error) == (
+        "GPUTeacher takes a torch.nn.Module, but was given the class Linear. "
+        "Give an instance of the module that computes the targets."
+    )
+    with pytest.raises(TypeError, match="takes") as error:
+        GPUTeacher("teacher.safetensors")  # type: ignore[arg-type]  # wrong on purpose
+    assert text_of(error) == (
+        "GPUTeacher takes a torch.nn.Module, but was given an object of type str. "
+        "To load one from a file, use GPUTeacher.from_checkpoint(factory, path)."
+    )
+
+
+def test_a_teacher_without_parameters() -> None:
+    """A module that has learnt nothing is most likely the wrong one."""
+    with pytest.raises(ValueError, match="parameters") as error:
+        GPUTeacher(nn.ReLU(), "cpu")
+    assert text_of(error) == (
+        "the teacher, ReLU, has no parameters, so it has learnt nothing to teach. "
+        "Give the trained module itself; what needs no weights can be called as it is."
+    )
+
+
+def test_a_teacher_without_values() -> None:
+    """Parameters on meta, or lazy ones, have no values to copy."""
+    with pytest.raises(ValueError, match="meta") as error:
+        GPUTeacher(nn.Linear(2, 2, device="meta"), "cpu")
+    assert text_of(error) == (
+        "'weight' of the teacher lies on the meta device and has no values. "
+        "Load them with GPUTeacher.from_checkpoint(factory, path)."
+    )
+    with pytest.raises(ValueError, match="first batch") as error:
+        GPUTeacher(nn.LazyLinear(2), "cpu")
+    assert text_of(error) == (
+        "'weight' of the teacher has no shape yet: it takes it from the first batch. "
+        "Run one batch through the module, then make it a teacher."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_a_teacher_in_torchscript() -> None:
+    """TorchScript's weights cannot be placed one by one."""
+    with pytest.raises(TypeError, match="TorchScript") as error:
+        GPUTeacher(torch.jit.script(nn.Linear(2, 2)), "cpu")
+    assert text_of(error) == (
+        "the teacher is a TorchScript module, whose weights cannot be placed one by one. "
+        "Give the Python module that it was made from."
+    )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_teacher_in_pieces() -> None:
+    """A teacher is whole on each device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(2, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="DTensor") as error:
+        GPUTeacher(model, "cpu")
+    assert text_of(error) == (
+        "'weight' of the teacher is a DTensor, spread over several processes, and a teacher is whole on each "
+        "device. Make it before fully_shard, or load it with GPUTeacher.from_checkpoint."
+    )
+
+
+def test_options_of_a_teacher_that_make_no_sense() -> None:
+    """A type without fractions, no samples at a time, and a device without memory."""
+    module = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="dtype") as error:
+        GPUTeacher(module, "cpu", dtype=torch.int8)
+    assert text_of(error) == (
+        "dtype=torch.int8 was asked for, but a teacher computes in floating point. "
+        "Choose torch.bfloat16, torch.float16 or torch.float32, or leave dtype=None to keep the module's."
+    )
+    with pytest.raises(ValueError, match="chunk_size") as error:
+        GPUTeacher(module, "cpu", chunk_size=0)
+    assert text_of(error) == (
+        "chunk_size=0 was asked for, but at least one sample has to run at a time. "
+        "Give a positive number, or None for no limit."
+    )
+    with pytest.raises(ValueError, match="device") as error:
+        GPUTeacher(module, "meta")
+    assert text_of(error) == (
+        "device='meta' was asked for, where tensors have no values: a teacher could not compute targets. "
+        "Choose a device with memory, or None for the current one."
+    )
+
+
+def test_a_factory_that_is_none() -> None:
+    """A module is not a function that builds one, and a function has to return one."""
+    with pytest.raises(TypeError, match="function") as error:
+        GPUTeacher.from_checkpoint(nn.Linear(2, 2), "teacher.pt", "cpu")
+    assert text_of(error) == (
+        "GPUTeacher.from_checkpoint takes a function that builds the module, but was given an object of type "
+        "Linear. Give it a way to build one without memory: lambda: Linear(...)."
+    )
+    with pytest.raises(TypeError, match="returned") as error:
+        GPUTeacher.from_checkpoint(lambda: None, "a.pt", "cpu")  # type: ignore[arg-type,return-value]  # wrong
+    assert text_of(error) == (
+        "the factory given to GPUTeacher.from_checkpoint returned an object of type NoneType, not a "
+        "torch.nn.Module. It has to build and return the teacher's module."
+    )
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    """Names and shapes that differ are listed, and a wrapper's prefix is recognised."""
+    path = tmp_path / "teacher.pt"
+    torch.save({"weight": torch.zeros(3, 2), "extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="fit") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    assert text_of(error) == (
+        "the checkpoint does not fit the module that the factory built: it lacks bias; has besides extra; "
+        "has in another shape weight (3, 2) instead of (2, 2). Nothing was loaded."
+    )
+    torch.save({f"module.{name}": t for name, t in nn.Linear(2, 2).state_dict().items()}, path)
+    with pytest.raises(ValueError, match="fit") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    assert text_of(error) == (
+        "the checkpoint does not fit the module that the factory built: it lacks weight, bias; has besides "
+        "module.weight, module.bias. All its names begin with 'module.': it was saved from a wrapper. "
+        "Save the wrapped module's own state dict. Nothing was loaded."
+    )
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    """A file with more than tensors by name, or with no names at all."""
+    path = tmp_path / "teacher.pt"
+    torch.save({"epoch": 3, "model": {}}, path)
+    with pytest.raises(TypeError, match="more than") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    assert text_of(error) == (
+        f"{str(path)!r} holds more than tensors by name: epoch, model. "
+        "Save the state dict alone: torch.save(checkpoint[<its key>], path)."
+    )
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(TypeError, match="state dict") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    assert text_of(error) == (
+        f"{str(path)!r} holds list, not a state dict: tensors by name. "
+        "Save the teacher with torch.save(teacher.state_dict(), path)."
+    )
+
+
+def test_a_factory_that_computes_buffers_from_parameters(tmp_path: Path) -> None:
+    """A buffer that the file lacks and the factory cannot compute is named; the teacher never has holes."""
+
+    class Net(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("norm", self.weight.detach().norm(), persistent=False)
+
+    path = tmp_path / "teacher.pt"
+    torch.save(Net().state_dict(), path)
+    with pytest.raises(ValueError, match="norm") as error:
+        GPUTeacher.from_checkpoint(Net, path, "cpu")
+    assert text_of(error) == (
+        "'norm' is not in the checkpoint, and the factory gave it no values: it lies on the meta device. "
+        "Have the factory compute it from numbers instead of from parameters."
+    )
+
+
+def test_a_safetensors_file_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The missing package is named; nobody is sent to the unrelated torchfast of PyPI."""
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="safetensors") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), "teacher.safetensors", "cpu")
+    assert text_of(error) == (
+        "reading 'teacher.safetensors' needs the safetensors package, which is not installed. "
+        "Install it with: pip install safetensors"
+    )
+
+
+def test_a_teacher_out_of_a_pickle() -> None:
+    """A pickle leaves the weights out, and the teacher in it says so."""
+    teacher = pickle.loads(pickle.dumps(GPUTeacher(nn.Linear(2, 2), "cpu")))  # noqa: S301 -- our own bytes
+    with pytest.raises(RuntimeError, match="pickle") as error:
+        teacher(torch.zeros(1, 2))
+    assert text_of(error) == (
+        "this GPUTeacher came through a pickle (torch.save of a whole student, or a spawned process), which "
+        "leaves a teacher's weights out. "
+        "Build it again with GPUTeacher(...) or GPUTeacher.from_checkpoint(...)."
+    )
+
+
+class OutOfMemory(nn.Linear):
+    """A teacher that takes one sample at most, or as many as it is given."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(1, 1)
+        self.most = most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Fail as an allocator does."""
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return x
+
+
+def test_a_teacher_that_runs_in_parts() -> None:
+    """The warning says how it goes on, and how to begin so."""
+    with pytest.warns(UserWarning, match="samples at a time") as caught:
+        GPUTeacher(OutOfMemory(2), "cpu")(torch.zeros(4, 1))
+    assert str(caught[0].message) == (
+        "the teacher ran out of memory on this batch and runs 2 samples at a time from now on: the same "
+        "outputs up to rounding, more slowly. "
+        "Give GPUTeacher(..., chunk_size=2) to begin so, or use a smaller batch."
+    )
+
+
+def test_a_teacher_that_does_not_fit_at_all() -> None:
+    """The allocator's own error comes with a note on what would help."""
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
+        GPUTeacher(OutOfMemory(0), "cpu")(torch.zeros(4, 1))
+    assert error.value.__notes__[0] == (
+        "The teacher does not fit even with one sample at a time. Smaller inputs, dtype=torch.bfloat16 or a "
+        "smaller student beside it would help."
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
+        GPUTeacher(OutOfMemory(-1), "cpu")("abc")
+    assert error.value.__notes__ == [
+        "The teacher was given no tensor with a batch dimension, so its work cannot be split."
+    ]
+
+
+def test_a_teacher_that_cannot_be_split() -> None:
+    """Outputs that belong to the batch as a whole cannot be put together from parts."""
+
+    class Total(OutOfMemory):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).sum()
+
+    with pytest.raises(RuntimeError, match="cannot be split") as error:
+        GPUTeacher(Total(1), "cpu")(torch.arange(4.0)[:, None])
+    assert text_of(error) == (
+        "the teacher ran out of memory, and its batch cannot be split: it returns an output of shape () for "
+        "1 samples. Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
+    )
+
 
 # --- estimate_vram ---------------------------------------------------------------------------------------
 
