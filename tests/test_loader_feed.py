@@ -11,6 +11,7 @@ import torch
 
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.stats import Tally
 
 
 class HostTransport:
@@ -23,6 +24,9 @@ class HostTransport:
         self.n_evicted = 0
         self.sending_fails_at: int | None = None
         self.delivery_fails_once = False
+
+    def begin(self, tally: Tally) -> None:
+        """Begin a pass."""
 
     def follow(self) -> None:
         """Nothing to follow."""
@@ -67,7 +71,7 @@ class HostTransport:
 def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
     """Open a pass over a source that is fed by a thread."""
     transport = HostTransport()
-    feed = ThreadedFeed(iter(source), transport, depth=depth)
+    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth)
     return Epoch(feed, None, owner=None), transport, feed
 
 
@@ -142,7 +146,7 @@ def test_an_error_of_the_transfer_comes_in_its_place() -> None:
     """A transfer that fails takes the place of its batch, and the others arrive."""
     transport = HostTransport()
     transport.sending_fails_at = 2
-    epoch: Epoch[int] = Epoch(ThreadedFeed(iter(range(5)), transport, depth=2), None, owner=None)
+    epoch: Epoch[int] = Epoch(ThreadedFeed(iter(range(5)), transport, Tally(), depth=2), None, owner=None)
     assert [next(epoch), next(epoch)] == [0, 1]
     with pytest.raises(ConnectionError, match="transfer failed"):
         next(epoch)

@@ -3,9 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from torchfast._channels_last import to_channels_last
-from torchfast._loader import DeviceLoader
 
 if TYPE_CHECKING:
+    from torchfast._estimate.estimate import estimate_vram
+    from torchfast._estimate.gpus import GPU
+    from torchfast._estimate.report import VRAMEstimate
+    from torchfast._loader.loader import DeviceLoader
+    from torchfast._loader.stats import LoaderStats
     from torchfast._monitor.history import VRAMSpan
     from torchfast._monitor.monitor import VRAMMonitor
     from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
@@ -14,35 +18,44 @@ if TYPE_CHECKING:
     from torchfast._teacher import GPUTeacher
 
 __all__ = [
+    "GPU",
     "DeviceLoader",
     "GPUTeacher",
     "HostOutOfMemoryError",
+    "LoaderStats",
     "OOMGuard",
     "OutOfMemoryError",
     "OutOfMemoryReport",
     "QuietOOMGuard",
+    "VRAMEstimate",
     "VRAMMonitor",
     "VRAMPeak",
     "VRAMPhase",
     "VRAMSample",
     "VRAMSpan",
+    "estimate_vram",
     "oom_guard",
     "to_channels_last",
 ]
 
 # What is imported when it is first asked for: records of many fields cost milliseconds to define.
 _HOMES = {
+    "DeviceLoader": "_loader.loader",
+    "GPU": "_estimate.gpus",
     "GPUTeacher": "_teacher",
     "HostOutOfMemoryError": "_oom.report",
+    "LoaderStats": "_loader.stats",
     "OOMGuard": "_oom.guard",
     "OutOfMemoryError": "_oom.report",
     "OutOfMemoryReport": "_oom.report",
     "QuietOOMGuard": "_oom.guard",
+    "VRAMEstimate": "_estimate.report",
     "VRAMMonitor": "_monitor.monitor",
     "VRAMPeak": "_monitor.sample",
     "VRAMPhase": "_monitor.sample",
     "VRAMSample": "_monitor.sample",
     "VRAMSpan": "_monitor.history",
+    "estimate_vram": "_estimate.estimate",
     "oom_guard": "_oom.guard",
 }
 

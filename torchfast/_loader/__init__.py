@@ -4,9 +4,6 @@
 - `epoch.py`      one pass over the loader, and the simple way to feed it
 - `feed.py`       the thread that loads and copies ahead
 - `transport.py`  streams, events, memory: how a batch gets to a CUDA device and when its memory is free again
+- `stats.py`      where the time went
 - `staging.py`    what travels together, and the ring of pinned buffers through which pageable memory travels
 """
-
-from torchfast._loader.loader import DeviceLoader
-
-__all__ = ["DeviceLoader"]

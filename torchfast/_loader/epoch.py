@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar, cast
@@ -9,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 
+from torchfast._loader.stats import Tally
 from torchfast._tree import flatten
 
 T = TypeVar("T")
@@ -110,15 +112,20 @@ def _finished(finish: Callable[[Any], Any], batch: Any) -> Any:
 class InlineFeed:
     """Batches as they come, in the caller's thread: for the CPU, and for accelerators other than CUDA."""
 
-    def __init__(self, source: Iterator[Any], device: torch.device) -> None:
+    def __init__(self, source: Iterator[Any], device: torch.device, tally: Tally) -> None:
         self._source: Iterator[Any] | None = source
+        self._tally = tally
         self._device = device
 
     def take(self) -> Any:
         """Return the next batch, on the device."""
         if self._source is None:
             raise StopIteration
+        began_s = time.perf_counter()
         batch = next(self._source)
+        waited_s = time.perf_counter() - began_s
+        self._tally.load_s += waited_s
+        self._tally.taken(waited_s)
         leaves, structure = flatten(batch)
         return structure.rebuild([leaf.to(self._device) for leaf in leaves])
 

@@ -7,6 +7,7 @@ closes its feed, and that ends the thread.
 import contextvars
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
@@ -15,11 +16,13 @@ from typing import Any, Protocol
 import torch
 
 from torchfast._loader.epoch import closed_error
+from torchfast._loader.stats import Tally
 
 
 class Transport(Protocol):
     """What a feed needs to know about moving batches; `CudaTransport` explains each."""
 
+    def begin(self, tally: Tally) -> None: ...
     def follow(self) -> None: ...
     def blank(self) -> Any: ...
     def deliver(self, parcel: Any) -> Any: ...
@@ -33,9 +36,11 @@ class Transport(Protocol):
 class ThreadedFeed:
     """Batches that a thread loads and copies ahead, at most `depth` of them beyond the one handed out."""
 
-    def __init__(self, source: Iterator[Any], transport: Transport, *, depth: int) -> None:
+    def __init__(self, source: Iterator[Any], transport: Transport, tally: Tally, *, depth: int) -> None:
         self._transport = transport
-        self._work = _Work(source, transport)
+        self._tally = tally
+        transport.begin(tally)
+        self._work = _Work(source, transport, tally)
         self._waiting: deque[Any] = deque()
         self._owes_permit = True
         self._process = os.getpid()
@@ -67,11 +72,15 @@ class ThreadedFeed:
             # Before waiting for this batch: its memory is free now, and the copy of a later one may start.
             self._work.permits.put(self._transport.blank())
             self._owes_permit = False
+        began_s = time.perf_counter()
         parcel = self._waiting.popleft() if self._waiting else self._work.ready.get()
+        waited_s = time.perf_counter() - began_s
         try:
-            return self._delivered(parcel)
+            batch = self._delivered(parcel)
         finally:
             del parcel  # an error's traceback must not keep the batch
+        self._tally.taken(waited_s)
+        return batch
 
     def _delivered(self, parcel: Any) -> Any:
         if isinstance(parcel, _End):
@@ -133,8 +142,9 @@ class _Stop:
 class _Work:
     """What the thread needs, and nothing that leads back to the feed."""
 
-    def __init__(self, source: Iterator[Any], transport: Transport) -> None:
+    def __init__(self, source: Iterator[Any], transport: Transport, tally: Tally) -> None:
         self.source = source
+        self.tally = tally
         self.transport = transport
         self.ready: SimpleQueue[Any] = SimpleQueue()
         self.permits: SimpleQueue[Any] = SimpleQueue()
@@ -159,6 +169,7 @@ class _Work:
     def step(self) -> bool:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
         self.transport.settle()
+        began_s = time.perf_counter()
         try:
             with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad_enabled):
                 batch = next(self.source)
@@ -167,6 +178,7 @@ class _Work:
             return False
         except BaseException as error:  # noqa: BLE001 - as above
             return self._send(_Failure(error))
+        self.tally.load_s += time.perf_counter() - began_s
         return self._send(batch)
 
     def _send(self, batch: Any) -> bool:

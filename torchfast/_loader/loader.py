@@ -13,6 +13,7 @@ from torchfast._device import resolve_device
 from torchfast._layout import is_image, to_channels_last_tensor
 from torchfast._loader.epoch import Epoch, Feed, InlineFeed, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.stats import LoaderStats, Tally
 from torchfast._tree import map_tensors
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class DeviceLoader(Generic[T]):
         self._transport: Any = None
         self._epoch: weakref.ref[Epoch[T]] | None = None
         self._n_passes = 0
+        self._tally = Tally()
         _holders.register(self)
 
     @classmethod
@@ -159,6 +161,7 @@ class DeviceLoader(Generic[T]):
         """Begin a pass: the loader's own iterator is made here and now, in the caller's thread."""
         self._close_last_pass(stacklevel=4)
         self._n_passes += 1
+        self._tally = Tally()
         if self._n_passes == 2:
             _warn_of_lost_workers(self.loader, stacklevel=3)
         epoch: Epoch[T] = Epoch(self._open_feed(iter(self.loader)), self._finish, owner=self)
@@ -197,6 +200,17 @@ class DeviceLoader(Generic[T]):
                 part.set_epoch(epoch)
                 return
 
+    @property
+    def stats(self) -> LoaderStats:
+        """Where the time of the latest pass went so far, and what bounds it; costs nothing on the device."""
+        return self._tally.stats()
+
+    def __repr__(self) -> str:
+        """Tell what is wrapped, and how the latest pass went."""
+        passed = f", {self.stats!r}" if self._n_passes else ""
+        wrapped = type(self.loader).__name__
+        return f"DeviceLoader({wrapped}, device={str(self.device)!r}, depth={self._depth}{passed})"
+
     def close(self) -> None:
         """End the pass that is open, if any: no thread, worker or batch of it is left."""
         epoch = None if self._epoch is None else self._epoch()
@@ -224,15 +238,14 @@ class DeviceLoader(Generic[T]):
 
     def _open_feed(self, source: Iterator[T]) -> Feed:
         if self.device.type != "cuda":
-            return InlineFeed(source, self.device)
+            return InlineFeed(source, self.device, self._tally)
         if self._transport is None:
             from torchfast._loader.transport import CudaTransport
 
             self._transport = CudaTransport(
                 self.device, self._depth, streams=self._streams, borrows=not _pins_afresh(self.loader)
             )
-        self._transport.follow()
-        return ThreadedFeed(source, self._transport, depth=self._depth)
+        return ThreadedFeed(source, self._transport, self._tally, depth=self._depth)
 
 
 def _check(loader: object, depth: object, transform: object) -> None:

@@ -6,6 +6,7 @@ batch must not keep its images too.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -121,13 +122,16 @@ class PinnedRing:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * n_buffers
         self._read: list[torch.cuda.Event | None] = [None] * n_buffers
         self._turn = 0
+        self.waited_s = 0.0
 
     def take(self, n_bytes: int, /) -> torch.Tensor:
         """Return the next buffer's first `n_bytes`, after waiting (asleep, without the GIL) for its turn."""
         self._turn = (self._turn + 1) % len(self._buffers)
         read = self._read[self._turn]
         if read is not None:
+            began_s = time.perf_counter()
             read.synchronize()
+            self.waited_s += time.perf_counter() - began_s
         if self._buffers[self._turn].nbytes < n_bytes:
             rounded_bytes = 1 << (n_bytes - 1).bit_length()
             self._buffers[self._turn] = torch.empty(rounded_bytes, dtype=torch.uint8, pin_memory=True)

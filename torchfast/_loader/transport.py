@@ -14,6 +14,7 @@ decides when one is free. A ring of our own would need to guess that from use co
 `record_stream` nor lend an idle slot to the model.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from torchfast._loader.staging import (
     team_size,
     tensor_at,
 )
+from torchfast._loader.stats import Moment, Tally
 from torchfast._tree import flatten
 
 
@@ -44,7 +46,7 @@ class Blank(NamedTuple):
 class Parcel:
     """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
 
-    __slots__ = ("batch", "blank", "has_late", "ready")
+    __slots__ = ("batch", "blank", "copied", "has_late", "ready")
 
     def __init__(
         self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
@@ -53,6 +55,7 @@ class Parcel:
         self.blank = blank
         self.ready = ready
         self.has_late = has_late
+        self.copied: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
 class CudaTransport:
@@ -71,6 +74,8 @@ class CudaTransport:
         self._borrows = borrows
         self._copy_stream = torch.cuda.Stream(device)
         self._consumer = torch.cuda.current_stream(device)
+        self._asked = torch.cuda.Event(enable_timing=True)
+        self._tally = Tally()
         self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
         self._expected_bytes: tuple[int, ...] = ()
         self._ring = PinnedRing(max(4, depth + 2))
@@ -78,19 +83,24 @@ class CudaTransport:
 
     # In the consumer's thread.
 
+    def begin(self, tally: Tally) -> None:
+        """Begin a pass, which `tally` counts."""
+        self._tally = tally
+        self.follow()
+
     def follow(self) -> None:
         """Take the calling thread's current stream as the one that consumes the batches."""
         self._consumer = torch.cuda.current_stream(self._device)
 
     def blank(self) -> Blank | None:
         """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
-        if not self._expected_bytes:
-            return None
         try:
-            return self._allocate(self._expected_bytes)
+            blank = self._allocate(self._expected_bytes)
         except torch.OutOfMemoryError:
             # Not the step's business: the batch will ask for its memory itself, and fail for itself.
-            return None
+            blank = self._allocate(())
+        self._asked = blank.gate
+        return blank if blank.buffers else None
 
     def deliver(self, parcel: Parcel) -> Any:
         """Return the batch; the current stream has then waited for its copy."""
@@ -102,6 +112,9 @@ class CudaTransport:
             for buffer in parcel.blank.buffers if others else ():
                 for other in others:
                     buffer.record_stream(other)
+        there = _record(stream)
+        n_bytes = sum(buffer.nbytes for buffer in parcel.blank.buffers) if parcel.blank else 0
+        self._tally.note(Moment(self._asked, there, parcel.copied, n_bytes))
         if not parcel.has_late:
             return parcel.batch
         return _map_leaves(lambda leaf: _move(leaf, self._device), parcel.batch)
@@ -119,7 +132,7 @@ class CudaTransport:
             return leaf.cpu() if is_ours else leaf
 
         parcel.batch = _map_leaves(to_host, parcel.batch)
-        parcel.blank, parcel.ready, parcel.has_late = None, [], True
+        parcel.blank, parcel.copied, parcel.ready, parcel.has_late = None, None, [], True
 
     def discard(self, parcel: Parcel) -> None:
         """Let go of a batch that nobody will see; its memory stays untouched until the copy is over."""
@@ -142,6 +155,12 @@ class CudaTransport:
 
     def send(self, batch: Any, blank: Blank | None) -> Parcel:
         """Start the copies of one batch, into `blank` if it fits."""
+        began_s, waited_s = time.perf_counter(), self._ring.waited_s
+        parcel = self._send(batch, blank)
+        self._tally.stage_s += time.perf_counter() - began_s - (self._ring.waited_s - waited_s)
+        return parcel
+
+    def _send(self, batch: Any, blank: Blank | None) -> Parcel:
         leaves, structure = flatten(batch)
         load = sort_leaves(leaves)
         ready = []
@@ -156,13 +175,16 @@ class CudaTransport:
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
-        sent = self._copy(leaves, load, blank)
-        ready.append(sent)
-        return Parcel(structure.rebuild(leaves), blank, ready, has_late=n_late > 0)
+        copied = self._copy(leaves, load, blank)
+        ready.append(copied[1])
+        parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=n_late > 0)
+        parcel.copied = copied
+        return parcel
 
-    def _copy(self, leaves: list[Any], load: Load, blank: Blank) -> torch.cuda.Event:
-        """Replace the plain leaves by their copies, and return the event after which these are there."""
+    def _copy(self, leaves: list[Any], load: Load, blank: Blank) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Replace the plain leaves by their copies, and return the events between which these are made."""
         self._copy_stream.wait_event(blank.gate)
+        began = _record(self._copy_stream)
         with torch.cuda.stream(self._copy_stream):
             try:
                 buffers = iter(blank.buffers)
@@ -174,8 +196,7 @@ class CudaTransport:
                 # What was already enqueued still writes: nobody else may get that memory before it is over.
                 blank.stream.wait_stream(self._copy_stream)
                 raise
-            sent: torch.cuda.Event = self._copy_stream.record_event()
-            return sent
+            return began, _record(self._copy_stream)
 
     def _copy_small(self, leaves: list[Any], load: Load, buffer: torch.Tensor) -> None:
         originals = [leaves[index] for index in load.small]
@@ -228,7 +249,13 @@ class CudaTransport:
         with torch.inference_mode(mode=False):
             buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
         stream = torch.cuda.current_stream(self._device)
-        return Blank(buffers, stream, stream.record_event())
+        return Blank(buffers, stream, _record(stream))
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 def _move(leaf: Any, device: torch.device) -> Any:

@@ -1,0 +1,186 @@
+"""Where the time of a pass went: what is counted while it runs, and the record that is made of it."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from torchfast._bytes import format_bytes
+
+STALL_SHARE = 0.05
+"""A pass whose device waited for batches for less of its time than this is bound by its own work."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LoaderStats:
+    """Where the time of a pass over a `DeviceLoader` went, from its first batch to the latest.
+
+    Times are sums over the pass, in seconds. They overlap: that is what the loader is for.
+    """
+
+    n_batches: int
+    """Batches handed out."""
+
+    n_bytes: int
+    """Bytes that were copied to the device for them."""
+
+    elapsed_s: float
+    """From the first batch to the latest, on the device's own clock where it has one."""
+
+    load_s: float
+    """In the wrapped loader, waiting for its batches."""
+
+    stage_s: float
+    """Preparing transfers: copying into pinned memory, enqueueing."""
+
+    copy_s: float
+    """The link to the device was busy."""
+
+    stall_s: float
+    """The device had nothing to do because a batch was not there yet."""
+
+    wait_s: float
+    """The loop's thread stood in `next`. Harmless where the device is behind anyway."""
+
+    @property
+    def step_ms(self) -> float:
+        """Time from batch to batch."""
+        return self.elapsed_s * 1e3 / max(1, self.n_batches - 1)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Speed of the link while it was busy; 0.0 if nothing was copied."""
+        return self.n_bytes / self.copy_s if self.copy_s else 0.0
+
+    @property
+    def overlap_efficiency(self) -> float:
+        """Share of the hideable time that was hidden: 1.0 is max(work, copy, host) a step, 0.0 their sum."""
+        work_s = max(0.0, self.elapsed_s - self.stall_s)
+        parts = (work_s, self.copy_s, self.load_s + self.stage_s)
+        serial_s, ideal_s = sum(parts), max(parts)
+        hideable_s = serial_s - ideal_s
+        if hideable_s <= 0.01 * serial_s:
+            return 1.0
+        return min(1.0, max(0.0, (serial_s - self.elapsed_s) / hideable_s))
+
+    @property
+    def verdict(self) -> str:
+        """What bounds the pass: "compute-bound", "transfer-bound", "host-bound"; "unknown" at first."""
+        if self.n_batches < 2 or self.elapsed_s <= 0:
+            return "unknown"
+        if self.stall_s < STALL_SHARE * self.elapsed_s:
+            return "compute-bound"
+        return "transfer-bound" if self.copy_s > self.load_s + self.stage_s else "host-bound"
+
+    @property
+    def advice(self) -> str:
+        """What to change, given the verdict."""
+        return {
+            "compute-bound": "The loader hides behind the work: nothing to gain here.",
+            "transfer-bound": "Move fewer bytes: images as uint8, made float by transform= on the device.",
+            "host-bound": "Load faster: more workers, persistent_workers=True, less work for each sample.",
+        }.get(self.verdict, "Too few batches to tell.")
+
+    def __repr__(self) -> str:
+        """Tell the verdict first, then the times it rests on."""
+        if self.verdict == "unknown":
+            return f"LoaderStats({self.n_batches} batches: {self.advice})"
+        shares = ", ".join(
+            f"{name} {seconds / self.elapsed_s:.0%}"
+            for name, seconds in (
+                ("stalled", self.stall_s),
+                ("link busy", self.copy_s),
+                ("loading", self.load_s),
+                ("staging", self.stage_s),
+            )
+        )
+        speed = f", {format_bytes(int(self.bytes_per_s))}/s" if self.copy_s else ""
+        return (
+            f"LoaderStats({self.verdict}: {self.n_batches} batches, {self.step_ms:.3g} ms a step; "
+            f"{shares}{speed}; overlap {self.overlap_efficiency:.2f}. {self.advice})"
+        )
+
+
+class Moment(NamedTuple):
+    """Events of one batch that lie on the device's timeline."""
+
+    asked: torch.cuda.Event
+    """The loop asked for the batch and all earlier work was done."""
+
+    there: torch.cuda.Event
+    """The batch was there."""
+
+    copied: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """The copy began and ended, where there was one."""
+
+    n_bytes: int
+
+
+class Tally:
+    """What one pass counts as it goes; the loop's thread and the copying thread write to different fields."""
+
+    def __init__(self) -> None:
+        self.n_batches = 0
+        self.load_s = 0.0
+        self.stage_s = 0.0
+        self.wait_s = 0.0
+        self.n_bytes = 0
+        self._copy_s = 0.0
+        self._stall_s = 0.0
+        self._elapsed_s = 0.0
+        self._n_read: int | None = None
+        self._moments: deque[Moment] = deque()
+        self._first_there: torch.cuda.Event | None = None
+        self._began_s = 0.0
+        self._before_first = (0.0, 0.0)
+
+    def taken(self, waited_s: float) -> None:
+        """Count a batch that was handed out after the loop's thread waited so long for it."""
+        self.n_batches += 1
+        now_s = time.perf_counter()
+        if self.n_batches == 1:
+            # Starting workers and filling the pipeline are not what a step costs.
+            self._began_s = now_s
+            self._before_first = (self.load_s, self.stage_s)
+            return
+        self.wait_s += waited_s
+        if self._n_read is None:
+            self._elapsed_s = now_s - self._began_s
+            self._stall_s = self.wait_s
+
+    def note(self, moment: Moment) -> None:
+        """Remember a batch's events, to be read once the device has passed them."""
+        self._n_read = self._n_read or 0
+        self._moments.append(moment)
+        self._read_moments()
+
+    def _read_moments(self) -> None:
+        while self._moments and self._moments[0].there.query():
+            self._read(self._moments.popleft())
+
+    def stats(self) -> LoaderStats:
+        """Make a record of what is known by now, without waiting for the device."""
+        self._read_moments()
+        return LoaderStats(
+            n_batches=self.n_batches if self._n_read is None else self._n_read,
+            n_bytes=self.n_bytes,
+            elapsed_s=self._elapsed_s,
+            load_s=self.load_s - self._before_first[0],
+            stage_s=self.stage_s - self._before_first[1],
+            copy_s=self._copy_s,
+            stall_s=self._stall_s,
+            wait_s=self.wait_s,
+        )
+
+    def _read(self, moment: Moment) -> None:
+        self._n_read = (self._n_read or 0) + 1
+        if self._first_there is None:
+            self._first_there = moment.there
+            return
+        self._stall_s += moment.asked.elapsed_time(moment.there) / 1e3
+        self._elapsed_s = self._first_there.elapsed_time(moment.there) / 1e3
+        if moment.copied is not None:
+            self._copy_s += moment.copied[0].elapsed_time(moment.copied[1]) / 1e3
+            self.n_bytes += moment.n_bytes
