@@ -1,0 +1,280 @@
+"""Feeding a GPU at the hardware's limit: `python benchmarks/device_loader.py [workloads] [sweep] [workers]`.
+
+Checked first: every peer hands out the right batches in the right order (races are the business of
+`device_loader_reliability.py`). Then timed on the device's own clock, from the eighth batch of a pass to its
+last, without draining the pipeline in between. Nothing is left out: a pass is iterated as a training loop
+would, and each step reads the batch.
+"""
+
+import argparse
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import loader_peers as peers
+import record
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from torchfast import DeviceLoader
+
+MIB = 2**20
+N_WARMUP = 8
+PROTOCOL = (
+    "CUDA events from the 8th batch of a pass to its last, nothing drained in between; a sample is one pass; "
+    "ideal = max(compute with a resident batch, one pinned copy of the batch's bytes)."
+)
+Step = Callable[[peers.Batch], None]
+
+
+def main() -> None:
+    """Run the parts asked for, all by default, and write the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", default=["workloads", "sweep", "workers"])
+    parts = parser.parse_args().parts
+    check()
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for name, part in {"workloads": workloads, "sweep": sweep, "workers": workers}.items():
+        if name in parts:
+            sections[name] = list(shown(part()))
+    path = record.write("device_loader", PROTOCOL, sections.pop("workloads", []), **sections)
+    print(f"written: {path}")
+
+
+def shown(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Print each row as it comes."""
+    for row in rows:
+        print({key: value for key, value in row.items() if key != "samples_ms"}, flush=True)
+        yield row
+
+
+def check() -> None:
+    """Hold every peer to the bare loop's batches, before any is timed."""
+    batches = [[torch.full((50, 50), float(k)).pin_memory(), torch.arange(k + 1)] for k in range(10)]
+    for name, peer in peers.PEERS.items():
+        for k, (first, second) in enumerate(peer(batches)):
+            if not (bool((first == k).all()) and second.tolist() == list(range(k + 1))):
+                raise SystemExit(f"{name} hands out a wrong batch {k}: nothing is timed")
+
+
+# --- steps -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def operands() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the matrix that compute steps multiply, and the sum into which every step reads its batch."""
+    return torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16), torch.zeros((), device="cuda")
+
+
+def light(batch: peers.Batch) -> None:
+    """Read every tensor once."""
+    _, total = operands()
+    for leaf in batch:
+        total.add_(leaf.sum())
+
+
+def products(milliseconds: float) -> Step:
+    """Return a step of matrix products that take so long, and that reads a little of the batch."""
+    matrix, total = operands()
+    n_products = max(1, round(milliseconds / product_ms()))
+
+    def step(batch: peers.Batch) -> None:
+        total.add_(batch[-1].view(-1)[0])
+        for _ in range(n_products):
+            torch.mm(matrix, matrix)
+
+    return step
+
+
+@functools.cache
+def product_ms() -> float:
+    """Return the time of one product, of many in a row."""
+    matrix, _ = operands()
+
+    def step() -> None:
+        for _ in range(100):
+            torch.mm(matrix, matrix)
+
+    samples: list[float] = record.times_ms(step, n_samples=5, n_steps=4, n_warmup=4)
+    return min(samples) / 100
+
+
+def with_item(step: Step) -> Step:
+    """Return the step followed by `.item()`: the host then never runs ahead."""
+
+    def stepped(batch: peers.Batch) -> None:
+        step(batch)
+        operands()[1].item()
+
+    return stepped
+
+
+# --- timing ----------------------------------------------------------------------------------------------
+
+
+def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, *, n_samples: int = 5) -> list[float]:
+    """Return the time of a step in each of several passes, after one that is not counted."""
+    samples = []
+    for _ in range(n_samples + 1):
+        torch.cuda.synchronize()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        n_steps = 0
+        for batch in make():
+            step(batch)
+            n_steps += 1
+            if n_steps == N_WARMUP:
+                began.record()
+        ended.record()
+        ended.synchronize()
+        samples.append(began.elapsed_time(ended) / (n_steps - N_WARMUP))
+    return samples[1:]
+
+
+def copy_ms(n_bytes: int) -> float:
+    """Return the time of one pinned copy of so many bytes, of many in a row: the card's limit."""
+    host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
+    samples = record.times_ms(
+        lambda: device.copy_(host, non_blocking=True), n_samples=5, n_steps=20, n_warmup=3
+    )
+    return float(record.median(samples))
+
+
+def compared(
+    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], *, limit_ms: float, **what: Any
+) -> Iterator[dict[str, Any]]:
+    """Time every peer on the same batches, and a resident batch as the floor."""
+    resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
+    timed = {"resident": passes_ms(lambda: resident, step)}
+    for name in names:
+        make = functools.partial(PEERS[name], batches)
+        torch.cuda.empty_cache()
+        timed[name] = passes_ms(make, step)
+    work_ms = record.median(timed["resident"])
+    serial_ms, ideal_ms = work_ms + limit_ms, max(work_ms, limit_ms)
+    for name, samples in timed.items():
+        step_ms = record.median(samples)
+        hideable_ms = serial_ms - ideal_ms
+        yield {
+            **what,
+            "peer": name,
+            "step_ms": step_ms,
+            "ideal_ms": ideal_ms,
+            "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / hideable_ms), 3),
+            "samples_ms": samples,
+        }
+
+
+PEERS = {**peers.PEERS, "timm PrefetchLoader": peers.timm}
+
+
+# --- what is timed ---------------------------------------------------------------------------------------
+
+
+def host_batches(n_leaves: int, leaf_elements: int, source: str, n_batches: int) -> list[peers.Batch]:
+    """Return float32 batches of random numbers; six different ones, again and again."""
+    different = []
+    for _ in range(min(6, n_batches)):
+        batch = [torch.randn(leaf_elements) for _ in range(n_leaves)]
+        different.append([leaf.pin_memory() for leaf in batch] if source == "pinned" else batch)
+    return list(itertools.islice(itertools.cycle(different), n_batches))
+
+
+def workloads() -> Iterator[dict[str, Any]]:
+    """Time the workloads that have a bar, from pinned and from pageable memory."""
+    steps: list[tuple[str, int, int, Callable[[], Step]]] = [
+        ("154 MB, light step", 1, 256 * 3 * 224 * 224, lambda: light),
+        ("154 MB, 3.9 ms of products", 1, 256 * 3 * 224 * 224, lambda: products(3.85)),
+        ("64 x 256 KB, 2.9 ms of products", 64, 65536, lambda: products(2.9)),
+        ("64 x 256 KB, light step", 64, 65536, lambda: light),
+    ]
+    for (what, n_leaves, n_elements, step), source in itertools.product(steps, ["pinned", "pageable"]):
+        batches = host_batches(n_leaves, n_elements, source, 48)
+        names = [name for name in PEERS if n_leaves == 1 or name != "timm PrefetchLoader"]
+        if n_leaves == 1:
+            batches = [[batch[0].view(256, 3, 224, 224)] for batch in batches]
+        limit_ms = copy_ms(n_leaves * n_elements * 4)
+        yield from compared(batches, step(), names, limit_ms=limit_ms, workload=what, source=source)
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    """Time batches of 38.5 MB at many ratios of compute to transfer."""
+    n_elements = 64 * 3 * 224 * 224
+    limit_ms = copy_ms(n_elements * 4)
+    names = ["bare", "pinned, non_blocking", "apex, record_stream", "torchfast"]
+    for source, n_leaves in itertools.product(["pinned", "pageable"], [1, 8, 512]):
+        batches = host_batches(n_leaves, n_elements // n_leaves, source, 32)
+        for ratio, consumer in itertools.product([0.25, 0.5, 1, 2, 4, 16], ["free-running", "item"]):
+            step = products(ratio * limit_ms)
+            yield from compared(
+                batches,
+                step if consumer == "free-running" else with_item(step),
+                names,
+                limit_ms=limit_ms,
+                ratio=ratio,
+                n_leaves=n_leaves,
+                source=source,
+                consumer=consumer,
+            )
+
+
+class Jittered(Dataset[torch.Tensor]):
+    """Batches of 64 uint8 images; one in ten takes five times as long to make."""
+
+    def __init__(self, n_batches: int, make_s: float) -> None:
+        self._n_batches = n_batches
+        self._make_s = make_s
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return self._n_batches
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """Make a batch."""
+        time.sleep(self._make_s * (5 if index % 10 == 7 else 1))
+        return torch.full((256, 3, 224, 224), index % 256, dtype=torch.uint8)
+
+
+def workers() -> Iterator[dict[str, Any]]:
+    """Time a DataLoader with eight workers, one batch in ten five times late."""
+    n_batches, step = 80, products(8.0)
+    for pin_memory in (False, True):
+        dataset = Jittered(n_batches, 0.03)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=8,
+            persistent_workers=True,
+            pin_memory=pin_memory,
+            prefetch_factor=4,
+        )
+        device_loader = DeviceLoader(loader, "cuda")
+        made: dict[str, Callable[[], Iterable[peers.Batch]]] = {
+            "bare": lambda loader=loader: ([batch.cuda()] for batch in loader),  # type: ignore[misc]  # bound now
+            "non_blocking": lambda loader=loader: ([b.cuda(non_blocking=True)] for b in loader),  # type: ignore[misc]
+            "apex": lambda loader=loader: peers.apex([batch] for batch in loader),  # type: ignore[misc]  # as above
+            "torchfast": lambda device_loader=device_loader: ([b] for b in device_loader),  # type: ignore[misc]
+        }
+        for name, make in made.items():
+            samples = passes_ms(make, step, n_samples=2)
+            what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "peer": name}
+            stats = device_loader.stats if name == "torchfast" else None
+            efficiency = None if stats is None else round(stats.overlap_efficiency, 3)
+            yield {
+                **what,
+                "step_ms": record.median(samples),
+                "work_ms": record.median(
+                    passes_ms(lambda: [[torch.zeros(1, device="cuda")]] * 40, step, n_samples=1)
+                ),
+                "overlap_efficiency": efficiency,
+                "stats": repr(stats),
+                "samples_ms": samples,
+            }
+
+
+if __name__ == "__main__":
+    main()
