@@ -5,11 +5,13 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 
-# In these patterns, matched by fnmatch, `*` reaches into folders and `**/` would demand one.
-_pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md"])
+# Sybil matches these with Path.match, in which no pattern stands for folders of any depth.
+_pages = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"]
+)
 _docstrings = Sybil(
     parsers=[DocTestParser()],
-    patterns=["torchfast/*.py"],
+    patterns=["torchfast/*.py", "torchfast/*/*.py", "torchfast/*/*/*.py"],
     document_types={".py": PythonDocStringDocument},
 )
 pytest_collect_file = (_pages + _docstrings).pytest()

@@ -3,6 +3,7 @@
 Each part of the library has its section, in the order of the files.
 """
 
+import importlib
 import pickle
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.fake_gpu import FakeGPU
-from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, oom_guard, to_channels_last
+from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, estimate_vram, oom_guard, to_channels_last
 from torchfast._device import resolve_device
+from torchfast.integrations._repeat import repeating
 
 
 def text_of(error: pytest.ExceptionInfo[BaseException]) -> str:
@@ -532,6 +534,71 @@ def test_a_teacher_that_cannot_be_split() -> None:
 
 # --- estimate_vram ---------------------------------------------------------------------------------------
 
+
+def test_estimating_something_that_is_no_module() -> None:
+    """A class or a function has no parameters to put on paper."""
+    with pytest.raises(TypeError, match="Module") as error:
+        estimate_vram(nn.Linear, torch.zeros(1))  # type: ignore[arg-type]  # what is tested
+    assert text_of(error) == (
+        "estimate_vram takes a torch.nn.Module, but was given the class Linear. The step is run with the "
+        "module's parameters on paper: give the module itself, not its class, its name or a function."
+    )
+
+
+def test_estimating_the_training_of_nothing() -> None:
+    """A model without parameters, or with frozen ones only, cannot be trained."""
+    with pytest.raises(ValueError, match="train") as error:
+        estimate_vram(nn.ReLU(), torch.zeros(1))
+    assert text_of(error) == (
+        "ReLU has no parameters, so there is nothing to train. Give training=False to estimate inference."
+    )
+    with pytest.raises(ValueError, match="Linear is frozen, so there is nothing to train"):
+        estimate_vram(nn.Linear(1, 1).requires_grad_(requires_grad=False), torch.zeros(1))
+
+
+def test_estimating_on_a_batch_that_does_not_fit_the_model() -> None:
+    """The model's own error is told, with the batch that caused it and how batches are passed."""
+    with pytest.raises(ValueError, match="could not run") as error:
+        estimate_vram(nn.Linear(8, 8), torch.zeros(4, 9))
+    assert text_of(error) == (
+        "estimate_vram could not run Linear on this batch: RuntimeError: a and b must have same reduction "
+        "dim, but got [4, 9] X [8, 8].\n"
+        "The batch holds (4, 9) float32. A tensor is passed as model(x), a mapping as model(**batch), a "
+        "tuple as model(*batch); with loss= a pair is (inputs, target). If the same call works outside of "
+        "estimate_vram, please report it."
+    )
+
+
+def test_estimating_a_model_whose_output_gives_no_loss() -> None:
+    """Without loss= there must be something to run a backward pass from."""
+
+    class Counts(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).argmax(1)
+
+    with pytest.raises(ValueError, match="backward") as error:
+        estimate_vram(Counts(2, 2), torch.zeros(4, 2))
+    assert text_of(error) == (
+        "estimate_vram could not run Counts on this batch: ValueError: the model's output has no "
+        "floating-point tensor that depends on its parameters, so there is nothing to run a backward pass "
+        "from. Give loss=, or training=False to estimate inference.\n"
+        "The batch holds (4, 2) float32. A tensor is passed as model(x), a mapping as model(**batch), a "
+        "tuple as model(*batch); with loss= a pair is (inputs, target). If the same call works outside of "
+        "estimate_vram, please report it."
+    )
+
+
+def test_asking_an_estimate_whose_model_is_gone() -> None:
+    """What needs another trace needs the model."""
+    found = estimate_vram(nn.Linear(2, 2), torch.zeros(4, 2), n_steps=1)
+    with pytest.raises(ValueError, match="gone") as error:
+        found.max_batch_size("T4")
+    assert text_of(error) == (
+        "The model of this estimate is gone, and what was asked for needs it to be run on paper again. "
+        "An estimate holds its model weakly: keep the model while you ask, or estimate anew."
+    )
+
+
 # --- VRAMMonitor -----------------------------------------------------------------------------------------
 
 
@@ -762,3 +829,56 @@ def test_oom_guard_on_a_generator() -> None:
 
 
 # --- integrations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("integration", "missing", "message"),
+    [
+        (
+            "gradio",
+            "gradio",
+            "torchfast.integrations.gradio builds on Gradio, which is not installed. "
+            "Install it: pip install gradio",
+        ),
+        (
+            "notebook",
+            "IPython.display",
+            "torchfast.integrations.notebook shows a monitor through IPython, which is not installed. "
+            "Install it: pip install ipython",
+        ),
+        (
+            "prometheus",
+            "prometheus_client.core",
+            "torchfast.integrations.prometheus exports through prometheus_client, which is not installed. "
+            "Install it: pip install prometheus-client",
+        ),
+        (
+            "tensorboard",
+            "torch.utils.tensorboard",
+            "torchfast.integrations.tensorboard writes through torch.utils.tensorboard, which needs a package "
+            "that is not installed. Install it: pip install tensorboard",
+        ),
+    ],
+)
+def test_missing_extras(
+    integration: str, missing: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A framework that is not installed is named with the package to install, which is never torchfast."""
+    monkeypatch.delitem(sys.modules, f"torchfast.integrations.{integration}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match="not installed") as error:
+        importlib.import_module(f"torchfast.integrations.{integration}")
+    assert text_of(error) == message
+
+
+def test_a_live_view_that_broke() -> None:
+    """A display that fails says so once and leaves the training alone."""
+
+    def fail() -> None:
+        raise OSError("no terminal")
+
+    with pytest.warns(RuntimeWarning, match="stopped") as warned, repeating(fail, 60.0):
+        pass
+    assert [str(warning.message) for warning in warned] == [
+        "the live view stopped: OSError: no terminal. Nothing else is affected."
+    ]

@@ -170,6 +170,20 @@ def test_errors_of_an_earlier_run_are_not_reported_again() -> None:
         assert vram.errors == ()
 
 
+def test_a_finished_run_stays_as_it_was() -> None:
+    """Looking again after the block shows the memory of now, and leaves the run's history and peaks alone."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        gpu.allocate(100)
+    before = vram.history
+    gpu.allocate(5000)
+    assert vram.status()["tensors_bytes"] == 5100
+    assert vram.history == before
+    assert vram.peak.allocated_bytes == 100
+    assert vram.latest is not None
+    assert vram.latest.tensors_bytes == 100
+
+
 def test_before_the_first_run() -> None:
     """A monitor that has not run knows no peak, and still samples when asked."""
     gpu = FakeGPU()

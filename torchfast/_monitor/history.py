@@ -20,6 +20,13 @@ class VRAMSpan:
     low: VRAMSample
     high: VRAMSample
 
+    @property
+    def highest_used_bytes(self) -> int | None:
+        """The most that all processes together used of the device."""
+        if self.high.total_bytes is None or self.low.free_bytes is None:
+            return None
+        return self.high.total_bytes - self.low.free_bytes
+
 
 class History:
     """Spans of time, each of one sample at first.

@@ -136,9 +136,10 @@ class VRAMMonitor:
         return Phase(self._run, name)
 
     def sample(self) -> VRAMSample:
-        """Read every source now, in the calling thread, and keep the sample in the history."""
-        if self._run is None:
-            return self._probe.sample(self._clock, self._clock(), None, fresh=True)
+        """Read every source now, in the calling thread; while running, keep the sample in the history."""
+        if self._run is None or not self.is_running:
+            start_s = self._clock() if self._run is None else self._run.start_s
+            return self._probe.sample(self._clock, start_s, None, fresh=True)
         return self._run.sample(fresh=True)
 
     @property
@@ -173,7 +174,10 @@ class VRAMMonitor:
 
         It reads every source first (about 0.1 ms): what it tells is current.
         """
-        sample, peak = self.sample(), self.peak
+        return self._status(self.sample())
+
+    def _status(self, sample: VRAMSample) -> dict[str, Any]:
+        peak = self.peak
         return {
             **sample.to_dict(),
             "is_running": self.is_running,
@@ -197,6 +201,13 @@ class VRAMMonitor:
         from torchfast._monitor.text import report
 
         return report(self)
+
+    def _repr_html_(self) -> str:
+        from torchfast._monitor.html import page
+
+        # A notebook shows a finished run as it was at its end.
+        done = None if self.is_running else self.latest
+        return page(self, self._status(done or self.sample()))
 
     def _say_errors(self) -> str:
         n_errors = self._probe.n_errors() + (0 if self._run is None else len(self._run.errors))

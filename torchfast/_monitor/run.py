@@ -30,11 +30,11 @@ class Run:
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._start_s = 0.0
+        self.start_s = 0.0
 
     def open(self, interval_s: float | None) -> None:
         """Begin to measure; sample in the background unless `interval_s` is None."""
-        self._start_s = self.clock()
+        self.start_s = self.clock()
         self._scope.__enter__()
         self.sample(fresh=True)
         if interval_s is not None:
@@ -58,7 +58,7 @@ class Run:
         """Take a sample of what is due, or of everything if `fresh`."""
         with self._lock:
             phase = self._open_phases[-1].name if self._open_phases else None
-            sample = self._probe.sample(self.clock, self._start_s, phase, fresh=fresh)
+            sample = self._probe.sample(self.clock, self.start_s, phase, fresh=fresh)
             self._history.add(sample)
             self.latest = sample
             return sample
@@ -71,13 +71,12 @@ class Run:
     def peak(self) -> VRAMPeak:
         """The highest values so far."""
         spans = self.spans()
-        used = (_used_bytes(span) for span in spans)
         return VRAMPeak(
             self._scope.peak_allocated_bytes,
             self._scope.peak_reserved_bytes,
             self._scope.peak_requested_bytes,
             is_lower_bound=self._scope.is_lower_bound,
-            used_bytes=highest(used),
+            used_bytes=highest(span.highest_used_bytes for span in spans),
             host_process_bytes=highest(span.high.host_process_bytes for span in spans),
         )
 
@@ -180,9 +179,3 @@ def _add(before: VRAMPhase, once: VRAMPhase) -> VRAMPhase:
         peak_reserved_bytes=highest((before.peak_reserved_bytes, once.peak_reserved_bytes)),
         is_lower_bound=before.is_lower_bound or once.is_lower_bound,
     )
-
-
-def _used_bytes(span: VRAMSpan) -> int | None:
-    if span.high.total_bytes is None or span.low.free_bytes is None:
-        return None
-    return span.high.total_bytes - span.low.free_bytes

@@ -1,0 +1,38 @@
+"""Doing something over and over beside a block, and once more at its end."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def repeating(act: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Call `act` every `every_s` seconds in a thread while the block runs, and once after it.
+
+    Watching never fails what is watched: an `act` that raises is not called again, and becomes a warning.
+    """
+    stop, failed = threading.Event(), threading.Event()
+
+    def act_once() -> None:
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - a display that broke must not break a training
+            failed.set()
+            warnings.warn(
+                f"the live view stopped: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
+            )
+
+    def loop() -> None:
+        while not stop.wait(every_s) and not failed.is_set():
+            act_once()
+
+    thread = threading.Thread(target=loop, name="torchfast-live-view", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if not failed.is_set():
+            act_once()
