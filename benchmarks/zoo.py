@@ -107,6 +107,7 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def from_timm(job: Job) -> tuple[nn.Module, Any, Any, Any]:
     """Image classifiers."""
+    let_torchvision_import()  # timm imports it
     import timm
 
     model = timm.create_model(job["model"], pretrained=False, **job.get("config", {}))
@@ -149,6 +150,7 @@ def let_torchvision_import() -> None:
 
 def from_transformers(job: Job) -> tuple[nn.Module, Any, Any, Any]:
     """Language, speech and vision models that compute their own loss."""
+    let_torchvision_import()  # transformers imports it where it is installed
     import transformers
 
     config = transformers.AutoConfig.for_model(job["model"], **job.get("config", {}))

@@ -52,6 +52,13 @@ class GPU:
     n_multiprocessors: int
     measured: MeasuredContext | None = field(default=None, repr=False)
 
+    @property
+    def max_threads_per_multiprocessor(self) -> int:
+        """How many threads a multiprocessor holds at once (CUDA programming guide, compute capabilities)."""
+        if self.capability == (7, 5):
+            return 1024
+        return 1536 if self.capability[0] == 12 or self.capability in ((8, 6), (8, 7), (8, 9)) else 2048
+
     def __str__(self) -> str:
         major, minor = self.capability
         return f"{self.name} ({format_bytes(self.total_bytes)}, compute capability {major}.{minor})"
