@@ -1,0 +1,65 @@
+"""What CUDA does differently from the meta kernels that are traced."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from torchfast._estimate.cuda_behaviour import (
+    attention,
+    autocast,
+    autograd,
+    blas,
+    composites,
+    norms,
+    optimizers,
+    reductions,
+    values,
+)
+from torchfast._estimate.gpus import GPU
+from torchfast._estimate.paper import BACKEND
+from torchfast._estimate.recorder import Rule
+
+# Rules by the operator's name without namespace and overload.
+_RULES: dict[str, Rule] = {
+    "add": autograd.add,
+    "native_dropout": norms.native_dropout,
+    "_safe_softmax": norms.safe_softmax,
+    "_local_scalar_dense": values.item,
+    **dict.fromkeys(reductions.OPERATORS, reductions.reduction),
+    "_scaled_dot_product_cudnn_attention": attention.cudnn,
+    "_scaled_dot_product_cudnn_attention_backward": attention.cudnn_backward,
+    "_scaled_dot_product_efficient_attention": attention.efficient,
+    "_scaled_dot_product_efficient_attention_backward": attention.efficient_backward,
+    "_foreach_norm": optimizers.foreach_norm,
+    "_amp_update_scale_": optimizers.amp_update_scale,
+    **dict.fromkeys(optimizers.IN_PLACE, optimizers.nothing),
+    **dict.fromkeys(blas.PRODUCTS, blas.matrix_product),
+}
+_COMPOSITES = {"dropout": composites.dropout, "batch_norm": composites.batch_norm}
+
+
+def rule_for(func: Any) -> Rule | None:
+    """Return the rule for an operator, or None where its meta kernel says all."""
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace != "aten":
+        return None
+    if name in _RULES:
+        return _RULES[name]
+    return optimizers.foreach if name.startswith("_foreach_") else None
+
+
+@contextmanager
+def cuda_kernels(gpu: GPU) -> Iterator[None]:
+    """Put CUDA's own decompositions at the paper backend's keys, within this context."""
+    library = torch.library.Library("aten", "IMPL")
+    kernels = {**_COMPOSITES, "scaled_dot_product_attention": attention.attention_kernel(gpu)}
+    try:
+        for name, kernel in kernels.items():
+            for key in (f"Autograd{BACKEND}", BACKEND):
+                library.impl(name, kernel, key)
+        with autocast.cuda_autocast():
+            yield
+    finally:
+        library._destroy()

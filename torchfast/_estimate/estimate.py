@@ -1,0 +1,243 @@
+"""How much GPU memory a training step will need: traced on paper, replayed through the caching allocator."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfast import _tree
+from torchfast._estimate.events import Trace
+from torchfast._estimate.gpus import GPU, resolve_gpu
+from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
+from torchfast._estimate.settings import AllocatorSettings
+from torchfast._estimate.step import Plan
+from torchfast._estimate.tracing import trace
+
+
+def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
+    model: nn.Module,
+    batch: Any,
+    /,
+    *,
+    loss: Callable[..., Any] | None = None,
+    optimizer: Any = None,
+    autocast: torch.dtype | None = None,
+    grad_scaler: bool | None = None,
+    clip_grad_norm: float | None = None,
+    teacher: Any = None,
+    step: Callable[..., Any] | None = None,
+    training: bool = True,
+    gpu: GPU | str | int | torch.device | None = None,
+    allocator: AllocatorSettings | str | None = None,
+    n_steps: int = 3,
+) -> VRAMEstimate:
+    """Say how much GPU memory a training step of this model on this batch will need, before any is taken.
+
+    Three steps run on paper: every operator with its shapes, kernels as PyTorch would choose them on the GPU,
+    and no memory behind the tensors. What they take and give back is replayed through PyTorch's caching
+    allocator. Neither a GPU nor a CUDA build of PyTorch is needed, and the model may be on the CPU, on a GPU
+    or on `meta`; model, optimizer, their state, random state and global flags come out as they went in.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchfast import estimate_vram
+        >>> model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 10))
+        >>> images, labels = torch.randn(64, 512), torch.randint(0, 10, (64,))
+        >>> estimate = estimate_vram(
+        ...     model,
+        ...     (images, labels),
+        ...     loss=nn.functional.cross_entropy,
+        ...     optimizer=torch.optim.AdamW,
+        ...     gpu="H200",
+        ... )
+        >>> estimate.breakdown["weights"] == 4 * sum(p.numel() for p in model.parameters())
+        True
+        >>> estimate.peak_allocated_bytes < estimate.peak_reserved_bytes < estimate.peak_process_bytes
+        True
+
+    Args:
+        model: the module to be trained.
+        batch: what it is called with: a tensor as `model(x)`, a mapping as `model(**batch)`, a tuple or list
+            as `model(*batch)`. With `loss=` a pair is `(inputs, target)`. Only shapes and types count.
+        loss: called as `loss(output, target)`, and with the teacher's output as a third argument where it
+            takes three. By default the output's `loss`, else the sum of its floating-point tensors.
+        optimizer: an instance, whose state counts, or something that makes one from a list of parameters: a
+            class, a `functools.partial`, a lambda. By default none.
+        autocast: the type for `torch.autocast("cuda")` around forward and loss; by default there is none.
+        grad_scaler: whether a `GradScaler` is used. By default it is with `autocast=torch.float16`.
+        clip_grad_norm: the norm for `clip_grad_norm_` between backward and step; by default no clipping.
+        teacher: a module that runs on the same inputs without gradients before the model does.
+        step: a whole step of your own, for loops that fit none of this: called as `step(batch)`, or `step()`
+            if it takes nothing. Model, optimizer and teacher are on paper while it runs.
+        training: False estimates inference: a forward pass under `no_grad`, in `eval` mode.
+        gpu: a name ("A100-80", "RTX 4090"), a `GPU`, a device of this machine, or bytes of memory. By default
+            this machine's GPU, else an H200.
+        allocator: settings as in `PYTORCH_CUDA_ALLOC_CONF`; by default PyTorch's own.
+        n_steps: how many steps are run; optimizer state appears in the first, the peak from the second on.
+
+    Raises:
+        TypeError: the model is no `nn.Module`.
+        ValueError: a model without parameters to train, or one that cannot run a step on this batch.
+
+    It does not model `torch.compile`, CUDA graphs, and several GPUs: a compiled or wrapped model is
+    estimated as the plain module inside.
+    """
+    imagined = resolve_gpu(gpu)
+    settings = AllocatorSettings.parse(allocator) if isinstance(allocator, str) else allocator
+    _check(model, training=training)
+    inputs, target = _split(batch, loss)
+    scaler = autocast is torch.float16 if grad_scaler is None else grad_scaler
+    plan = Plan(
+        model=model,
+        inputs=inputs,
+        target=target,
+        loss=loss,
+        teacher=teacher,
+        optimizer=optimizer,
+        autocast=autocast,
+        grad_scaler=scaler and training,
+        clip_grad_norm=clip_grad_norm,
+        training=training,
+        step=step,
+        n_steps=n_steps,
+    )
+    return estimate_of(
+        trace(plan, imagined),
+        gpu=imagined,
+        subject=_subject(plan),
+        settings=settings,
+        retrace=_Retrace(plan, imagined),
+    )
+
+
+def _check(model: Any, *, training: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"estimate_vram takes a torch.nn.Module, but was given {_what(model)}. The step is run with the "
+            "module's parameters on paper: give the module itself, not its class, its name or a function."
+        )
+    if training and not any(p.requires_grad for p in model.parameters()):
+        found = "is frozen" if any(True for _ in model.parameters()) else "has no parameters"
+        raise ValueError(
+            f"{type(model).__name__} {found}, so there is nothing to train. "
+            "Give training=False to estimate inference."
+        )
+
+
+def _what(value: Any) -> str:
+    return (
+        f"the class {value.__name__}"
+        if isinstance(value, type)
+        else f"an object of type {type(value).__name__}"
+    )
+
+
+def _split(batch: Any, loss: Callable[..., Any] | None) -> tuple[Any, Any]:
+    """Return inputs and target: with a loss of the user's own, a pair is both."""
+    if loss is not None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    return batch, None
+
+
+def _subject(plan: Plan) -> Subject:
+    optimizer = plan.optimizer
+    if optimizer is None:
+        optimizer_name = None
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        optimizer_name = type(optimizer).__name__
+    else:
+        made = getattr(optimizer, "func", optimizer)  # what a functools.partial calls
+        optimizer_name = getattr(made, "__name__", type(made).__name__)
+    weights = [p.dtype for p in plan.model.parameters()]
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    precision = names.get(max(weights, key=weights.count), "mixed") if weights else "fp32"
+    if plan.autocast is not None:
+        precision = f"autocast {names.get(plan.autocast, str(plan.autocast))}"
+    return Subject(
+        model=type(plan.model).__name__,
+        optimizer=optimizer_name,
+        precision=precision,
+        batch_size=batch_size_of((plan.inputs, plan.target)),
+        teacher=None if plan.teacher is None else type(plan.teacher).__name__,
+    )
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """Return the leading dimension that most tensors of the batch share; the first met wins a tie."""
+    sizes = [t.shape[0] for t in _tree.tensors(batch) if t.dim() > 0]
+    return max(sizes, key=sizes.count) if sizes else None
+
+
+def _resized(batch: Any, old: int, new: int) -> Any:
+    """Return the batch with another number of samples: rows are repeated or left out."""
+
+    def resize(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != old:
+            return tensor
+        if tensor.is_meta:
+            return tensor.new_empty((new, *tensor.shape[1:]))
+        rows = torch.arange(new, device=tensor.device) % old
+        return tensor[rows]
+
+    return _tree.map_tensors(resize, batch)
+
+
+def _without_values(batch: Any) -> Any:
+    """Return the batch on `meta`, but for integers, whose values a model may look at."""
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() or tensor.is_meta:
+            return torch.empty_like(tensor, device="meta")
+        return tensor.detach().to("cpu", copy=True)
+
+    return _tree.map_tensors(keep, batch)
+
+
+class _Retrace:
+    """Runs the step on paper again with one thing changed; holds model, teacher and optimizer weakly."""
+
+    def __init__(self, plan: Plan, gpu: GPU) -> None:
+        self._gpu = gpu
+        self._held = {name: _weak(getattr(plan, name)) for name in ("model", "teacher", "optimizer")}
+        self._plan = replace(
+            plan,
+            model=_GONE,
+            teacher=None,
+            optimizer=None,
+            inputs=_without_values(plan.inputs),
+            target=_without_values(plan.target),
+        )
+
+    def __call__(
+        self, *, batch_size: int | None = None, gpu: GPU | None = None, variant: str | None = None
+    ) -> Trace | None:
+        plan = replace(self._plan, **{name: held() for name, held in self._held.items()})
+        if plan.model is None:
+            raise ValueError(
+                "The model of this estimate is gone, and what was asked for needs it to be run on paper "
+                "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
+            )
+        old = batch_size_of((plan.inputs, plan.target))
+        if batch_size is not None and old is not None:
+            plan = replace(
+                plan,
+                inputs=_resized(plan.inputs, old, batch_size),
+                target=_resized(plan.target, old, batch_size),
+            )
+        if variant is not None:
+            return None
+        return trace(plan, gpu or self._gpu)
+
+
+_GONE = nn.Module()
+
+
+def _weak(value: Any) -> Callable[[], Any]:
+    """Return a weak reference to a module or an optimizer, and a strong one to a factory."""
+    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+        return weakref.ref(value)
+    return lambda: value

@@ -1,0 +1,158 @@
+"""Stand-ins for the parts of PyTorch that look for a GPU, in place while a step runs on paper.
+
+Everything here is scoped: what is replaced is put back, also after an error.
+"""
+
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torchfast._estimate.gpus import GPU
+from torchfast._estimate.paper import CUDA, META, PaperTensor, outside_torch_function, torch_function
+
+
+class OnPaper(TorchFunctionMode):
+    """Sends what is created on or moved to a GPU to paper instead, before PyTorch initialises CUDA for it."""
+
+    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Rewrite devices among the arguments of one function."""
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self, func, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None and _is_gpu(device):
+            kwargs = {**kwargs, "device": META}
+        if isinstance(func, types.FunctionType):
+            with torch_function():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_gpu(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def _move(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `tensor.to`: the device may be the first argument or a keyword."""
+    if len(args) > 1 and not isinstance(args[1], torch.dtype) and _is_gpu(args[1]):
+        args = (args[0], META, *args[2:])
+    if kwargs.get("device") is not None and _is_gpu(kwargs["device"]):
+        kwargs = {**kwargs, "device": META}
+    return func(*args, **kwargs)
+
+
+def _cuda(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `tensor.cuda()`."""
+    del func, kwargs
+    return args[0].to(META)
+
+
+def _on_host(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle reading a tensor's values as a whole: `tolist`, `numpy`."""
+    tensor, *rest = args
+    return func(tensor.cpu() if isinstance(tensor, PaperTensor) else tensor, *rest, **kwargs)
+
+
+def _same(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle what has no meaning on paper and gives back the tensor."""
+    return args[0] if isinstance(args[0], PaperTensor) else func(*args, **kwargs)
+
+
+_HANDLERS: dict[Any, Callable[[OnPaper, Any, Any, Any], Any]] = {
+    torch.Tensor.to: _move,
+    torch.Tensor.cuda: _cuda,
+    torch.Tensor.tolist: _on_host,
+    torch.Tensor.numpy: _on_host,
+    torch.Tensor.pin_memory: _same,
+    torch.Tensor.record_stream: lambda *_: None,
+}
+
+
+@contextmanager
+def watched_backward(mode: OnPaper, begins: Callable[[], None], ends: Callable[[], None]) -> Iterator[None]:
+    """Tell of each backward pass, and run it with the mode on: checkpointing runs the model again in it."""
+    autograd: Any = torch.autograd
+    run = autograd._engine_run_backward
+
+    def run_watched(*args: Any, **kwargs: Any) -> Any:
+        with outside_torch_function(), mode:
+            begins()
+            try:
+                return run(*args, **kwargs)
+            finally:
+                ends()
+
+    autograd._engine_run_backward = run_watched
+    try:
+        yield
+    finally:
+        autograd._engine_run_backward = run
+
+
+@contextmanager
+def imagined_gpu(gpu: GPU) -> Iterator[None]:
+    """Make PyTorch's Python side believe that this GPU is there."""
+    capability, name = gpu.capability, gpu.name
+    common = torch.cuda.amp.common
+    foreach = importlib.import_module("torch.utils._foreach_utils")
+    optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides its submodule
+    scalers = importlib.import_module("torch.amp.grad_scaler")
+    properties = types.SimpleNamespace(
+        name=name,
+        major=capability[0],
+        minor=capability[1],
+        total_memory=gpu.total_bytes,
+        multi_processor_count=gpu.n_multiprocessors,
+    )
+    with ExitStack() as undo:
+
+        def put(owner: Any, attribute: str, value: Any) -> None:
+            if hasattr(owner, attribute):
+                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+                setattr(owner, attribute, value)
+
+        for owner, attribute, value in [
+            (common, "amp_definitely_not_available", lambda: False),
+            (scalers, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
+            (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "set_device", lambda *_: None),
+            (torch.cuda, "get_device_capability", lambda *_: capability),
+            (torch.cuda, "get_device_name", lambda *_: name),
+            (torch.cuda, "get_device_properties", lambda *_: properties),
+            (torch.cuda, "synchronize", lambda *_: None),
+            (torch.cuda, "empty_cache", lambda: None),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (
+                torch._C,
+                "_group_tensors_by_device_and_dtype",
+                _grouped(torch._C._group_tensors_by_device_and_dtype),
+            ),
+            (foreach, "_foreach_supported_types", [*foreach._foreach_supported_types, PaperTensor]),
+            (optimizers, "_foreach_supported_types", [*optimizers._foreach_supported_types, PaperTensor]),
+        ]:
+            put(owner, attribute, value)
+        yield
+
+
+def _grouped(real: Callable[..., Any]) -> Callable[..., Any]:
+    def grouped(*args: Any, **kwargs: Any) -> Any:
+        return {
+            (CUDA if device == META else device, dtype): group
+            for (device, dtype), group in real(*args, **kwargs).items()
+        }
+
+    return grouped

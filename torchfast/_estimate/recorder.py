@@ -1,0 +1,172 @@
+"""Records what every operator on paper tensors takes from the allocator and gives back."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchfast._estimate.events import Event, Note
+from torchfast._estimate.gpus import GPU
+from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap
+
+Rule = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Block(weakref.ref[Any]):
+    """A storage that is alive, and the number of its block."""
+
+    __slots__ = ("address", "number")
+    address: int
+    number: int
+
+
+class Recorder(TorchDispatchMode):
+    """While active, runs operators on paper tensors by their meta kernels and records each new storage.
+
+    A storage is an allocation when it first comes out of an operator and a free when it dies, which PyTorch
+    tells through a weak reference: autograd, Python and views keep it alive exactly as they do on a GPU.
+    """
+
+    def __init__(self, gpu: GPU, rule_for: Callable[[Any], Rule | None]) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.kept: dict[
+            tuple[str, str], int
+        ] = {}  # blocks that libraries keep for good, by library and thread
+        self.events: list[Event] = []
+        self.notes: list[Note] = []
+        self.categories: dict[int, str] = {}
+        self.assumptions: dict[str, None] = {}  # an ordered set
+        self.unmodelled: dict[str, None] = {}
+        self.phase = ""
+        self.category = "other"
+        self.module: Callable[[], str] = str
+        self._rule_for = rule_for
+        self._rules: dict[Any, Rule | None] = {}
+        self._operator: Any = None
+        self._live: dict[int, _Block] = {}
+        self._note_indices: dict[tuple[str, str, Any, str], int] = {}
+        self._n_blocks = 0
+        self._host_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator on paper, or for real where no paper tensor takes part."""
+        kwargs = kwargs or {}
+        if PaperTensor not in types and kwargs.get("device") != META:
+            return func(*args, **kwargs)
+        self._operator = func
+        try:
+            rule = self._rules[func]
+        except KeyError:
+            rule = self._rules[func] = self._rule_for(func)
+        try:
+            return self.run(func, args, kwargs) if rule is None else rule(self, func, args, kwargs)
+        finally:
+            self._operator = None
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the operator's meta kernel and record what it returns."""
+        with meta_kernels():
+            outputs = func(*args, **kwargs)
+        return self.adopt(outputs)
+
+    def adopt(self, outputs: Any) -> Any:
+        """Make paper tensors of meta tensors, recording storages that are new."""
+        if isinstance(outputs, torch.Tensor):
+            return self._adopt_tensor(outputs)
+        if isinstance(outputs, (tuple, list)):
+            return type(outputs)(self.adopt(output) for output in outputs)
+        return outputs
+
+    def _adopt_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is not torch.Tensor or not tensor.is_meta:
+            return tensor  # an argument given back, or a tensor of the host
+        self._record(tensor.untyped_storage())
+        return wrap(tensor)
+
+    def new(self, size: Any, dtype: torch.dtype, stride: Any = None) -> torch.Tensor:
+        """Return a new paper tensor, recorded."""
+        with meta_kernels():
+            shape = (
+                torch.empty(size, dtype=dtype, device=META)
+                if stride is None
+                else torch.empty_strided(size, stride, dtype=dtype, device=META)
+            )
+        return self._adopt_tensor(shape)
+
+    @contextmanager
+    def scratch(self, *sizes_bytes: int) -> Iterator[None]:
+        """Hold memory that an operator takes and gives back within one call."""
+        blocks = [self.allocate(size, "workspace") for size in sizes_bytes if size > 0]
+        yield
+        for block in reversed(blocks):
+            self.free(block)
+
+    @contextmanager
+    def unrecorded(self, size_bytes: int) -> Iterator[None]:
+        """Leave out new storages of this size: tensors that really lie on the host."""
+        self._host_bytes = size_bytes
+        try:
+            yield
+        finally:
+            self._host_bytes = 0
+
+    def allocate(self, size_bytes: int, category: str = "") -> int:
+        """Record an allocation that no tensor stands for; returns the number of its block."""
+        block = self._n_blocks
+        self._n_blocks += 1
+        self.events.append(Event(block, size_bytes, self._note(category or self.category)))
+        return block
+
+    def free(self, block: int) -> None:
+        """Record that a block was given back."""
+        self.events.append(Event(block, 0, self._note(self.category)))
+
+    def stop(self) -> None:
+        """Record nothing more: what is freed from now on is freed by taking things back."""
+        self.events = list(self.events)
+        self._live.clear()
+
+    def block_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the number of the block that a paper tensor lies in."""
+        block = self._live.get(tensor.untyped_storage()._cdata)
+        return None if block is None else block.number
+
+    def label(self, tensor: torch.Tensor, category: str) -> None:
+        """Say what a tensor turned out to be."""
+        block = self.block_of(tensor)
+        if block is not None:
+            self.categories[block] = category
+
+    def _record(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        size_bytes = storage.nbytes()
+        if address in self._live or size_bytes in (0, self._host_bytes):
+            return
+        block = _Block(storage, self._storage_died)
+        block.address = address
+        block.number = self.allocate(size_bytes)
+        self._live[address] = block
+
+    def _storage_died(self, block: _Block) -> None:
+        if self._live.get(block.address) is block:
+            del self._live[block.address]
+            self.free(block.number)
+
+    def _note(self, category: str) -> int:
+        module = self.module()
+        key = (self.phase, module, self._operator, category)
+        index = self._note_indices.get(key)
+        if index is None:
+            index = self._note_indices[key] = len(self.notes)
+            operator = "" if self._operator is None else _name(self._operator)
+            self.notes.append(Note(self.phase, module, operator, category))
+        return index
+
+
+def _name(func: Any) -> str:
+    """Return "aten.add" for the overload `aten::add.Tensor`."""
+    return str(func).rsplit(".", 1)[0]

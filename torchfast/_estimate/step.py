@@ -1,0 +1,129 @@
+"""The training step that is run on paper: what the user gave, put in the order in which loops do it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfast import _tree
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step consists of."""
+
+    model: nn.Module
+    inputs: Any
+    target: Any
+    loss: Callable[..., Any] | None
+    teacher: Any
+    optimizer: Any  # an instance, something that makes one from parameters, or None
+    autocast: torch.dtype | None
+    grad_scaler: bool
+    clip_grad_norm: float | None
+    training: bool
+    step: Callable[..., Any] | None
+    n_steps: int
+
+
+@dataclass(slots=True)
+class Objects:
+    """The same objects on paper."""
+
+    inputs: Any
+    target: Any
+    optimizer: torch.optim.Optimizer | None
+    scaler: torch.amp.GradScaler | None
+
+
+def run_step(plan: Plan, objects: Objects) -> None:
+    """Run one step: the user's own, a training step, or inference."""
+    if plan.step is not None:
+        plan.step(*([objects.inputs] if _n_needed(plan.step) else []))
+    elif plan.training:
+        _train(plan, objects)
+    else:
+        with torch.no_grad(), _autocast(plan):
+            call(plan.model, objects.inputs)
+
+
+def _train(plan: Plan, objects: Objects) -> None:
+    if objects.optimizer is None:
+        plan.model.zero_grad()
+    else:
+        objects.optimizer.zero_grad()
+    loss, kept = _forward(plan, objects)
+    scaled = loss if objects.scaler is None else objects.scaler.scale(loss)
+    scaled.backward()
+    del kept
+    if plan.clip_grad_norm is not None:
+        if objects.scaler is not None and objects.optimizer is not None:
+            objects.scaler.unscale_(objects.optimizer)
+        nn.utils.clip_grad_norm_(plan.model.parameters(), plan.clip_grad_norm)
+    if objects.optimizer is None:
+        return
+    if objects.scaler is None:
+        objects.optimizer.step()
+    else:
+        objects.scaler.step(objects.optimizer)
+        objects.scaler.update()
+
+
+def _forward(plan: Plan, objects: Objects) -> tuple[torch.Tensor, Any]:
+    """Return the loss and what a loop keeps until the backward pass is over: the teacher's outputs."""
+    with _autocast(plan):
+        taught: tuple[Any, ...] = ()
+        if plan.teacher is not None:
+            with torch.no_grad():
+                taught = (call(plan.teacher, objects.inputs),)
+        output = call(plan.model, objects.inputs)
+        if plan.loss is None:
+            return own_loss(output), taught
+        extra = taught if _takes_three(plan.loss) else ()
+        return plan.loss(output, objects.target, *extra), taught
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model the way its inputs say: a mapping as keywords, a tuple or list as arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
+        return model(*inputs)
+    return model(inputs)
+
+
+def own_loss(output: Any) -> torch.Tensor:
+    """Return the loss of an output that has one, else the sum of its floating-point tensors."""
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, torch.Tensor):
+        return own if own.ndim == 0 else own.sum()
+    parts = [part.sum() for part in _tree.tensors(output) if part.is_floating_point() and part.requires_grad]
+    if not parts:
+        raise ValueError(
+            "the model's output has no floating-point tensor that depends on its parameters, so there is "
+            "nothing to run a backward pass from. Give loss=, or training=False to estimate inference."
+        )
+    return torch.stack([part.float() for part in parts]).sum() if len(parts) > 1 else parts[0]
+
+
+def _autocast(plan: Plan) -> AbstractContextManager[Any]:
+    return nullcontext() if plan.autocast is None else torch.autocast("cuda", dtype=plan.autocast)
+
+
+def _takes_three(loss: Callable[..., Any]) -> bool:
+    """Whether a loss wants the teacher's output as its third argument."""
+    return _n_needed(loss) >= 3
+
+
+def _n_needed(function: Callable[..., Any]) -> int:
+    """Return how many arguments a function cannot do without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 0  # a builtin that does not say
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(1 for p in parameters if p.kind in positional and p.default is p.empty)

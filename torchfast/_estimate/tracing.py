@@ -1,0 +1,229 @@
+"""Runs a training step without memory and without a GPU, and yields its stream of allocations and frees."""
+
+import gc
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchfast import _tree
+from torchfast._estimate import cuda_behaviour
+from torchfast._estimate.events import Trace
+from torchfast._estimate.gpus import GPU
+from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
+from torchfast._estimate.recorder import Recorder
+from torchfast._estimate.step import Objects, Plan, run_step
+from torchfast._estimate.where import Whereabouts
+
+
+def trace(plan: Plan, gpu: GPU) -> Trace:
+    """Run the plan's steps on paper. Everything the plan holds comes out as it went in."""
+    recorder = Recorder(gpu, cuda_behaviour.rule_for)
+    with ExitStack() as scope:
+        scope.enter_context(_quiet_collector())
+        scope.enter_context(torch.random.fork_rng(devices=[]))
+        scope.enter_context(imagined_gpu(gpu))
+        tracer = _Tracer(plan, recorder)
+        tracer.run()
+    return Trace(
+        recorder.events,
+        recorder.notes,
+        recorder.categories,
+        tuple(recorder.unmodelled),
+        tuple(recorder.assumptions),
+    )
+
+
+class _Tracer:
+    """One run: the swapping of objects for paper ones, and the phases."""
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.plan = plan
+        self.recorder = recorder
+        self._papers: dict[int, torch.Tensor] = {}
+        self._originals: list[Any] = []  # keeps the ids above from being used again
+        self._n = 0
+        self._n_backward = 0
+
+    def run(self) -> None:
+        """Put everything on paper, run the steps, and take everything back."""
+        plan, recorder = self.plan, self.recorder
+        teacher = plan.teacher if isinstance(plan.teacher, nn.Module) else None
+        where = Whereabouts(
+            {"": plan.model} | ({} if teacher is None else {"teacher": teacher}), self._root_runs
+        )
+        recorder.module = where.module
+        with ExitStack() as scope:
+            self._begin("weights", "weights")
+            scope.enter_context(self._on_paper(plan.model, training=plan.training))
+            if teacher is not None:
+                self._begin("teacher", "teacher")
+                scope.enter_context(self._on_paper(teacher, training=None))
+            self._begin("batch", "batch")
+            inputs, target = (_tree.map_tensors(self._paper, part) for part in (plan.inputs, plan.target))
+            mode = scope.enter_context(OnPaper())
+            scope.enter_context(watched_backward(mode, self._backward_begins, self._backward_ends))
+            scope.enter_context(recorder)
+            scope.enter_context(cuda_behaviour.cuda_kernels(recorder.gpu))
+            self._begin("optimizer state", "optimizer")
+            optimizer = scope.enter_context(self._optimizer(plan.optimizer))
+            scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
+            scope.enter_context(where.watching())
+            objects = Objects(inputs, target, optimizer, scaler)
+            for self._n in range(1, plan.n_steps + 1):
+                self._phase("forward")
+                with _told(plan):
+                    run_step(plan, objects)
+            recorder.stop()
+
+    def _root_runs(self) -> None:
+        """Note that the model is called: another forward pass, where gradients are accumulated."""
+        if self.recorder.phase.endswith("optimizer"):
+            self._phase("forward")
+
+    def _begin(self, phase: str, category: str) -> None:
+        self.recorder.phase, self.recorder.category = phase, category
+
+    def _phase(self, name: str) -> None:
+        self._begin(f"step {self._n} {name}", "optimizer" if name == "optimizer" else "activations")
+
+    def _backward_begins(self) -> None:
+        self._n_backward += 1
+        if self._n_backward == 1:
+            self._phase("backward")
+
+    def _backward_ends(self) -> None:
+        self._n_backward -= 1
+        if self._n_backward:
+            return  # one backward pass within another: reentrant checkpointing
+        for parameter in self.plan.model.parameters():
+            if parameter.grad is not None:
+                self.recorder.label(parameter.grad, "gradients")
+        self._phase("optimizer")
+
+    def _paper(self, original: torch.Tensor) -> torch.Tensor:
+        """Return the paper tensor that stands for a real one, making it where it is new."""
+        known = self._papers.get(id(original))
+        if known is not None:
+            return known
+        paper = self.recorder.new(original.shape, original.dtype, _dense_strides(original))
+        paper.requires_grad_(original.requires_grad)
+        if isinstance(original, nn.Parameter):
+            paper._is_param = True  # what makes isinstance(_, Parameter) true
+        self._papers[id(original)] = paper
+        self._originals.append(original)
+        return paper
+
+    @contextmanager
+    def _on_paper(self, model: nn.Module, *, training: bool | None) -> Iterator[None]:
+        """Put paper tensors in the place of a module's, in the order in which `.to("cuda")` moves them."""
+        taken = [
+            (held, dict(held))
+            for module in model.modules()
+            # The module's attributes last: what a step adds to or replaces in them is taken back too.
+            for held in (module._parameters, module._buffers, vars(module))
+        ]
+        try:
+            if training is not None and model.training is not training:
+                self._assume_mode(model, training=training)
+            for module in _children_first(model):
+                tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+                for held in tables:
+                    for name, tensor in held.items():
+                        if tensor is not None:
+                            held[name] = self._paper(tensor)
+            yield
+        finally:
+            for held, before in taken:
+                held.clear()
+                held.update(before)
+
+    def _assume_mode(self, model: nn.Module, *, training: bool) -> None:
+        model.train(training)
+        was, now = ("eval", "train") if training else ("train", "eval")
+        self.recorder.assumptions[f"the model was in {was} mode and is estimated in {now} mode"] = None
+
+    @contextmanager
+    def _optimizer(self, given: Any) -> Iterator[torch.optim.Optimizer | None]:
+        """Yield the optimizer, made of or filled with paper parameters."""
+        if not isinstance(given, torch.optim.Optimizer):
+            parameters = [p for p in self.plan.model.parameters() if p.requires_grad]
+            yield None if given is None else given(parameters)
+            return
+        groups, state = given.param_groups, given.state
+        try:
+            given.param_groups = [
+                {**group, "params": [self._paper(p) for p in group["params"]]} for group in groups
+            ]
+            given.state = defaultdict(dict)
+            for parameter, values in state.items():
+                given.state[self._paper(parameter)] = _tree.map_tensors(self._state_tensor, values)
+            yield given
+        finally:
+            given.param_groups, given.state = groups, state
+
+    def _state_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Put a tensor of the optimizer's state on paper; step counters stay on the host."""
+        return tensor.clone() if tensor.ndim == 0 and tensor.device.type == "cpu" else self._paper(tensor)
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield modules in the order in which `Module._apply` reaches their tensors."""
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
+
+
+def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides that a copy of the tensor on a GPU would have."""
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+@contextmanager
+def _told(plan: Plan) -> Iterator[None]:
+    """Say of an error of the model's own what it came from."""
+    try:
+        yield
+    except Exception as error:
+        given = ", ".join(
+            f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in _tree.tensors(plan.inputs)
+        )
+        what = "the given step" if plan.step is not None else f"{type(plan.model).__name__} on this batch"
+        raise ValueError(
+            f"estimate_vram could not run {what}: {type(error).__name__}: {error}\n"
+            f"The batch holds {given or 'no tensors'}. A tensor is passed as model(x), a mapping as "
+            "model(**batch), a tuple as model(*batch); with loss= a pair is (inputs, target). If the same "
+            "call works outside of estimate_vram, please report it."
+        ) from error
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the random state of PyTorch's CPU generator, Python and NumPy back afterwards."""
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Keep Python's collector of cycles from freeing tensors at moments of its own choosing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
