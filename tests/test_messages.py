@@ -831,44 +831,30 @@ def test_oom_guard_on_a_generator() -> None:
 # --- integrations ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("integration", "missing", "message"),
-    [
-        (
-            "gradio",
-            "gradio",
-            "torchfast.integrations.gradio builds on Gradio, which is not installed. "
-            "Install it: pip install gradio",
-        ),
-        (
-            "notebook",
-            "IPython.display",
-            "torchfast.integrations.notebook shows a monitor through IPython, which is not installed. "
-            "Install it: pip install ipython",
-        ),
-        (
-            "prometheus",
-            "prometheus_client.core",
-            "torchfast.integrations.prometheus exports through prometheus_client, which is not installed. "
-            "Install it: pip install prometheus-client",
-        ),
-        (
-            "tensorboard",
-            "torch.utils.tensorboard",
-            "torchfast.integrations.tensorboard writes through torch.utils.tensorboard, which needs a package "
-            "that is not installed. Install it: pip install tensorboard",
-        ),
-    ],
-)
-def test_missing_extras(
-    integration: str, missing: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+MISSING = {
+    ("gradio", "gradio"): "builds on Gradio, which is not installed. Install it: pip install gradio",
+    ("notebook", "IPython.display"): (
+        "shows a monitor through IPython, which is not installed. Install it: pip install ipython"
+    ),
+    ("prometheus", "prometheus_client.core"): (
+        "exports through prometheus_client, which is not installed. Install it: pip install prometheus-client"
+    ),
+    ("tensorboard", "torch.utils.tensorboard"): (
+        "writes through torch.utils.tensorboard, which needs a package that is not installed. "
+        "Install it: pip install tensorboard"
+    ),
+}
+
+
+@pytest.mark.parametrize(("integration", "package"), MISSING)
+def test_missing_extras(integration: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A framework that is not installed is named with the package to install, which is never torchfast."""
-    monkeypatch.delitem(sys.modules, f"torchfast.integrations.{integration}", raising=False)
-    monkeypatch.setitem(sys.modules, missing, None)
+    name = f"torchfast.integrations.{integration}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match="not installed") as error:
-        importlib.import_module(f"torchfast.integrations.{integration}")
-    assert text_of(error) == message
+        importlib.import_module(name)
+    assert text_of(error) == f"{name} {MISSING[integration, package]}"
 
 
 def test_a_live_view_that_broke() -> None:

@@ -19,9 +19,8 @@ def repeating(act: Callable[[], object], every_s: float) -> Iterator[None]:
             act()
         except Exception as error:  # noqa: BLE001 - a display that broke must not break a training
             failed.set()
-            warnings.warn(
-                f"the live view stopped: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2
-            )
+            said = f"the live view stopped: {type(error).__name__}: {error}. Nothing else is affected."
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
 
     def loop() -> None:
         while not stop.wait(every_s) and not failed.is_set():
