@@ -1,0 +1,112 @@
+"""`to_channels_last`: convolutional models and their batches in the layout that tensor cores read.
+
+A model is changed in three steps, so that a failure leaves it as it was: refuse what cannot go well, lay
+every tensor out in new memory, and only then put the new memory under the old tensors.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from torchfast import _layout
+from torchfast._channels_last.changes import apply, state_changes, to_plain, weight_changes
+from torchfast._channels_last.refusals import check_batch, check_convertible, check_may_change, optimizers_of
+from torchfast._tree import map_tensors
+
+T = TypeVar("T")
+
+
+def to_channels_last(
+    model_or_batch: T,
+    /,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    enabled: bool = True,
+    is_image: Callable[[torch.Tensor], bool] | None = None,
+    rank_5: bool = False,
+) -> T:
+    """Lay a model out channels last in place and return it, or return a batch with its images laid out so.
+
+    In a model the weights of 2-d and 3-d convolutions are laid out again, with their gradients, and nothing
+    else: other parameters of rank 4 are no concern of a convolution. Parameters stay the same objects, so
+    ties, optimizers and references hold. What the model computes changes by no more than another, equally
+    valid kernel gives. All or nothing: an error leaves model and optimizer as they were. While it runs, the
+    tensors that change are there twice.
+
+    In a batch (any nesting of dicts, lists, tuples, dataclasses) every leaf that looks like images is laid
+    out; everything else is passed on as the same object.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import to_channels_last
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model = to_channels_last(model, optimizer=optimizer)
+        >>> images, labels = to_channels_last((torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])))
+        >>> images.shape, images.is_contiguous(memory_format=torch.channels_last)
+        (torch.Size([4, 3, 32, 32]), True)
+        >>> model(images).is_contiguous(memory_format=torch.channels_last)
+        True
+
+    Args:
+        model_or_batch: a module, or a batch. Convert a model before it is wrapped in DDP or compiled.
+        optimizer: the model's optimizer, or several. Its state is laid out like the parameters, now and after
+            each later `load_state_dict`: a fused optimizer whose state lies differently from its parameters
+            computes wrong updates without an error, and others fall back to slow kernels.
+        enabled: False lays everything out plainly again (also the optimizer's state), so that one flag of a
+            script can decide.
+        is_image: replaces the rule for what in a batch is an image. The default: floating point or uint8,
+            rank 4, 1 to 16 channels, no side shorter than the number of channels.
+        rank_5: in a batch, volumes (N, C, D, H, W) count as images as well. Models need no such flag.
+
+    Raises:
+        TypeError: neither a module nor a batch.
+        ValueError: the model cannot be converted as it is: not materialised yet, already wrapped or scripted,
+            weights in memory that others look into, or an optimizer that cannot work with the layout. The
+            message names the culprit and the way out.
+
+    It cannot see weights that a module hands to `torch.nn.functional.conv2d` by itself, and leaves weights
+    alone that are computed in each forward (weight norm, pruning, parametrizations): their convolutions
+    still pass channels_last activations on. It does not measure whether the layout pays on this GPU.
+    """
+    if isinstance(model_or_batch, nn.Module):
+        _convert_model(model_or_batch, optimizers_of(optimizer), enabled=enabled)
+        return model_or_batch
+    check_batch(model_or_batch)
+    if optimizer is not None:
+        raise TypeError(
+            "optimizer= was given together with a batch, which has no optimizer. "
+            "Give it where the model is converted: to_channels_last(model, optimizer=optimizer)."
+        )
+    lay_out = _layout.to_channels_last_tensor if enabled else to_plain
+
+    def lay_out_images(leaf: torch.Tensor) -> torch.Tensor:
+        counts = is_image(leaf) if is_image is not None else _layout.is_image(leaf, rank_5=rank_5)
+        return lay_out(leaf) if counts else leaf
+
+    return map_tensors(lay_out_images, model_or_batch)
+
+
+def _convert_model(model: nn.Module, optimizers: list[Optimizer], *, enabled: bool) -> None:
+    check_convertible(model)
+    changes = weight_changes(model, _layout.to_channels_last_tensor if enabled else to_plain)
+    check_may_change(model, optimizers, changes)
+    for optimizer in optimizers:
+        changes += state_changes(optimizer, changes)
+    apply(changes)
+    for optimizer in optimizers:
+        if optimizer not in _followed:
+            optimizer.register_load_state_dict_post_hook(_match_state)
+            _followed.add(optimizer)
+
+
+_followed: WeakSet[Optimizer] = WeakSet()
+"""Optimizers whose state already follows the parameters after each `load_state_dict`."""
+
+
+def _match_state(optimizer: Optimizer) -> None:
+    apply(state_changes(optimizer, []))
