@@ -3,6 +3,7 @@
 Each part of the library has its section, in the order of the files.
 """
 
+import dataclasses
 import importlib
 import pickle
 import sys
@@ -19,6 +20,9 @@ from torch.utils.data import DataLoader
 from tests.fake_gpu import FakeGPU
 from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, estimate_vram, oom_guard, to_channels_last
 from torchfast._device import resolve_device
+from torchfast._estimate import calibrate
+from torchfast._estimate.gpus import GPU_NAMES, resolve_gpu
+from torchfast._estimate.settings import AllocatorSettings
 from torchfast.integrations._repeat import repeating
 
 
@@ -596,6 +600,84 @@ def test_asking_an_estimate_whose_model_is_gone() -> None:
     assert text_of(error) == (
         "The model of this estimate is gone, and what was asked for needs it to be run on paper again. "
         "An estimate holds its model weakly: keep the model while you ask, or estimate anew."
+    )
+
+
+def test_estimating_for_a_gpu_that_nobody_knows() -> None:
+    """An unknown GPU is answered with the known ones and the way to describe any other."""
+    with pytest.raises(ValueError, match="knows") as error:
+        resolve_gpu("RTX 9090")
+    assert text_of(error) == (
+        f"gpu='RTX 9090' is not a GPU that torchfast knows. Known are {', '.join(GPU_NAMES)}. Describe any "
+        "other by its numbers: GPU(name, total_bytes=..., capability=..., n_multiprocessors=...)."
+    )
+
+
+def test_estimating_for_a_gpu_of_a_few_bytes() -> None:
+    """A number of gigabytes given as bytes is caught."""
+    with pytest.raises(ValueError, match="of memory") as error:
+        resolve_gpu(24)
+    assert text_of(error) == (
+        "gpu=24 was given, which is 24 B of memory. "
+        "Give the GPU's memory in bytes (24 * 2**30 for 24 GiB), its name, or a GPU."
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+def test_estimating_for_this_machines_gpu_where_there_is_none() -> None:
+    """Asking for the local GPU on a machine without one says what to name instead."""
+    with pytest.raises(ValueError, match="no CUDA GPU") as error:
+        resolve_gpu("cuda:0")
+    assert text_of(error) == (
+        "gpu='cuda:0' was asked for, but this machine has no CUDA GPU. "
+        "Name the GPU that the training will run on, for example gpu='RTX 4090'."
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without a GPU")
+def test_calibrating_without_a_gpu() -> None:
+    """The command says where to run it."""
+    with pytest.raises(SystemExit) as error:
+        calibrate.main()
+    assert text_of(error) == (
+        "torchfast-calibrate measures the GPU of the machine it runs on, but PyTorch finds no CUDA GPU "
+        "here. Run it on the machine that will train; estimates made there use the result by themselves."
+    )
+
+
+def test_allocator_settings_that_do_not_read() -> None:
+    """A setting that PyTorch would not read either is refused."""
+    for text in ("expandable_segments", "max_split_size_mb:many", "roundup_power2_divisions:[a:1]"):
+        with pytest.raises(ValueError, match="allocator") as error:
+            AllocatorSettings.parse(text)
+        assert text_of(error) == (
+            f"The allocator's settings were given as {text!r}, which does not read as PyTorch's own do. "
+            'Write them as in PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True,max_split_size_mb:128".'
+        )
+
+
+def test_the_largest_batch_of_a_step_without_a_batch() -> None:
+    """Without a dimension that counts samples there is no other batch to try."""
+    found = estimate_vram(nn.Linear(1, 1), torch.zeros(4, 1), n_steps=1)
+    nameless = dataclasses.replace(found, subject=dataclasses.replace(found.subject, batch_size=None))
+    with pytest.raises(ValueError, match="dimension") as error:
+        nameless.max_batch_size("T4")
+    assert text_of(error) == (
+        "max_batch_size() was asked for, but this estimate does not know which dimension of the batch "
+        "counts samples, so no other batch size can be traced. Give a batch whose tensors share their "
+        "first dimension."
+    )
+
+
+def test_plotting_an_estimate_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The missing package is named, with the way to do without it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = estimate_vram(nn.Linear(1, 1), torch.zeros(4, 1), n_steps=1)
+    with pytest.raises(ImportError, match="matplotlib") as error:
+        found.plot()
+    assert text_of(error) == (
+        "VRAMEstimate.plot() was called, but matplotlib is not installed, and it draws the figure. "
+        "Install it (pip install matplotlib), or print the estimate instead."
     )
 
 
