@@ -91,7 +91,7 @@ def _version(package: str) -> str | None:
 
 def _driver() -> str | None:
     path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Kernel Module\D*([\d.]+)", path.read_text()) if path.exists() else None
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", path.read_text()) if path.exists() else None
     return found.group(1) if found else _nvml_driver()
 
 
@@ -108,6 +108,7 @@ def _nvml_driver() -> str | None:
 
 def _commit() -> str:
     """Return the commit that was measured; a copy without history takes it from the environment."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("TORCHFAST_COMMIT", "unknown")
+    if "TORCHFAST_COMMIT" in os.environ:
+        return os.environ["TORCHFAST_COMMIT"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

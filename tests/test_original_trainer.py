@@ -144,7 +144,7 @@ def test_the_teacher_stays_on_its_device_while_it_teaches(device: str) -> None:
     """All through distillation the teacher is where the student trains, whatever is done to the student."""
     student = to_channels_last(network().to(device))
     teacher = GPUTeacher(network(), device)
-    student.teacher = teacher
+    setattr(student, "teacher", teacher)  # noqa: B010  an attribute that mypy takes for a submodule
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for batch in DeviceLoader(batches(), device, channels_last=True):
         student.train()
