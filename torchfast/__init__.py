@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torchfast._channels_last import to_channels_last
-
 if TYPE_CHECKING:
+    from torchfast._channels_last import to_channels_last
+    from torchfast._channels_last.measuring import LayoutReport
     from torchfast._estimate.estimate import estimate_vram
     from torchfast._estimate.gpus import GPU
     from torchfast._estimate.report import VRAMEstimate
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torchfast._monitor.monitor import VRAMMonitor
     from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
     from torchfast._oom.guard import OOMGuard, QuietOOMGuard, oom_guard
+    from torchfast._oom.injection import inject_oom
     from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
     from torchfast._teacher import GPUTeacher
 
@@ -22,6 +23,7 @@ __all__ = [
     "DeviceLoader",
     "GPUTeacher",
     "HostOutOfMemoryError",
+    "LayoutReport",
     "LoaderStats",
     "OOMGuard",
     "OutOfMemoryError",
@@ -34,6 +36,7 @@ __all__ = [
     "VRAMSample",
     "VRAMSpan",
     "estimate_vram",
+    "inject_oom",
     "oom_guard",
     "to_channels_last",
 ]
@@ -44,6 +47,7 @@ _HOMES = {
     "GPU": "_estimate.gpus",
     "GPUTeacher": "_teacher",
     "HostOutOfMemoryError": "_oom.report",
+    "LayoutReport": "_channels_last.measuring",
     "LoaderStats": "_loader.stats",
     "OOMGuard": "_oom.guard",
     "OutOfMemoryError": "_oom.report",
@@ -56,7 +60,9 @@ _HOMES = {
     "VRAMSample": "_monitor.sample",
     "VRAMSpan": "_monitor.history",
     "estimate_vram": "_estimate.estimate",
+    "inject_oom": "_oom.injection",
     "oom_guard": "_oom.guard",
+    "to_channels_last": "_channels_last",
 }
 
 

@@ -108,7 +108,7 @@ def look_into(error: BaseException, /) -> Findings:
     seen: set[int] = set()
     for related in related_errors(error):
         for frame in _frames(related.__traceback__):
-            phase = _phase(frame) or phase
+            phase = phase_of(frame) or phase
             for value in _values(frame):
                 if isinstance(value, torch.Tensor) and _is_activation(value) and id(value) not in seen:
                     seen.add(id(value))
@@ -117,7 +117,8 @@ def look_into(error: BaseException, /) -> Findings:
     return Findings(phase, common, n_sharing)
 
 
-def _phase(frame: FrameType) -> str | None:
+def phase_of(frame: FrameType, /) -> str | None:
+    """Return the phase of a training step that a frame of PyTorch's own code stands for."""
     path = frame.f_code.co_filename.replace("\\", "/")
     if "/torch/optim/" in path:
         return "optimizer"

@@ -1,14 +1,16 @@
 """`oom_guard`: an out-of-memory error becomes something that a person can act on."""
 
+import dataclasses
 import functools
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 import torch
+from torch import nn
 
 from torchfast import _batch
 from torchfast._device import resolve_device
@@ -17,6 +19,9 @@ from torchfast._oom.release import clean_up, place_of
 from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, SizeSource, error_of
 from torchfast._oom.telemetry import Monitor
 from torchfast._oom_errors import OutOfMemoryRecord, classify
+
+if TYPE_CHECKING:
+    from torchfast._oom.retry import Retry, Split
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -133,6 +138,8 @@ def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
 class _Guard:
     """What both guards do; they differ in how a block ends that ran out of memory."""
 
+    _is_quiet: bool
+
     def __init__(
         self,
         batch_size: int | None,
@@ -172,6 +179,74 @@ class _Guard:
         """
         return Steps(loader, self)
 
+    def retry(  # noqa: PLR0913 -- options, all keyword-only
+        self,
+        *,
+        model: nn.Module | Iterable[nn.Module],
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        generators: Iterable[torch.Generator] = (),
+        tokens: Callable[[Any], Any] | None = None,
+        split: "Split" = "safe",
+        copy: bool = False,
+        grow_after: int = 100,
+        timeout_s: float = 60.0,
+    ) -> "Retry":
+        """Return training steps that are tried again, made once and used for every step.
+
+        A step that runs out of memory is put back to where it began (gradients, buffers such as batch norm
+        statistics, random state, gradient scaler, optimizer state made meanwhile) and tried again at the same
+        size after cleaning up; then in ever smaller parts of the batch, each with the factor for its mean
+        loss that makes the sum of the gradients that of the whole batch. The size that fitted is kept for
+        the next steps and grows back after quiet ones. Tried again whole, a step is bit for bit the one that
+        did not fail; in parts it is equal up to rounding, unless layers draw random numbers (you are warned)
+        or see the whole batch (refused, unless `split` says otherwise).
+
+        Under `DistributedDataParallel` the attempts run without gradient synchronisation; the ranks then
+        vote on the CPU, and average the gradients once. Making the retry is a collective there.
+
+        Args:
+            model: the module, or modules, that the step trains, as it is called (wrapped, under DDP).
+            optimizer: the optimizer, or optimizers, that the step runs.
+            scaler: the gradient scaler, if there is one.
+            generators: random generators of your own that the step draws from.
+            tokens: a function from a part of the batch to the number of its valid tokens, where the loss is a
+                mean over tokens; None weights by samples.
+            split: "safe" works in parts unless a layer sees the whole batch; "always" even then; "never" only
+                tries again whole.
+            copy: True copies parameters and optimizer state at the start of each step, so that a failure in
+                the middle of `optimizer.step()` can be undone too: memory of that size again. By default a
+                step of the optimizer is tried for memory before it begins.
+            grow_after: how many steps without a failure go by before a larger size is tried, at least 1.
+            timeout_s: how long a rank waits for the others, in seconds.
+
+        Raises:
+            ValueError: an unknown `split`; a model under FSDP or tensor parallelism, or with SyncBatchNorm
+                under DDP, whose collectives a failed rank would block.
+
+        What it does not do: undo what the step does outside of these, such as a metric that it updates.
+        """
+        from torchfast._oom.ranks import ranks_of
+        from torchfast._oom.retry import Retry
+        from torchfast._oom.transaction import Subjects
+
+        if split not in ("safe", "always", "never"):
+            raise ValueError(
+                f"split={split!r} was given to guard.retry; it says when a batch may be worked on in parts: "
+                '"safe", "always" or "never".'
+            )
+        modules = (model,) if isinstance(model, nn.Module) else tuple(model)
+        optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
+        return Retry(
+            self,
+            Subjects(modules, optimizers, scaler, tuple(generators)),
+            split=split,
+            copy=copy,
+            tokens=tokens,
+            grow_after=max(grow_after, 1),
+            ranks=ranks_of(modules, timeout_s),
+        )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> bool | None:
@@ -180,30 +255,46 @@ class _Guard:
     def _leave(self, error: BaseException | None) -> OutOfMemoryReport | None:
         """Let go, and return the report, if the block ran out of memory."""
         bound = self._bound.pop()
+        return None if error is None else self._explained(error, bound)
+
+    def _explained(
+        self, error: BaseException, bound: frames.Bound, size: int | None = None
+    ) -> OutOfMemoryReport | None:
         if not isinstance(error, Exception) or (record := classify(error)) is None:
             return None
         # An inner guard has explained it already; of what it held, the outer block lets go as well.
-        inner = [
-            found.report for found in frames.related_errors(error) if isinstance(found, OutOfMemoryError)
-        ]
+        related = frames.related_errors(error)
+        inner = [found.report for found in related if isinstance(found, OutOfMemoryError)]
         self.report = next((report for report in inner if report is not None), None)
         if self.report is None:
-            self.report = self._explain(error, record, bound)
+            self.report = self._explain(error, record, bound, size)
         else:
             clean_up(error, bound, keep_frames=self._keep_frames)
         return self.report
 
+    def _amend(self, report: OutOfMemoryReport, sentence: str | None) -> OutOfMemoryReport:
+        """Add to the report why there was no further try."""
+        if sentence is not None:
+            text = f"{report.message}\n{sentence}"
+            more = report.details.replace(report.message, text, 1)
+            report = dataclasses.replace(report, message=text, details=more)
+        self.report = report
+        return report
+
+    def _device(self) -> torch.device:
+        return resolve_device(self._asked_device)
+
     def _explain(
-        self, error: BaseException, record: OutOfMemoryRecord, bound: frames.Bound
+        self, error: BaseException, record: OutOfMemoryRecord, bound: frames.Bound, size: int | None
     ) -> OutOfMemoryReport:
-        device = record.device or resolve_device(self._asked_device)
+        device = record.device or self._device()
         # First all that is lost when the frames are cleared, then all that is known only afterwards.
         findings, place = frames.look_into(error), place_of(error)
         text = "".join(traceback.format_exception(error))
         now = telemetry.situation(device, record.allowed_bytes)
         clean_up(error, bound, keep_frames=self._keep_frames)
         held_bytes = telemetry.situation(device, None).allocated_bytes
-        batch_size, source = self._size(findings)
+        batch_size, source = self._size(findings) if size is None else (size, "steps")
         case = message.Case(
             record=record,
             device=device,
@@ -272,6 +363,8 @@ class OOMGuard(_Guard):
     `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
     """
 
+    _is_quiet = False
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
@@ -289,6 +382,8 @@ class QuietOOMGuard(_Guard):
 
     `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
     """
+
+    _is_quiet = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -311,7 +406,7 @@ class Steps(Generic[T]):
         return telemetry.logged_steps(
             guard._log,
             self._loader,
-            resolve_device(guard._asked_device),
+            guard._device(),
             lambda batch: _batch.batch_size(batch, dim=guard._batch_dim),
             guard._monitor,
         )

@@ -8,6 +8,7 @@ import torch
 
 from torchfast._bytes import format_bytes
 from torchfast._memory import AllocatorStats, PeakScope, allocator_stats, driver_memory, peak_scope
+from torchfast._oom import work
 
 T = TypeVar("T")
 
@@ -112,6 +113,7 @@ class _Step(AbstractContextManager["_Step", None]):
         log = self._log
         self._scope.__enter__()
         log.batch_size, log.start = self._n_samples, self._scope.start
+        work.now.n_samples = self._n_samples
         log.n_steps += 1
         if log.n_steps == 2 and log.start is not None:  # the first step makes the optimizer's state
             log.first_start_bytes = log.start.allocated_bytes
@@ -119,6 +121,7 @@ class _Step(AbstractContextManager["_Step", None]):
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self._scope.__exit__(None, None, None)
+        work.now.n_samples = None
         peak, start = self._scope.peak_allocated_bytes, self._scope.start
         if error is None and peak is not None and start is not None and self._n_samples:
             self._log.worked(self._n_samples, start.allocated_bytes, peak)

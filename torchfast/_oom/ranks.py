@@ -1,0 +1,212 @@
+"""Several ranks at one step: they agree on what happened before any of them goes on.
+
+A rank that runs out of memory in the backward pass leaves the others waiting in a collective for ever. So
+attempts run without gradient synchronisation; afterwards the ranks vote through a gloo group on the CPU,
+with a timeout (NCCL needs device memory for itself), and only then reduce the gradients, once.
+"""
+
+import datetime as dt
+import enum
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+class Outcome(enum.IntEnum):
+    """How an attempt ended, the worst last: the ranks agree on the worst of theirs."""
+
+    DONE = 0
+    AGAIN = 1  # out of memory, and the step can be tried again
+    GIVE_UP = 2  # out of memory, and it cannot
+    ERROR = 3  # another exception
+
+
+class Vote(enum.IntEnum):
+    """What the ranks tell each other, beside the parameters that have gradients."""
+
+    OUTCOME = 0
+    CANNOT_ROLL_BACK = 1
+    THRASHES = 2
+
+
+class PeerRanOutOfMemoryError(Exception):
+    """Ends the attempt on a rank that got through, because another did not."""
+
+
+class Ranks:
+    """One process by itself: it agrees with itself."""
+
+    is_distributed = False
+
+    def begin(self) -> None:
+        """Begin an attempt."""
+
+    def end(self) -> None:
+        """End an attempt."""
+
+    def reduce(self) -> None:
+        """Agree that all parts got through, and reduce the gradients."""
+
+    def agree(self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool) -> tuple[Outcome, bool]:
+        """Return the outcome for all ranks, and whether any of them thrashes."""
+        if outcome == Outcome.AGAIN and not can_roll_back:
+            outcome = Outcome.GIVE_UP
+        return outcome, thrashes
+
+
+class DDPRanks(Ranks):
+    """The ranks of a `DistributedDataParallel` model. Making one is a collective: every rank must."""
+
+    is_distributed = True
+
+    def __init__(self, model: DistributedDataParallel, timeout_s: float) -> None:
+        self._model = model
+        self._timeout_s = timeout_s
+        self._group = dist.new_group(
+            dist.get_process_group_ranks(model.process_group),
+            timeout=dt.timedelta(seconds=timeout_s),
+            backend="gloo",
+        )
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._stack = ExitStack()
+        self._agreed: tuple[Outcome, bool] | None = None
+        self._is_reduced = False
+
+    def begin(self) -> None:
+        """Switch the collectives of forward and backward off."""
+        self._agreed, self._is_reduced = None, False
+        self._stack.enter_context(self._model.no_sync())
+        self._model.require_forward_param_sync = False  # buffers are broadcast with the gradients instead
+
+    def end(self) -> None:
+        """Switch them on again."""
+        self._stack.close()
+
+    def reduce(self) -> None:
+        """Agree that all ranks got through, then average the gradients and take rank 0's buffers."""
+        votes = self._vote(Outcome.DONE, can_roll_back=True, thrashes=False, has_gradient=self._mask())
+        outcome = Outcome(votes[Vote.OUTCOME])
+        if outcome != Outcome.DONE:
+            self._agreed = _decided(votes)
+            raise PeerRanOutOfMemoryError
+        self._is_reduced = True
+        used = [p for p, has in zip(self._parameters, votes[len(Vote) :], strict=True) if has]
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        group = self._model.process_group
+        size = dist.get_world_size(group)
+        for bucket in _buckets([p.grad for p in used if p.grad is not None]):
+            flat = torch._utils._flatten_dense_tensors(bucket)
+            dist.all_reduce(flat, group=group)
+            flat.div_(size)
+            _scatter(flat, bucket)
+        if self._model.broadcast_buffers:
+            source = dist.get_process_group_ranks(group)[0]
+            for bucket in _buckets(list(self._model.module.buffers())):
+                flat = torch._utils._flatten_dense_tensors(bucket)
+                dist.broadcast(flat, source, group=group)
+                _scatter(flat, bucket)
+
+    def agree(self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool) -> tuple[Outcome, bool]:
+        """Return the outcome for all ranks: what was decided at the reduction, else what is voted now."""
+        if self._agreed is not None:
+            return self._agreed
+        none = [False] * len(self._parameters)
+        if outcome == Outcome.DONE and not self._is_reduced:
+            self._vote(Outcome.ERROR, can_roll_back=True, thrashes=False, has_gradient=none)
+            raise RuntimeError(
+                "an attempt ended before the loop over its parts did, so the gradients were never "
+                "averaged over the ranks. Loop over the attempt to its end before optimizer.step()."
+            )
+        return _decided(
+            self._vote(outcome, can_roll_back=can_roll_back, thrashes=thrashes, has_gradient=none)
+        )
+
+    def _mask(self) -> list[bool]:
+        return [p.grad is not None for p in self._parameters]
+
+    def _vote(
+        self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool, has_gradient: list[bool]
+    ) -> list[int]:
+        votes = torch.tensor([outcome, not can_roll_back, thrashes, *has_gradient], dtype=torch.int32)
+        try:
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the ranks could not agree on a step within {self._timeout_s:g} s: a rank has ended, "
+                "or does not take "
+                "part in this attempt. Every rank must go through retry.attempts(...) the same "
+                "number of times; a longer timeout_s= helps where ranks are merely slow."
+            ) from error
+        numbers: list[int] = votes.tolist()
+        return numbers
+
+
+def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
+    """Return how the ranks of these modules agree, or refuse with the reason."""
+    everything = [m for root in modules for m in root.modules()]
+    wrappers = [m for m in everything if isinstance(m, DistributedDataParallel)]
+    _refuse_sharded(everything)
+    if not wrappers:
+        return Ranks()
+    if any(isinstance(m, nn.SyncBatchNorm) for m in everything):
+        raise ValueError(
+            "guard.retry cannot be used with SyncBatchNorm: its forward pass waits for all ranks, "
+            "and one that ran out "
+            "of memory would leave the others waiting for ever. Use BatchNorm or GroupNorm, or "
+            "oom_guard without retry."
+        )
+    if len(wrappers) > 1:
+        raise ValueError(
+            f"guard.retry was given {len(wrappers)} DistributedDataParallel models; it reduces the "
+            "gradients of one. Wrap what is trained together in one module."
+        )
+    return DDPRanks(wrappers[0], timeout_s)
+
+
+def _refuse_sharded(modules: Sequence[nn.Module]) -> None:
+    names = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    parameters = {type(p).__name__ for module in modules for p in module.parameters(recurse=False)}
+    found = sorted(names & {"FullyShardedDataParallel", "FSDPModule"}) + sorted(parameters & {"DTensor"})
+    if found:
+        raise ValueError(
+            f"guard.retry cannot be used with {found[0]}: its forward pass is made of collectives, and a "
+            "rank that ran "
+            "out of memory would leave the others waiting for ever. Use oom_guard without retry: it "
+            "explains the error and names a batch size to restart with."
+        )
+
+
+def _decided(votes: list[int]) -> tuple[Outcome, bool]:
+    outcome = Outcome(votes[Vote.OUTCOME])
+    if outcome == Outcome.AGAIN and votes[Vote.CANNOT_ROLL_BACK]:
+        outcome = Outcome.GIVE_UP
+    return outcome, bool(votes[Vote.THRASHES])
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return the tensors in groups of one type and at most 25 MiB, so that little is needed to send them."""
+    buckets: list[list[torch.Tensor]] = []
+    room: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], int]] = {}
+    for tensor in tensors:
+        key = tensor.dtype, tensor.device
+        bucket, n_bytes = room.get(key, ([], _BUCKET_BYTES + 1))
+        if n_bytes + tensor.nbytes > _BUCKET_BYTES:
+            bucket, n_bytes = [], 0
+            buckets.append(bucket)
+        bucket.append(tensor)
+        room[key] = bucket, n_bytes + tensor.nbytes
+    return buckets
+
+
+@torch.no_grad()
+def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    for tensor, part in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
+        tensor.copy_(part)

@@ -1,0 +1,288 @@
+"""Putting a training step back to where it began.
+
+What a failed step has changed by the time it fails: some gradients, the running statistics of batch norms
+(any buffer), random state, the scaler, and, if it got that far, parameters and moments. All but the last are
+cheap to keep; the last need a copy, which is the user's to ask for.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from torchfast._bytes import MIB
+from torchfast._memory import allocator_stats, driver_memory, peak_scope
+
+State = dict[str, Any]
+
+
+class Subjects(NamedTuple):
+    """What takes part in a step."""
+
+    modules: tuple[nn.Module, ...]
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    scaler: Any
+    generators: tuple[torch.Generator, ...]
+
+
+class Transaction:
+    """The state of a training step at its beginning, and the way back to it.
+
+    `begin` notes the state, `roll_back` restores it as often as asked. Buffers are copied into memory that is
+    kept from step to step; gradients are copied only where a step begins with some, while accumulating. With
+    `copy`, parameters and optimizer state are copied too: memory of that size again, and the time to copy it.
+
+    The modules' structure is looked at once: a module added later is not part of it.
+    """
+
+    def __init__(self, subjects: Subjects, *, copy: bool) -> None:
+        self._subjects, self._copy = subjects, copy
+        modules = list(dict.fromkeys(m for root in subjects.modules for m in root.modules()))
+        self._slots = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        in_modules = (p for m in modules for p in m._parameters.values() if p is not None)
+        in_groups = (p for o in subjects.optimizers for g in o.param_groups for p in g["params"])
+        self._parameters = list(dict.fromkeys([*in_modules, *in_groups]))
+        self._buffer_copies = _Copies()
+        self._parameter_copies = _Copies()
+        self._moment_copies = _Copies()
+        self._probes = [_StepProbe(optimizer) for optimizer in subjects.optimizers]
+        self._handles: list[Any] = []
+        self.has_stepped = False
+
+    def begin(self) -> None:
+        """Note the state that `roll_back` is to restore."""
+        self.has_stepped = False
+        self._buffers = [cast(torch.Tensor, slots[name]) for slots, name in self._slots]
+        self._buffer_copies.take(self._buffers)
+        self._random = _random_state(self._subjects.generators)
+        self._scaler = _scaler_state(self._subjects.scaler)
+        self._gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in self._parameters]
+        self._optimizers = [_optimizer_state(optimizer) for optimizer in self._subjects.optimizers]
+        moments = [t for state in self._optimizers for t in state.tensors]
+        self._watched = [*self._parameters, *moments]
+        self._versions = [tensor._version for tensor in self._watched]
+        if self._copy:
+            self._parameter_copies.take(self._parameters)
+            self._moment_copies.take(moments)
+
+    def watch(self) -> None:
+        """Before each step of an optimizer find out whether it will fit, and after it note that it was."""
+        for optimizer, probe in zip(self._subjects.optimizers, self._probes, strict=True):
+            if not self._copy:
+                self._handles.append(optimizer.register_step_pre_hook(probe.before))
+                self._handles.append(optimizer.register_step_post_hook(probe.after))
+            self._handles.append(optimizer.register_step_post_hook(self._note_step))
+
+    def stop_watching(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for probe in self._probes:
+            probe.stop()
+
+    def probe(self) -> None:
+        """Find out now whether the optimizers' steps will fit."""
+        for probe in self._probes:
+            probe.before()
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether there is a way back: with a copy always, else until the optimizer changes something."""
+        if self._copy:
+            return True
+        return not self.has_stepped and self._versions == [tensor._version for tensor in self._watched]
+
+    def roll_back(self) -> None:
+        """Restore the state noted by `begin`."""
+        for parameter, (gradient, copy) in zip(self._parameters, self._gradients, strict=True):
+            if gradient is not None and copy is not None:
+                gradient.copy_(copy)
+            parameter.grad = gradient
+        for (slots, name), buffer in zip(self._slots, self._buffers, strict=True):
+            slots[name] = buffer
+        self._buffer_copies.put_back(self._buffers)
+        for optimizer, state in zip(self._subjects.optimizers, self._optimizers, strict=True):
+            state.restore(optimizer)
+        if self._copy:
+            self._parameter_copies.put_back(self._parameters)
+            self._moment_copies.put_back([t for state in self._optimizers for t in state.tensors])
+        _restore_scaler(self._subjects.scaler, self._scaler)
+        _restore_random(self._random)
+        self.has_stepped = False
+        self._versions = [tensor._version for tensor in self._watched]
+
+    def _note_step(self, *_: Any) -> None:
+        self.has_stepped = True
+
+
+class _Copies:
+    """Copies of tensors, in memory that is kept for the next time."""
+
+    def __init__(self) -> None:
+        self._copies: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def take(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy the tensors; the first time, and when they have changed shape, into new memory."""
+        fits = len(tensors) == len(self._copies) and all(
+            t.shape == c.shape and t.dtype == c.dtype and t.device == c.device
+            for t, c in zip(tensors, self._copies, strict=True)
+        )
+        if fits:
+            _copy_all(self._copies, tensors)
+        else:
+            self._copies = [t.detach().clone() for t in tensors]
+
+    @torch.no_grad()
+    def put_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Write the copies into the tensors."""
+        _copy_all(tensors, self._copies)
+
+
+def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its target: a few kernels for all of them instead of one for each."""
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        into, from_ = groups.setdefault((target.dtype, target.device), ([], []))
+        into.append(target.detach())
+        from_.append(source)
+    for into, from_ in groups.values():
+        torch._foreach_copy_(into, from_)
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------
+
+
+class _OptimizerState(NamedTuple):
+    """Which state an optimizer has: that which a failed step makes must go, or the next one trips over it."""
+
+    entries: dict[Any, State]
+    groups: list[State]
+    tensors: list[torch.Tensor]
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        for key in list(optimizer.state):
+            if key not in self.entries:
+                del optimizer.state[key]
+        for key, before in self.entries.items():
+            optimizer.state[key].clear()
+            optimizer.state[key].update(before)
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(settings)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> _OptimizerState:
+    entries = {key: dict(state) for key, state in optimizer.state.items()}
+    groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    tensors = [v for state in entries.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return _OptimizerState(entries, groups, tensors)
+
+
+class _StepProbe:
+    """Finds out whether an optimizer's step will find the memory it needs, before it changes anything.
+
+    A foreach optimizer changes moments before its allocating operator, so a failure inside it cannot be
+    undone. What a step needs is measured at its first success; before that it is taken to be two tensors of
+    state and one of scratch for each parameter. Where free memory is twice that, nothing is tried.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._need_bytes: int | None = None
+        self._scope: Any = None
+
+    def before(self, *_args: Any) -> None:
+        """Allocate what the step will need and let it go again, unless there is plenty."""
+        parameters = [p for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
+        device = next((p.device for p in parameters if p.is_cuda), None)
+        if device is None:
+            return
+        n_new = sum(p not in self._optimizer.state for p in parameters)
+        all_bytes = sum(p.nbytes for p in parameters)
+        need = all_bytes + 2 * all_bytes * n_new // len(parameters)
+        if not n_new and self._need_bytes is not None:
+            need = self._need_bytes
+        if not _has_room(device, need):
+            # In the sizes of the parameters, as the step will ask for them: one large block might not be
+            # found where many small ones are.
+            n_each = max(1, round(need / all_bytes))
+            scratch = [torch.empty_like(p) for _ in range(n_each) for p in parameters]
+            scratch.clear()
+        if not n_new and self._need_bytes is None:
+            self._scope = peak_scope(device)
+            self._scope.__enter__()
+
+    def after(self, *_: Any) -> None:
+        """Note what the step needed."""
+        scope = self._scope
+        self.stop()
+        if scope is not None and scope.peak_allocated_bytes is not None:
+            self._need_bytes = scope.peak_allocated_bytes - scope.start.allocated_bytes
+
+    def stop(self) -> None:
+        """Stop measuring."""
+        if self._scope is not None:
+            self._scope.__exit__(None, None, None)
+            self._scope = None
+
+
+def _has_room(device: torch.device, need_bytes: int) -> bool:
+    stats, memory = allocator_stats(device), driver_memory(device)
+    if stats is None or memory is None:
+        return True
+    cached = stats.reserved_bytes - stats.allocated_bytes - stats.inactive_split_bytes
+    limit = torch.cuda.get_per_process_memory_fraction(device) * memory.total_bytes - stats.reserved_bytes
+    return min(memory.free_bytes, limit) + cached > 2 * need_bytes + 64 * MIB
+
+
+# --- random state ----------------------------------------------------------------------------------------
+
+
+def _random_state(
+    generators: Sequence[torch.Generator],
+) -> list[tuple[Callable[[Any], Any], Any]]:
+    """Return, for each source of random numbers, what restores it and its state."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"]
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    if torch.cuda.is_initialized():
+        states += [(g.set_state, g.get_state()) for g in torch.cuda.default_generators]
+    states += [(generator.set_state, generator.get_state()) for generator in generators]
+    return states
+
+
+def _restore_random(states: list[tuple[Callable[[Any], Any], Any]]) -> None:
+    for restore, state in states:
+        restore(state)
+
+
+# --- the gradient scaler ---------------------------------------------------------------------------------
+
+
+def _scaler_state(scaler: Any) -> State | None:
+    """Return the scaler's state; its own `state_dict` would wait for the GPU."""
+    if scaler is None:
+        return None
+    stages = {key: {**stage} for key, stage in scaler._per_optimizer_states.items()}
+    for stage in stages.values():
+        stage["found_inf_per_device"] = dict(stage["found_inf_per_device"])
+    tensors = {name: getattr(scaler, name) for name in ("_scale", "_growth_tracker")}
+    return {"stages": stages, **{k: None if t is None else t.clone() for k, t in tensors.items()}}
+
+
+def _restore_scaler(scaler: Any, state: State | None) -> None:
+    if state is None:
+        return
+    scaler._per_optimizer_states.clear()
+    scaler._per_optimizer_states.update(state["stages"])
+    for name in ("_scale", "_growth_tracker"):
+        copy = state[name]
+        setattr(scaler, name, None if copy is None else copy.clone())
