@@ -14,12 +14,14 @@ class FakeAllocator:
 
     def __init__(self) -> None:
         self.current = self.peak = 0
+        self.ever = 0
         self.is_initialized = True
         self.n_resets = 0
 
     def allocate(self, n_bytes: int) -> None:
         """Take `n_bytes`, or give them back where negative."""
         self.current = max(0, self.current + n_bytes)
+        self.ever += max(0, n_bytes)
         self.peak = max(self.peak, self.current)
 
     def read(self) -> AllocatorStats | None:
@@ -27,12 +29,21 @@ class FakeAllocator:
         if not self.is_initialized:
             return None
         now, peak = self.current, self.peak
-        return AllocatorStats(now, 2 * now, now, now, now // 5, peak, 2 * peak, peak, peak, peak // 5, 0, 0)
+        return AllocatorStats(
+            now, 2 * now, now, now, now // 5, peak, 2 * peak, peak, peak, peak // 5, 0, 0, self.ever
+        )
 
     def reset(self) -> None:
         """Begin a new peak, as `torch.cuda.reset_peak_memory_stats` does."""
         self.peak = self.current
         self.n_resets += 1
+
+    def read_and_reset(self) -> AllocatorStats | None:
+        """Do both, as the ledger does to open a scope."""
+        stats = self.read()
+        if stats is not None:
+            self.reset()
+        return stats
 
 
 class FakeGPU(FakeAllocator):
@@ -48,7 +59,7 @@ class FakeGPU(FakeAllocator):
         self.driver_cost_s = 0.0
         self.driver_error: Exception | None = None
         self.n_driver_reads = 0
-        self.ledger = PeakLedger(self.read, self.reset)
+        self.ledger = PeakLedger(self.read, self.read_and_reset)
 
     def clock(self) -> float:
         """Return the time, which passes only when something says so."""

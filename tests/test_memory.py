@@ -1,21 +1,24 @@
 """Reading the allocator and the driver, on a machine without a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from torchfast import _memory
 from torchfast._memory import AllocatorStats, allocator_stats, driver_memory
 
 CUDA = torch.device("cuda", 0)
 COUNTERS = ["allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "inactive_split_bytes"]
-NESTED = {
+NESTED: dict[str, Any] = {
     **{
-        name: {"all": {"current": 10 * i, "peak": 10 * i + 5, "allocated": 0, "freed": 0}}
+        name: {"all": {"current": 10 * i, "peak": 10 * i + 5, "allocated": 100 * i, "freed": 0}}
         for i, name in enumerate(COUNTERS, 1)
     },
     "num_alloc_retries": 3,
     "num_ooms": 2,
 }
-EXPECTED = AllocatorStats(10, 20, 30, 40, 50, 15, 25, 35, 45, 55, 3, 2)
+EXPECTED = AllocatorStats(10, 20, 30, 40, 50, 15, 25, 35, 45, 55, 3, 2, 100)
 
 
 def test_a_cpu_has_no_allocator_and_no_driver() -> None:
@@ -31,20 +34,35 @@ def test_nothing_is_initialised_by_looking(monkeypatch: pytest.MonkeyPatch) -> N
     assert driver_memory(CUDA) is None
 
 
-def test_the_direct_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's C function gives every field."""
+def test_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field is found in what PyTorch returns, and the reading that resets does both, in order."""
+    calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_memoryStats", lambda _: NESTED, raising=False)
+
+    def read(index: int) -> dict[str, Any]:
+        calls.append(f"read {index}")
+        return NESTED
+
+    monkeypatch.setattr(_memory, "_READ", read)
+    monkeypatch.setattr(_memory, "_RESET", lambda index: calls.append(f"reset {index}"))
     assert allocator_stats(CUDA) == EXPECTED
     assert EXPECTED.peaks == (15, 25, 35, 45, 55)
+    assert _memory._read_and_reset(CUDA) == EXPECTED
+    assert calls == ["read 0", "read 0", "reset 0"]
 
 
-def test_the_public_reading_where_the_direct_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PyTorch without the private function is read through its public one, with the same result."""
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build has the private functions")
+def test_the_public_functions_stand_in_where_the_private_ones_are_gone() -> None:
+    """A PyTorch without the private functions is read through its public ones."""
+    assert _memory._READ is torch.cuda.memory_stats_as_nested_dict
+    assert _memory._RESET is torch.cuda.reset_peak_memory_stats
+
+
+def test_an_allocator_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's public reading is empty where there is nothing to read: None, not zeros."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.delattr(torch._C, "_cuda_memoryStats", raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: NESTED)
-    assert allocator_stats(CUDA) == EXPECTED
+    monkeypatch.setattr(_memory, "_READ", lambda _: {})
+    assert allocator_stats(CUDA) is None
 
 
 def test_no_context_is_made_by_looking(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +80,7 @@ def test_contexts_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext", raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 9))
-    monkeypatch.setattr(
-        torch._C, "_cuda_memoryStats", lambda index: NESTED if index == 2 else {}, raising=False
-    )
+    monkeypatch.setattr(_memory, "_READ", lambda index: NESTED if index == 2 else {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = [driver_memory(torch.device("cuda", index)) is not None for index in range(3)]
     assert found == [True, False, True]

@@ -126,7 +126,7 @@ def test_a_foreign_reset_is_said() -> None:
         gpu.reset()
     assert vram.peak.allocated_bytes == 1000
     assert vram.peak.is_lower_bound
-    assert "or more: somebody else reset" in str(vram)
+    assert "or more: PyTorch's peak register was disturbed" in str(vram)
     assert "at least" in repr(vram.peak)
     assert "≥" in vram.line()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fake_gpu import FakeAllocator
-from torchfast._memory import PeakLedger, PeakScope, ledger_of, peak_scope
+from torchfast._memory import AllocatorStats, PeakLedger, PeakScope, ledger_of, peak_scope
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def new() -> tuple[FakeAllocator, PeakLedger]:
     """Return an allocator and the ledger over its register."""
     fake = FakeAllocator()
-    return fake, PeakLedger(fake.read, fake.reset)
+    return fake, PeakLedger(fake.read, fake.read_and_reset)
 
 
 def test_nested_scopes_have_their_own_exact_peaks() -> None:
@@ -104,6 +104,37 @@ def test_foreign_reset_makes_the_peak_a_lower_bound() -> None:
     with PeakScope(ledger) as later:
         fake.allocate(10)
     assert not later.is_lower_bound
+
+
+def test_what_comes_and_goes_while_a_scope_opens_is_not_missed_silently() -> None:
+    """What is taken and returned between reading and resetting may be the peak: the open scopes say so."""
+    fake, ledger = new()
+    read = fake.read
+
+    def read_late() -> AllocatorStats | None:
+        stats = read()
+        fake.allocate(taken)
+        fake.allocate(-taken)
+        fake.reset()
+        return stats
+
+    ledger._read_and_reset = read_late
+    taken = 0
+    with PeakScope(ledger) as outer:
+        fake.allocate(500)
+        fake.allocate(-500)
+        taken = 100
+        with PeakScope(ledger) as harmless:
+            pass
+        was_lower_bound = outer.is_lower_bound
+        taken = 900
+        with PeakScope(ledger) as inner:
+            fake.allocate(10)
+    assert (was_lower_bound, outer.is_lower_bound) == (False, True)
+    assert outer.peak_allocated_bytes == 500
+    assert not inner.is_lower_bound
+    assert not harmless.is_lower_bound
+    assert inner.peak_allocated_bytes == 10
 
 
 def test_foreign_reset_that_cannot_be_noticed() -> None:

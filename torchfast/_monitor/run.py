@@ -21,6 +21,8 @@ class Run:
         self.ledger, self.clock = ledger, clock
         self.latest: VRAMSample | None = None
         self.errors: list[str] = []
+        self._highest_used: int | None = None
+        self._highest_host: int | None = None
         self._probe, self._history = probe, history
         self._scope = PeakScope(ledger)
         self._phases: dict[str, VRAMPhase] = {}
@@ -60,6 +62,8 @@ class Run:
             phase = self._open_phases[-1].name if self._open_phases else None
             sample = self._probe.sample(self.clock, self.start_s, phase, fresh=fresh)
             self._history.add(sample)
+            self._highest_used = highest((self._highest_used, sample.used_bytes))
+            self._highest_host = highest((self._highest_host, sample.host_process_bytes))
             self.latest = sample
             return sample
 
@@ -70,14 +74,13 @@ class Run:
 
     def peak(self) -> VRAMPeak:
         """The highest values so far."""
-        spans = self.spans()
         return VRAMPeak(
             self._scope.peak_allocated_bytes,
             self._scope.peak_reserved_bytes,
             self._scope.peak_requested_bytes,
             is_lower_bound=self._scope.is_lower_bound,
-            used_bytes=highest(span.highest_used_bytes for span in spans),
-            host_process_bytes=highest(span.high.host_process_bytes for span in spans),
+            used_bytes=self._highest_used,
+            host_process_bytes=self._highest_host,
         )
 
     def phases(self) -> dict[str, VRAMPhase]:

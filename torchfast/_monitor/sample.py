@@ -78,7 +78,7 @@ class VRAMPeak:
     """The highest values of a run, so far.
 
     `allocated`, `reserved` and `requested` are exact, from PyTorch's register; with `is_lower_bound` somebody
-    else reset it, and the true peak may be higher. `used`, of all processes together, and `host_process` are
+    else reset it, or memory was taken just as it was read, and the true peak may be higher. `used`, of all processes together, and `host_process` are
     the highest of the samples: what rose and fell between two of them is missing.
     """
 

@@ -50,7 +50,7 @@ def report(monitor: "VRAMMonitor") -> str:
 def _peak_rows(peak: VRAMPeak) -> list[str]:
     rows = []
     if peak.allocated_bytes is not None:
-        note = " or more: somebody else reset PyTorch's register" if peak.is_lower_bound else ""
+        note = " or more: PyTorch's peak register was disturbed" if peak.is_lower_bound else ""
         rows += [
             _row("allocated", size(peak.allocated_bytes) + note),
             _row("reserved", size(peak.reserved_bytes)),
