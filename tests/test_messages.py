@@ -85,7 +85,7 @@ def test_an_optimizer_for_a_batch() -> None:
     with pytest.raises(TypeError, match="batch") as error:
         to_channels_last([torch.zeros(2)], optimizer=torch.optim.SGD([torch.zeros(2)]))
     assert text_of(error) == (
-        "optimizer= was given together with a batch, which has no optimizer. "
+        "optimizer= was given together with a batch, and only a model has a use for it. "
         "Give it where the model is converted: to_channels_last(model, optimizer=optimizer)."
     )
 

@@ -4,8 +4,10 @@ A model is changed in three steps, so that a failure leaves it as it was: refuse
 every tensor out in new memory, and only then put the new memory under the old tensors.
 """
 
+import dataclasses
+import logging
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -14,18 +16,21 @@ from torch.optim import Optimizer
 
 from torchfast import _layout
 from torchfast._channels_last.changes import apply, state_changes, to_plain, weight_changes
+from torchfast._channels_last.measuring import Comparison, LayoutReport, compared
 from torchfast._channels_last.refusals import check_batch, check_convertible, check_may_change, optimizers_of
 from torchfast._tree import map_tensors
 
 T = TypeVar("T")
 
 
-def to_channels_last(
+def to_channels_last(  # noqa: PLR0913 -- keyword options
     model_or_batch: T,
     /,
     *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     enabled: bool = True,
+    sample: Any = None,
+    report: Callable[[LayoutReport], object] | None = None,
     is_image: Callable[[torch.Tensor], bool] | None = None,
     rank_5: bool = False,
 ) -> T:
@@ -59,6 +64,12 @@ def to_channels_last(
             computes wrong updates without an error, and others fall back to slow kernels.
         enabled: False lays everything out plainly again (also the optimizer's state), so that one flag of a
             script can decide.
+        sample: a batch for the model: a tensor, a tuple of arguments or a dict of keyword arguments, where
+            the model is. Both layouts are timed on it, under the autocast that is active, forward and
+            backward if the model is in training mode; the faster one is kept. Weights, buffers, gradients
+            and random numbers are put back. Without it nothing is measured, and the model is converted.
+        report: called with a `LayoutReport` of what was done and why; `report=print` prints it. Otherwise it
+            is logged, to the logger `torchfast` at level INFO.
         is_image: replaces the rule for what in a batch is an image. The default: floating point or uint8,
             rank 4, 1 to 16 channels, no side shorter than the number of channels.
         rank_5: in a batch, volumes (N, C, D, H, W) count as images as well. Models need no such flag.
@@ -71,37 +82,76 @@ def to_channels_last(
 
     It cannot see weights that a module hands to `torch.nn.functional.conv2d` by itself, and leaves weights
     alone that are computed in each forward (weight norm, pruning, parametrizations): their convolutions
-    still pass channels_last activations on. It does not measure whether the layout pays on this GPU.
+    still pass channels_last activations on.
     """
-    if isinstance(model_or_batch, nn.Module):
-        _convert_model(model_or_batch, optimizers_of(optimizer), enabled=enabled)
-        return model_or_batch
-    check_batch(model_or_batch)
-    if optimizer is not None:
-        raise TypeError(
-            "optimizer= was given together with a batch, which has no optimizer. "
-            "Give it where the model is converted: to_channels_last(model, optimizer=optimizer)."
+
+    def lay_out_images(batch: T, layout: bool) -> T:  # noqa: FBT001 -- private
+        def lay_out(leaf: torch.Tensor) -> torch.Tensor:
+            counts = is_image(leaf) if is_image is not None else _layout.is_image(leaf, rank_5=rank_5)
+            return _LAY_OUT[layout](leaf) if counts else leaf
+
+        return map_tensors(lay_out, batch)
+
+    if not isinstance(model_or_batch, nn.Module):
+        check_batch(
+            model_or_batch, only_for_models={"optimizer": optimizer, "sample": sample, "report": report}
         )
-    lay_out = _layout.to_channels_last_tensor if enabled else to_plain
-
-    def lay_out_images(leaf: torch.Tensor) -> torch.Tensor:
-        counts = is_image(leaf) if is_image is not None else _layout.is_image(leaf, rank_5=rank_5)
-        return lay_out(leaf) if counts else leaf
-
-    return map_tensors(lay_out_images, model_or_batch)
-
-
-def _convert_model(model: nn.Module, optimizers: list[Optimizer], *, enabled: bool) -> None:
+        return lay_out_images(model_or_batch, enabled)
+    model, optimizers = model_or_batch, optimizers_of(optimizer)
     check_convertible(model)
-    changes = weight_changes(model, _layout.to_channels_last_tensor if enabled else to_plain)
-    check_may_change(model, optimizers, changes)
-    for optimizer in optimizers:
-        changes += state_changes(optimizer, changes)
-    apply(changes)
+    comparison = None
+    if sample is not None and enabled:
+        samples = {layout: lay_out_images(sample, layout) for layout in (False, True)}
+        comparison = _measured(model, optimizers, samples)
+        enabled = comparison.pays
+    n_weights = _convert_model(model, optimizers, enabled=enabled)
+    _report(model, n_weights, comparison, report, enabled=enabled)
+    return model_or_batch
+
+
+_LAY_OUT = {True: _layout.to_channels_last_tensor, False: to_plain}
+
+
+def _convert_model(model: nn.Module, optimizers: list[Optimizer], *, enabled: bool) -> int:
+    """Lay the model and its optimizers out, and return how many weights changed."""
+    weights = weight_changes(model, _LAY_OUT[enabled])
+    check_may_change(model, optimizers, weights)
+    states = [change for optimizer in optimizers for change in state_changes(optimizer, weights)]
+    apply(weights + states)
     for optimizer in optimizers:
         if optimizer not in _followed:
             optimizer.register_load_state_dict_post_hook(_match_state)
             _followed.add(optimizer)
+    return sum(isinstance(tensor, nn.Parameter) for tensor, _ in weights)
+
+
+def _measured(model: nn.Module, optimizers: list[Optimizer], samples: dict[bool, Any]) -> Comparison:
+    changes = {layout: weight_changes(model, lay_out) for layout, lay_out in _LAY_OUT.items()}
+    for either in changes.values():
+        check_may_change(model, optimizers, either)
+    return compared(model, samples, changes)
+
+
+def _report(
+    model: nn.Module,
+    n_weights: int,
+    comparison: Comparison | None,
+    report: Callable[[LayoutReport], object] | None,
+    *,
+    enabled: bool,
+) -> None:
+    logger = logging.getLogger("torchfast")
+    if report is None and not logger.isEnabledFor(logging.INFO):
+        return
+    n_computed = sum(
+        _layout.stored_weight(convolution) is None for _, convolution in _layout.convolutions(model)
+    )
+    measured = {} if comparison is None else dataclasses.asdict(comparison)
+    found = LayoutReport(enabled, n_weights, n_computed, **measured)
+    if report is not None:
+        report(found)
+    else:
+        logger.info("to_channels_last: %s", found)
 
 
 _followed: WeakSet[Optimizer] = WeakSet()

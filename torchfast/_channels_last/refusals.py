@@ -30,7 +30,8 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     return found
 
 
-def check_batch(batch: object) -> None:
+def check_batch(batch: object, /, *, only_for_models: Mapping[str, object]) -> None:
+    """Refuse what is neither a module nor a batch, and options that a batch has no use for."""
     if isinstance(batch, type) or not (
         isinstance(batch, (Mapping, UserDict, list, tuple)) or is_dataclass(batch) or flatten(batch)[0]
     ):
@@ -39,6 +40,12 @@ def check_batch(batch: object) -> None:
             f"them), but was given {_an(batch)}. "
             "For the batches of a loader, use DeviceLoader(loader, channels_last=True)."
         )
+    for option, value in only_for_models.items():
+        if value is not None:
+            raise TypeError(
+                f"{option}= was given together with a batch, and only a model has a use for it. "
+                f"Give it where the model is converted: to_channels_last(model, {option}={option})."
+            )
 
 
 def _an(thing: object) -> str:
