@@ -24,8 +24,8 @@ from torchfast._memory import allocator_stats, driver_memory
 
 DEVICE = torch.device("cuda", 0)
 PROTOCOL = (
-    "Costs: the median over 300 calls 5 ms apart, as a sampling thread makes them, so that nothing is read from "
-    "a cache; idle, and right after 20 matrix products of 4096 were queued. "
+    "Costs: the median over 300 calls 5 ms apart, as a sampling thread makes them, so that every source is "
+    "due; idle, and right after 20 matrix products of 4096 were queued. "
     "Steps: 15 rounds in which every variant takes its turn, each the mean of as many steps as take about "
     "150 ms; the ratio is the median over rounds of variant to no monitor in the same round."
 )

@@ -25,8 +25,8 @@ class VRAMMonitor:
     Guarantees: `peak` and the peaks of phases are exact, nested phases and several monitors included, because
     everything in torchfast shares PyTorch's one peak register through a ledger. A number that cannot be known
     is None, with the reason in `sample().sources`. Watching never fails the block: an error in a source is
-    kept in `errors` and reported as a warning at the end. No process is forked, nothing is initialised: on a
-    machine without a GPU the host's memory is watched instead.
+    kept in `errors` and reported as a warning at the end. No process is forked, no CUDA context created: on
+    a machine without a GPU the host's memory is watched instead.
 
     Costs: at most 40 µs a sample, in a thread of its own, and about 50 µs a phase; the GPU is never waited
     for. A source that turns out slow is asked less often, so that none takes more than 1 % of the time. The
