@@ -68,17 +68,22 @@ class ThreadedFeed:
                 "the fork. Begin a new pass in this process."
             )
         self._transport.follow()
-        if self._owes_permit:
-            # Before waiting for this batch: its memory is free now, and the copy of a later one may start.
-            self._work.permits.put(self._transport.blank())
-            self._owes_permit = False
-        began_s = time.perf_counter()
-        parcel = self._waiting.popleft() if self._waiting else self._work.ready.get()
-        waited_s = time.perf_counter() - began_s
+        owes_permit, self._owes_permit = self._owes_permit, False
+        # First of all: nothing that this step enqueues should delay the copy that goes there.
+        blank = self._transport.blank() if owes_permit else None
         try:
+            if owes_permit and not self._waiting and self._work.ready.empty():
+                owes_permit = False
+                self._work.permits.put(blank)
+            began_s = time.perf_counter()
+            parcel = self._waiting.popleft() if self._waiting else self._work.ready.get()
+            waited_s = time.perf_counter() - began_s
             batch = self._delivered(parcel)
         finally:
-            del parcel  # an error's traceback must not keep the batch
+            parcel = None  # an error's traceback must not keep the batch
+            if owes_permit:
+                # Last of all: it wakes the thread, which would take the GIL from us in between.
+                self._work.permits.put(blank)
         self._tally.taken(waited_s)
         return batch
 

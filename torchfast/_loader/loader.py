@@ -243,7 +243,11 @@ class DeviceLoader(Generic[T]):
             from torchfast._loader.transport import CudaTransport
 
             self._transport = CudaTransport(
-                self.device, self._depth, streams=self._streams, borrows=not _pins_afresh(self.loader)
+                self.device,
+                self._depth,
+                streams=self._streams,
+                borrows=not _writes_afresh(self.loader),
+                n_workers=getattr(self.loader, "num_workers", 0),
             )
         return ThreadedFeed(source, self._transport, self._tally, depth=self._depth)
 
@@ -277,11 +281,11 @@ def _finishing(transform: Callable[[Any], Any] | None, *, channels_last: bool) -
     return finish
 
 
-def _pins_afresh(loader: object) -> bool:
-    """Say whether the loader pins each batch into memory of its own, which nobody writes to again."""
+def _writes_afresh(loader: object) -> bool:
+    """Say whether asking the loader for a batch surely leaves the pinned memory of earlier ones alone."""
     from torch.utils.data import DataLoader
 
-    return isinstance(loader, DataLoader) and loader.pin_memory
+    return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
 
 
 def _default_workers() -> int:

@@ -5,6 +5,7 @@ Small leaves share one allocation on the device. Large ones have their own: who 
 batch must not keep its images too.
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ import torch
 from torchfast._bytes import MIB
 
 PACK_BELOW_BYTES = MIB
-"""Leaves smaller than this are packed. A pinned copy of 256 KiB runs at 15 GB/s, one of 1 MiB at 37."""
+"""Leaves smaller than this share one allocation on the device, and one transfer if they are staged."""
+
+STAGE_BELOW_BYTES = 16 * 2**10
+"""Pinned leaves smaller than this are staged too: the host copies 16 KiB in the time of enqueueing them."""
 
 CHUNK_BYTES = 16 * MIB
 """Pageable memory is staged in pieces of this size: 53 of 55 GB/s, one flying while the next is read."""
@@ -23,41 +27,96 @@ CHUNK_BYTES = 16 * MIB
 ALIGNMENT_BYTES = 512
 """The caching allocator's own alignment: what vectorised kernels may expect of any tensor they are given."""
 
-MAX_TEAM = 4
-"""Threads of one host copy: two to four saturate a PCIe 5 link, more take cores from the workers."""
+MAX_TEAM = 16
+"""Threads of one host copy. On one H200's host: 1 thread 5 GB/s, 4 17, 8 31, 16 48, for a link of 55."""
 
 
-class Load(NamedTuple):
-    """The plain leaves of one batch, sorted by how they travel."""
+class Run(NamedTuple):
+    """Packed leaves of one type and shape, side by side."""
 
-    small: list[int]
-    """Indexes of the leaves that are packed."""
-
-    offsets_bytes: list[int]
-    """Where each of them lies in the packed buffer."""
-
-    large: list[int]
-    """Indexes of the leaves that travel by themselves."""
-
-    sizes_bytes: tuple[int, ...]
-    """The device buffers needed: the packed one, if any, then one for each large leaf."""
+    indexes: list[int]
+    offset_bytes: int
+    step_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
 
-def sort_leaves(leaves: Sequence[Any], /) -> Load:
-    """Decide how each leaf travels; leaves that are not plain host tensors are left out."""
-    small, offsets_bytes, large, sizes_bytes, packed_bytes = [], [], [], [], 0
-    for index, leaf in enumerate(leaves):
-        if not is_plain(leaf):
+class Plan:
+    """How the leaves of batches that are built alike travel."""
+
+    __slots__ = ("large", "middling", "n_late", "n_tiny", "runs", "sizes_bytes", "small", "tiny_bytes")
+
+    def __init__(self, layouts: "Layouts") -> None:
+        sizes = {
+            index: math.prod(layout[1]) * layout[0].itemsize
+            for index, layout in enumerate(layouts)
+            if layout is not None
+        }
+        tiny = [index for index, n_bytes in sizes.items() if n_bytes < STAGE_BELOW_BYTES]
+        middling = [i for i, n_bytes in sizes.items() if STAGE_BELOW_BYTES <= n_bytes < PACK_BELOW_BYTES]
+        self.small = tiny + middling
+        """Indexes of the leaves that are packed, in the order in which they lie."""
+        self.large = [index for index, n_bytes in sizes.items() if n_bytes >= PACK_BELOW_BYTES]
+        """Indexes of the leaves that travel by themselves."""
+        self.n_late = layouts.count(None)
+        """How many leaves move by their own `.to`, once they are asked for."""
+        self.n_tiny = len(tiny)
+        tiny_runs, self.tiny_bytes = _runs(tiny, layouts, 0)
+        self.middling, packed_bytes = _runs(middling, layouts, self.tiny_bytes)
+        self.runs = tiny_runs + self.middling
+        packed = (packed_bytes,) if self.small else ()
+        self.sizes_bytes = (*packed, *(sizes[index] for index in self.large))
+        """The device buffers needed: the packed one, if any, then one for each large leaf."""
+
+
+def _runs(indexes: list[int], layouts: "Layouts", offset_bytes: int) -> tuple[list[Run], int]:
+    """Lay leaves side by side from an offset on; return their runs and where they end."""
+    runs: list[Run] = []
+    for index in indexes:
+        layout = layouts[index]
+        if layout is None:
             continue
-        if leaf.nbytes < PACK_BELOW_BYTES:
-            small.append(index)
-            offsets_bytes.append(packed_bytes)
-            packed_bytes += -(-leaf.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        else:
-            large.append(index)
-            sizes_bytes.append(leaf.nbytes)
-    packed = (packed_bytes,) if small else ()
-    return Load(small, offsets_bytes, large, (*packed, *sizes_bytes))
+        dtype, shape, stride = layout
+        step_bytes = _aligned(math.prod(shape) * dtype.itemsize)
+        if not runs or (runs[-1].dtype, runs[-1].shape, runs[-1].stride) != layout:
+            runs.append(Run([], offset_bytes, step_bytes, dtype, shape, stride))
+        runs[-1].indexes.append(index)
+        offset_bytes += step_bytes
+    return runs, offset_bytes
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+Layouts = tuple[tuple[torch.dtype, tuple[int, ...], tuple[int, ...]] | None, ...]
+
+
+class Plans:
+    """The plans of the batches seen so far: most loaders build all their batches alike."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, leaves: Sequence[Any], /) -> Plan:
+        """Return the plan for these leaves."""
+        key = tuple([(leaf.dtype, leaf.shape, leaf.stride()) if is_plain(leaf) else None for leaf in leaves])
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= 64:  # shapes without end: remembering them would be a leak
+                self._plans.clear()
+            plan = self._plans[key] = Plan(tuple(layout and _arrival_layout(*layout) for layout in key))
+        return plan
+
+
+def _arrival_layout(
+    dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]:
+    """Keep the strides of dense tensors, as `.to` does; others become contiguous."""
+    if is_dense(shape, stride):
+        return dtype, shape, stride
+    return dtype, shape, torch.empty(shape, device="meta").stride()
 
 
 def is_plain(leaf: Any, /) -> bool:
@@ -68,7 +127,7 @@ def is_plain(leaf: Any, /) -> bool:
     """
     return (
         type(leaf) is torch.Tensor
-        and leaf.device.type == "cpu"
+        and leaf.is_cpu
         and leaf.layout is torch.strided
         and not leaf.requires_grad
         and not leaf.is_nested
@@ -78,30 +137,38 @@ def is_plain(leaf: Any, /) -> bool:
     )
 
 
-def is_dense(tensor: torch.Tensor, /) -> bool:
-    """Say whether the tensor's elements fill one stretch of memory, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
+def is_dense(shape: Sequence[int], stride: Sequence[int], /) -> bool:
+    """Say whether elements so laid out fill one stretch of memory, in whatever order of dimensions."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for step, size in sorted(zip(stride, shape, strict=True)):
         if size == 1:
             continue
-        if stride != expected:
+        if step != expected:
             return False
         expected *= size
     return True
 
 
-def tensor_at(buffer: torch.Tensor, offset_bytes: int, like: torch.Tensor, /) -> torch.Tensor:
-    """Return a tensor of the shape, strides and type of `like` on the bytes of `buffer`.
+def tensors_of(run: Run, buffer: torch.Tensor, /) -> list[torch.Tensor]:
+    """Return the tensors of a run, on the bytes of the packed buffer.
 
-    Not a view: views share one version counter, and changing the images in place would then spoil a graph
-    that saved the labels.
+    Not views, hence `.data`: views share one version counter, and changing the images in place would then
+    spoil a graph that saved the labels. All at once, since a Python call for each is what costs.
     """
-    empty = torch.empty(0, dtype=like.dtype, device=buffer.device)
-    return empty.set_(
-        buffer.untyped_storage(), offset_bytes // like.element_size(), like.size(), like.stride()
+    n_bytes_each = run.dtype.itemsize
+    stacked = torch.empty(0, dtype=run.dtype, device=buffer.device).set_(
+        buffer.untyped_storage(),
+        run.offset_bytes // n_bytes_each,
+        (len(run.indexes), *run.shape),
+        (run.step_bytes // n_bytes_each, *run.stride),
     )
+    return [tensor.data for tensor in stacked.unbind()]
+
+
+def tensor_on(buffer: torch.Tensor, like: torch.Tensor, /) -> torch.Tensor:
+    """Return a tensor of the shape, strides and type of `like` on the first bytes of `buffer`."""
+    empty = torch.empty(0, dtype=like.dtype, device=buffer.device)
+    return empty.set_(buffer.untyped_storage(), 0, like.size(), like.stride())
 
 
 def bytes_of(tensor: torch.Tensor, /) -> torch.Tensor:
@@ -111,43 +178,65 @@ def bytes_of(tensor: torch.Tensor, /) -> torch.Tensor:
     return flat.set_(tensor.untyped_storage(), offset_bytes, (tensor.nbytes,), (1,))
 
 
+class PinnedBuffer:
+    """A piece of pinned memory, the event after which it has been read, and the packed tensors on it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.read: torch.cuda.Event | None = None
+        self._packed: dict[Plan, list[torch.Tensor]] = {}
+
+    def grow(self, n_bytes: int, /) -> None:
+        """Make room for so many bytes, to a power of two since the pinning allocator rounds to one."""
+        if self.memory.nbytes < n_bytes:
+            self.memory = torch.empty(1 << (n_bytes - 1).bit_length(), dtype=torch.uint8, pin_memory=True)
+            self._packed.clear()
+
+    def packed(self, plan: Plan, /) -> list[torch.Tensor]:
+        """Return the tensors of the packed leaves of a plan, on this buffer; made once for each plan."""
+        tensors = self._packed.get(plan)
+        if tensors is None:
+            if len(self._packed) >= 8:
+                self._packed.clear()
+            tensors = [tensor for run in plan.runs for tensor in tensors_of(run, self.memory)]
+            self._packed[plan] = tensors
+        return tensors
+
+
 class PinnedRing:
     """Pinned buffers in turn, each handed out again when its last copy has been read.
 
-    Buffers grow to what was asked of them, to a power of two since the pinning allocator rounds to one, and
-    then stay: pinning costs a millisecond a megabyte and stalls the driver for everybody.
+    Buffers grow to what is asked of them and then stay: pinning costs a millisecond a megabyte and stalls the
+    driver for everybody.
     """
 
     def __init__(self, n_buffers: int, /) -> None:
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * n_buffers
-        self._read: list[torch.cuda.Event | None] = [None] * n_buffers
+        self._buffers = [PinnedBuffer() for _ in range(n_buffers)]
         self._turn = 0
         self.waited_s = 0.0
 
-    def take(self, n_bytes: int, /) -> torch.Tensor:
-        """Return the next buffer's first `n_bytes`, after waiting (asleep, without the GIL) for its turn."""
+    def take(self, n_bytes: int, /) -> PinnedBuffer:
+        """Return the next buffer, with room for so many bytes, after waiting for its turn without the GIL."""
         self._turn = (self._turn + 1) % len(self._buffers)
-        read = self._read[self._turn]
-        if read is not None:
+        buffer = self._buffers[self._turn]
+        if buffer.read is not None:
             began_s = time.perf_counter()
-            read.synchronize()
+            buffer.read.synchronize()
             self.waited_s += time.perf_counter() - began_s
-        if self._buffers[self._turn].nbytes < n_bytes:
-            rounded_bytes = 1 << (n_bytes - 1).bit_length()
-            self._buffers[self._turn] = torch.empty(rounded_bytes, dtype=torch.uint8, pin_memory=True)
-        return self._buffers[self._turn][:n_bytes]
+        buffer.grow(n_bytes)
+        return buffer
 
     def being_read(self, stream: torch.cuda.Stream, /) -> None:
         """Note that what was enqueued on `stream` so far reads the buffer taken last."""
-        read = self._read[self._turn]
-        if read is None:
+        buffer = self._buffers[self._turn]
+        if buffer.read is None:
             # Waiting must sleep: a GPU that lags behind would otherwise cost a core of spinning.
-            read = self._read[self._turn] = torch.cuda.Event(blocking=True)
-        read.record(stream)
+            buffer.read = torch.cuda.Event(blocking=True)
+        buffer.read.record(stream)
 
 
-def team_size() -> int:
-    """Return how many threads one host copy of this process may use."""
+def team_size(n_workers: int, /) -> int:
+    """Return how many threads one host copy may use: this process's CPUs, less its workers and itself."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_TEAM, n_cpus // (2 * n_processes)))
+    return max(1, min(MAX_TEAM, n_cpus // n_processes - n_workers - 1))

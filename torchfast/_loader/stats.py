@@ -1,5 +1,6 @@
 """Where the time of a pass went: what is counted while it runs, and the record that is made of it."""
 
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ class Tally:
         self._elapsed_s = 0.0
         self._n_read: int | None = None
         self._moments: deque[Moment] = deque()
+        self._reading = threading.Lock()
         self._first_there: torch.cuda.Event | None = None
         self._began_s = 0.0
         self._before_first = (0.0, 0.0)
@@ -154,15 +156,16 @@ class Tally:
         """Remember a batch's events, to be read once the device has passed them."""
         self._n_read = self._n_read or 0
         self._moments.append(moment)
-        self._read_moments()
 
-    def _read_moments(self) -> None:
-        while self._moments and self._moments[0].there.query():
-            self._read(self._moments.popleft())
+    def read(self) -> None:
+        """Read the events that the device has passed, without waiting for any."""
+        with self._reading:
+            while self._moments and self._moments[0].there.query():
+                self._add(self._moments.popleft())
 
     def stats(self) -> LoaderStats:
         """Make a record of what is known by now, without waiting for the device."""
-        self._read_moments()
+        self.read()
         return LoaderStats(
             n_batches=self.n_batches if self._n_read is None else self._n_read,
             n_bytes=self.n_bytes,
@@ -174,7 +177,7 @@ class Tally:
             wait_s=self.wait_s,
         )
 
-    def _read(self, moment: Moment) -> None:
+    def _add(self, moment: Moment) -> None:
         self._n_read = (self._n_read or 0) + 1
         if self._first_there is None:
             self._first_there = moment.there

@@ -17,19 +17,21 @@ decides when one is free. A ring of our own would need to guess that from use co
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from torchfast._loader.staging import (
     CHUNK_BYTES,
-    Load,
     PinnedRing,
+    Plan,
+    Plans,
     bytes_of,
     is_dense,
-    sort_leaves,
     team_size,
-    tensor_at,
+    tensor_on,
+    tensors_of,
 )
 from torchfast._loader.stats import Moment, Tally
 from torchfast._tree import flatten
@@ -68,8 +70,10 @@ class CudaTransport:
         *,
         streams: Sequence[torch.cuda.Stream],
         borrows: bool,
+        n_workers: int,
     ) -> None:
         self._device = device
+        self._team_size = team_size(n_workers)
         self._streams = tuple(streams)
         self._borrows = borrows
         self._copy_stream = torch.cuda.Stream(device)
@@ -78,6 +82,7 @@ class CudaTransport:
         self._tally = Tally()
         self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
         self._expected_bytes: tuple[int, ...] = ()
+        self._plans = Plans()
         self._ring = PinnedRing(max(4, depth + 2))
         self._borrowed: torch.cuda.Event | None = None
 
@@ -145,10 +150,11 @@ class CudaTransport:
         """Make the thread work for the device and the stream of the consumer: both belong to a thread."""
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(self._consumer)
-        torch.set_num_threads(min(torch.get_num_threads(), team_size()))
+        torch.set_num_threads(min(torch.get_num_threads(), self._team_size))
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
+        self._tally.read()
         if self._borrowed is not None:
             self._borrowed.synchronize()
             self._borrowed = None
@@ -162,35 +168,34 @@ class CudaTransport:
 
     def _send(self, batch: Any, blank: Blank | None) -> Parcel:
         leaves, structure = flatten(batch)
-        load = sort_leaves(leaves)
+        plan = self._plans.plan(leaves)
         ready = []
-        has_resident = any(isinstance(leaf, torch.Tensor) and leaf.device == self._device for leaf in leaves)
-        if has_resident:
+        if plan.n_late:
+            # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
-        n_late = len(leaves) - len(load.small) - len(load.large)
-        if not load.sizes_bytes:
-            return Parcel(batch, None, ready, has_late=n_late > 0)
+        if not plan.sizes_bytes:
+            return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
-            blank = self._fitting(blank, load)
+            blank = self._fitting(blank, plan)
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
-        copied = self._copy(leaves, load, blank)
+        copied = self._copy(leaves, plan, blank)
         ready.append(copied[1])
-        parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=n_late > 0)
+        parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
         parcel.copied = copied
         return parcel
 
-    def _copy(self, leaves: list[Any], load: Load, blank: Blank) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         """Replace the plain leaves by their copies, and return the events between which these are made."""
         self._copy_stream.wait_event(blank.gate)
         began = _record(self._copy_stream)
         with torch.cuda.stream(self._copy_stream):
             try:
                 buffers = iter(blank.buffers)
-                if load.small:
-                    self._copy_small(leaves, load, next(buffers))
-                for index, buffer in zip(load.large, buffers, strict=True):
+                if plan.small:
+                    self._copy_small(leaves, plan, next(buffers))
+                for index, buffer in zip(plan.large, buffers, strict=True):
                     leaves[index] = self._copy_large(leaves[index], buffer)
             except BaseException:
                 # What was already enqueued still writes: nobody else may get that memory before it is over.
@@ -198,55 +203,65 @@ class CudaTransport:
                 raise
             return began, _record(self._copy_stream)
 
-    def _copy_small(self, leaves: list[Any], load: Load, buffer: torch.Tensor) -> None:
-        originals = [leaves[index] for index in load.small]
-        staged = self._ring.take(load.sizes_bytes[0])
-        places = list(zip(load.small, load.offsets_bytes, strict=True))
-        layouts = [leaf if is_dense(leaf) else leaf.contiguous() for leaf in originals]
-        torch._foreach_copy_(
-            [tensor_at(staged, offset, like) for (_, offset), like in zip(places, layouts, strict=True)],
-            layouts,
+    def _copy_small(self, leaves: list[Any], plan: Plan, buffer: torch.Tensor) -> None:
+        originals = [leaves[index] for index in plan.small]
+        copies = [tensor for run in plan.runs for tensor in tensors_of(run, buffer)]
+        # One leaf of a run speaks for all: a pageable one among them is slow to enqueue, not wrong.
+        goes_straight = bool(plan.middling) and all(
+            leaves[run.indexes[0]].is_pinned() for run in plan.middling
         )
-        buffer[: staged.nbytes].copy_(staged, non_blocking=True)
-        self._ring.being_read(self._copy_stream)
-        for (index, offset), like in zip(places, layouts, strict=True):
-            leaves[index] = tensor_at(buffer, offset, like)
+        n_staged = plan.n_tiny if goes_straight else len(originals)
+        if n_staged:
+            n_bytes = plan.tiny_bytes if goes_straight else plan.sizes_bytes[0]
+            staged = self._ring.take(plan.sizes_bytes[0])
+            torch._foreach_copy_(staged.packed(plan)[:n_staged], originals[:n_staged])
+            buffer[:n_bytes].copy_(staged.memory[:n_bytes], non_blocking=True)
+            self._ring.being_read(self._copy_stream)
+        if goes_straight:
+            torch._foreach_copy_(copies[n_staged:], originals[n_staged:], non_blocking=True)
+            self._borrow()
+        for index, copy in zip(plan.small, copies, strict=True):
+            leaves[index] = copy
 
     def _copy_large(self, leaf: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        dense = leaf if is_dense(leaf) else leaf.contiguous()
-        target = tensor_at(buffer, 0, dense)
+        dense = leaf if is_dense(leaf.shape, leaf.stride()) else leaf.contiguous()
+        target = tensor_on(buffer, dense)
         if dense.is_pinned():
             target.copy_(dense, non_blocking=True)
-            if self._borrows:
-                self._borrowed = torch.cuda.Event(blocking=True)
-                self._borrowed.record(self._copy_stream)
+            self._borrow()
             return target
         pairs = zip(bytes_of(dense).split(CHUNK_BYTES), bytes_of(target).split(CHUNK_BYTES), strict=True)
         for source, destination in pairs:
-            staged = self._ring.take(source.nbytes)
+            staged = self._ring.take(source.nbytes).memory[: source.nbytes]
             staged.copy_(source)
             destination.copy_(staged, non_blocking=True)
             self._ring.being_read(self._copy_stream)
         return target
 
-    def _fitting(self, blank: Blank | None, load: Load) -> Blank:
+    def _borrow(self) -> None:
+        """Note that what was enqueued so far reads the loader's own memory."""
+        if self._borrows:
+            self._borrowed = self._borrowed or torch.cuda.Event(blocking=True)
+            self._borrowed.record(self._copy_stream)
+
+    def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         # Expect, buffer by buffer, the largest of the recent batches that are built like this one.
-        self._recent.append(load.sizes_bytes)
-        alike = [sizes for sizes in self._recent if len(sizes) == len(load.sizes_bytes)]
+        self._recent.append(plan.sizes_bytes)
+        alike = [sizes for sizes in self._recent if len(sizes) == len(plan.sizes_bytes)]
         self._expected_bytes = tuple(map(max, zip(*alike, strict=True)))
-        if blank is not None and len(blank.buffers) == len(load.sizes_bytes):
-            pairs = zip(blank.buffers, load.sizes_bytes, strict=True)
+        if blank is not None and len(blank.buffers) == len(plan.sizes_bytes):
+            pairs = zip(blank.buffers, plan.sizes_bytes, strict=True)
             if all(buffer.nbytes >= n_bytes for buffer, n_bytes in pairs):
                 return blank
         del blank
         with torch.cuda.stream(self._consumer):
-            return self._allocate(load.sizes_bytes)
+            return self._allocate(plan.sizes_bytes)
 
     # In either.
 
     def _allocate(self, sizes_bytes: tuple[int, ...]) -> Blank:
         # Tensors made in inference mode could never be saved for a backward.
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
             buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
         stream = torch.cuda.current_stream(self._device)
         return Blank(buffers, stream, _record(stream))
