@@ -221,7 +221,7 @@ def test_modules_of_many_kinds(build: Callable[[], nn.Module]) -> None:
     x = torch.randn(2, 5, 3)
     module(x)  # leaves what a first forward leaves
     module.eval()
-    found, expected = GPUTeacher(module, "cpu")(x), module(x)
+    found, expected = GPUTeacher(module, "cpu")(x), module(x).cpu()  # DataParallel moves to a GPU
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

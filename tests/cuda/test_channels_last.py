@@ -63,7 +63,9 @@ def test_training_agrees_in_float64(kind: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
         assert ours.grad is not None
-        assert ours.grad.stride() == ours.stride()
+        # Where a side is 1 its stride means nothing, and kernels choose one freely.
+        sides = [side for side, size in enumerate(ours.shape) if size > 1]
+        assert [ours.grad.stride(side) for side in sides] == [ours.stride(side) for side in sides]
 
 
 def test_a_checkpoint_of_the_other_layout_resumes() -> None:

@@ -60,13 +60,14 @@ def test_targets_agree_with_the_module_in_float64(dtype: torch.dtype) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_call_does_not_wait_for_the_gpu() -> None:
     """No synchronisation is hidden in a call: the host goes on while the teacher computes."""
     teacher = GPUTeacher(net(), dtype=torch.bfloat16)
     images = torch.randn(8, 3, 16, 16, device="cuda")
     teacher(images)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         outputs = teacher(images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
