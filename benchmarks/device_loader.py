@@ -35,12 +35,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", default=["workloads", "sweep", "workers"])
-    parts = parser.parse_args().parts
+    parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
+    arguments = parser.parse_args()
     check()
     sections: dict[str, list[dict[str, Any]]] = {}
     for name, part in {"workloads": workloads, "sweep": sweep, "workers": workers}.items():
-        if name in parts:
-            sections[name] = list(shown(part()))
+        if name in arguments.parts:
+            sections[name] = list(shown(part(arguments.n_samples)))
     path = record.write("device_loader", PROTOCOL, sections.pop("workloads", []), **sections)
     print(f"written: {path}")
 
@@ -116,7 +117,7 @@ def with_item(step: Step) -> Step:
 # --- timing ----------------------------------------------------------------------------------------------
 
 
-def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, *, n_samples: int = 5) -> list[float]:
+def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, n_samples: int) -> list[float]:
     """Return the time of a step in each of several passes, after one that is not counted."""
     samples = []
     for _ in range(n_samples + 1):
@@ -134,6 +135,7 @@ def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, *, n_sample
     return samples[1:]
 
 
+@functools.cache
 def copy_ms(n_bytes: int) -> float:
     """Return the time of one pinned copy of so many bytes, of many in a row: the card's limit."""
     host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
@@ -145,15 +147,16 @@ def copy_ms(n_bytes: int) -> float:
 
 
 def compared(
-    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], *, limit_ms: float, **what: Any
+    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], n_samples: int, **what: Any
 ) -> Iterator[dict[str, Any]]:
     """Time every peer on the same batches, and a resident batch as the floor."""
     resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
-    timed = {"resident": passes_ms(lambda: resident, step)}
+    timed = {"resident": passes_ms(lambda: resident, step, n_samples)}
     for name in names:
         make = functools.partial(PEERS[name], batches)
         torch.cuda.empty_cache()
-        timed[name] = passes_ms(make, step)
+        timed[name] = passes_ms(make, step, n_samples)
+    limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
     work_ms = record.median(timed["resident"])
     serial_ms, ideal_ms = work_ms + limit_ms, max(work_ms, limit_ms)
     for name, samples in timed.items():
@@ -184,7 +187,7 @@ def host_batches(n_leaves: int, leaf_elements: int, source: str, n_batches: int)
     return list(itertools.islice(itertools.cycle(different), n_batches))
 
 
-def workloads() -> Iterator[dict[str, Any]]:
+def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time the workloads that have a bar, from pinned and from pageable memory."""
     steps: list[tuple[str, int, int, Callable[[], Step]]] = [
         ("154 MB, light step", 1, 256 * 3 * 224 * 224, lambda: light),
@@ -197,11 +200,10 @@ def workloads() -> Iterator[dict[str, Any]]:
         names = [name for name in PEERS if n_leaves == 1 or name != "timm PrefetchLoader"]
         if n_leaves == 1:
             batches = [[batch[0].view(256, 3, 224, 224)] for batch in batches]
-        limit_ms = copy_ms(n_leaves * n_elements * 4)
-        yield from compared(batches, step(), names, limit_ms=limit_ms, workload=what, source=source)
+        yield from compared(batches, step(), names, n_samples, workload=what, source=source)
 
 
-def sweep() -> Iterator[dict[str, Any]]:
+def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time batches of 38.5 MB at many ratios of compute to transfer."""
     n_elements = 64 * 3 * 224 * 224
     limit_ms = copy_ms(n_elements * 4)
@@ -214,7 +216,7 @@ def sweep() -> Iterator[dict[str, Any]]:
                 batches,
                 step if consumer == "free-running" else with_item(step),
                 names,
-                limit_ms=limit_ms,
+                n_samples,
                 ratio=ratio,
                 n_leaves=n_leaves,
                 source=source,
@@ -239,9 +241,10 @@ class Jittered(Dataset[torch.Tensor]):
         return torch.full((256, 3, 224, 224), index % 256, dtype=torch.uint8)
 
 
-def workers() -> Iterator[dict[str, Any]]:
+def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
     n_batches, step = 80, products(8.0)
+    resident = [[torch.zeros(1, device="cuda")]] * 40
     for pin_memory in (False, True):
         dataset = Jittered(n_batches, 0.03)
         loader = DataLoader(
@@ -260,16 +263,14 @@ def workers() -> Iterator[dict[str, Any]]:
             "torchfast": lambda device_loader=device_loader: ([b] for b in device_loader),  # type: ignore[misc]
         }
         for name, make in made.items():
-            samples = passes_ms(make, step, n_samples=2)
+            samples = passes_ms(make, step, n_samples)
             what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "peer": name}
             stats = device_loader.stats if name == "torchfast" else None
             efficiency = None if stats is None else round(stats.overlap_efficiency, 3)
             yield {
                 **what,
                 "step_ms": record.median(samples),
-                "work_ms": record.median(
-                    passes_ms(lambda: [[torch.zeros(1, device="cuda")]] * 40, step, n_samples=1)
-                ),
+                "work_ms": record.median(passes_ms(lambda: resident, step, 1)),
                 "overlap_efficiency": efficiency,
                 "stats": repr(stats),
                 "samples_ms": samples,
