@@ -736,6 +736,19 @@ def test_monitor_that_could_not_read_everything() -> None:
     )
 
 
+def test_ranks_without_a_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are not gathered over NCCL: it would take the memory that is being measured."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda _: "cuda:nccl")
+    with pytest.raises(ValueError, match="across_ranks") as error:
+        VRAMMonitor("cpu").across_ranks()
+    assert text_of(error) == (
+        "across_ranks was asked to gather through a group whose backends are 'cuda:nccl', none of them for "
+        "the CPU: gathering on the GPU would take the memory that is being measured. "
+        'Give group=torch.distributed.new_group(backend="gloo").'
+    )
+
+
 # --- oom_guard -------------------------------------------------------------------------------------------
 
 

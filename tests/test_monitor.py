@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,6 +397,43 @@ def test_report_and_line_read_well() -> None:
         "VRAMSample(cuda:0 at 1.500 s: total 9.77 KiB, tensors 500 B, cached 400 B, fragmented 100 B, "
         "outside 300 B, others 500 B, free 8.01 KiB)"
     )
+
+
+RANK = """
+import json, sys
+import torch.distributed as dist
+from tests.fake_gpu import FakeGPU
+
+rank, path = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+gpu = FakeGPU()
+with gpu.monitor() as vram:
+    gpu.allocate((700, 900)[rank])
+    gpu.allocate(-600)
+    print(json.dumps(vram.across_ranks()))
+dist.destroy_process_group()
+"""
+
+
+def test_the_highest_of_all_ranks_and_which_it_is(tmp_path: Path) -> None:
+    """Two ranks gather their peaks through the CPU: both learn the highest, and whose it is."""
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    answers = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
+    assert answers[0] == answers[1]
+    assert answers[0]["allocated_bytes"] == [900, 1]
+    assert answers[0]["host_process_bytes"] == [7, 0]
+
+
+def test_without_other_ranks_there_is_this_one() -> None:
+    """Where nothing is distributed the one rank has the highest peaks; what it does not know, nobody has."""
+    with VRAMMonitor("cpu", interval_s=None) as vram:
+        ranks = vram.across_ranks()
+    assert ranks["allocated_bytes"] == (None, None)
+    assert ranks["host_process_bytes"].rank in (0, None)
 
 
 class TestWhoHoldsWhat:

@@ -195,7 +195,8 @@ def test_looking_makes_no_context() -> None:
         "import json, torch, torchfast\n"
         "with torchfast.VRAMMonitor(interval_s=0.001) as vram:\n"
         "    seen = vram.status()\n"
-        "print(json.dumps([torch._C._cuda_hasPrimaryContext(0), seen['free_bytes'], seen['sources']['free']]))\n"
+        "has_context = torch._C._cuda_hasPrimaryContext(0)\n"
+        "print(json.dumps([has_context, seen['free_bytes'], seen['sources']['free']]))\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     has_context, free_bytes, source = json.loads(run.stdout)

@@ -16,7 +16,7 @@ from torchfast._memory import PeakLedger, ledger_of
 from torchfast._monitor.history import History, VRAMSpan
 from torchfast._monitor.probe import Clock, Probe, probe_of
 from torchfast._monitor.run import Phase, Run
-from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
+from torchfast._monitor.sample import RankPeak, VRAMPeak, VRAMPhase, VRAMSample
 
 
 class VRAMMonitor:
@@ -186,6 +186,24 @@ class VRAMMonitor:
             "sources": dict(sample.sources),
             "errors": list(self.errors),
         }
+
+    def across_ranks(self, group: Any = None) -> dict[str, RankPeak]:
+        """Return the highest peaks of all ranks, and on which rank each is.
+
+        Every rank of the group has to call it, at the same point of its loop: it is a collective. It goes
+        through the CPU, since gathering over NCCL would take the memory that is being measured. Without
+        `torch.distributed` there is one rank, this one.
+
+        Args:
+            group: a process group with a CPU backend, such as `dist.new_group(backend="gloo")`; None is the
+                default group.
+
+        Raises:
+            ValueError: the group has no CPU backend.
+        """
+        from torchfast._monitor.ranks import across_ranks
+
+        return across_ranks(self.peak, group)
 
     def line(self) -> str:
         """Return the memory now and the peak in a few words, as for a progress bar."""

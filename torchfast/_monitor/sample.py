@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torchfast._bytes import format_bytes
 
@@ -78,8 +79,9 @@ class VRAMPeak:
     """The highest values of a run, so far.
 
     `allocated`, `reserved` and `requested` are exact, from PyTorch's register; with `is_lower_bound` somebody
-    else reset it, or memory was taken just as it was read, and the true peak may be higher. `used`, of all processes together, and `host_process` are
-    the highest of the samples: what rose and fell between two of them is missing.
+    else reset it, or memory was taken just as it was read, and the true peak may be higher. `used`, of all
+    processes together, and `host_process` are the highest of the samples: what rose and fell between two of
+    them is missing.
     """
 
     allocated_bytes: int | None
@@ -114,6 +116,13 @@ class VRAMPhase:
     peak_reserved_bytes: int | None
     kept_bytes: int | None
     is_lower_bound: bool
+
+
+class RankPeak(NamedTuple):
+    """A peak of all ranks: the highest one, and the rank that has it; None where no rank knows it."""
+
+    highest_bytes: int | None
+    rank: int | None
 
 
 def size(n_bytes: int | None) -> str:
