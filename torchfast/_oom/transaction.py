@@ -50,31 +50,28 @@ class Transaction:
         self._moment_copies = _Copies()
         self._probes = [_StepProbe(optimizer) for optimizer in subjects.optimizers]
         self._handles: list[Any] = []
-        self.has_stepped = False
+        self._has_step_begun = False
 
     def begin(self) -> None:
         """Note the state that `roll_back` is to restore."""
-        self.has_stepped = False
+        self._has_step_begun = False
         self._buffers = [cast(torch.Tensor, slots[name]) for slots, name in self._slots]
         self._buffer_copies.take(self._buffers)
         self._random = _random_state(self._subjects.generators)
         self._scaler = _scaler_state(self._subjects.scaler)
         self._gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in self._parameters]
         self._optimizers = [_optimizer_state(optimizer) for optimizer in self._subjects.optimizers]
-        moments = [t for state in self._optimizers for t in state.tensors]
-        self._watched = [*self._parameters, *moments]
-        self._versions = [tensor._version for tensor in self._watched]
         if self._copy:
             self._parameter_copies.take(self._parameters)
-            self._moment_copies.take(moments)
+            self._moment_copies.take([t for state in self._optimizers for t in state.tensors])
 
     def watch(self) -> None:
-        """Before each step of an optimizer find out whether it will fit, and after it note that it was."""
+        """Before each step of an optimizer find out whether it will fit, then note that it has begun."""
         for optimizer, probe in zip(self._subjects.optimizers, self._probes, strict=True):
             if not self._copy:
                 self._handles.append(optimizer.register_step_pre_hook(probe.before))
                 self._handles.append(optimizer.register_step_post_hook(probe.after))
-            self._handles.append(optimizer.register_step_post_hook(self._note_step))
+            self._handles.append(optimizer.register_step_pre_hook(self._note_step))
 
     def stop_watching(self) -> None:
         """Stop watching."""
@@ -91,10 +88,8 @@ class Transaction:
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether there is a way back: with a copy always, else until the optimizer changes something."""
-        if self._copy:
-            return True
-        return not self.has_stepped and self._versions == [tensor._version for tensor in self._watched]
+        """Whether there is a way back: with a copy always, else until an optimizer's step has begun."""
+        return self._copy or not self._has_step_begun
 
     def roll_back(self) -> None:
         """Restore the state noted by `begin`."""
@@ -112,11 +107,12 @@ class Transaction:
             self._moment_copies.put_back([t for state in self._optimizers for t in state.tensors])
         _restore_scaler(self._subjects.scaler, self._scaler)
         _restore_random(self._random)
-        self.has_stepped = False
-        self._versions = [tensor._version for tensor in self._watched]
+        self._has_step_begun = False
 
     def _note_step(self, *_: Any) -> None:
-        self.has_stepped = True
+        # Which of its changes a step has made by the time it fails cannot be told: fused optimizers, and any
+        # under a dispatch mode, change parameters without counting up their versions.
+        self._has_step_begun = True
 
 
 class _Copies:
