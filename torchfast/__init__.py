@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torchfast._loader.stats import LoaderStats
     from torchfast._monitor.history import VRAMSpan
     from torchfast._monitor.monitor import VRAMMonitor
-    from torchfast._monitor.sample import VRAMPeak, VRAMPhase, VRAMSample
+    from torchfast._monitor.sample import RankPeak, VRAMPeak, VRAMPhase, VRAMSample
     from torchfast._oom.guard import OOMGuard, QuietOOMGuard, oom_guard
     from torchfast._oom.injection import inject_oom
     from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
@@ -29,6 +29,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutOfMemoryReport",
     "QuietOOMGuard",
+    "RankPeak",
     "VRAMEstimate",
     "VRAMMonitor",
     "VRAMPeak",
@@ -53,6 +54,7 @@ _HOMES = {
     "OutOfMemoryError": "_oom.report",
     "OutOfMemoryReport": "_oom.report",
     "QuietOOMGuard": "_oom.guard",
+    "RankPeak": "_monitor.sample",
     "VRAMEstimate": "_estimate.report",
     "VRAMMonitor": "_monitor.monitor",
     "VRAMPeak": "_monitor.sample",
