@@ -15,6 +15,7 @@ from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
 from torchfast._estimate.settings import AllocatorSettings
 from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace
+from torchfast._estimate.variants import changed
 
 
 def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
@@ -228,9 +229,8 @@ class _Retrace:
                 inputs=_resized(plan.inputs, old, batch_size),
                 target=_resized(plan.target, old, batch_size),
             )
-        if variant is not None:
-            return None
-        return trace(plan, gpu or self._gpu)
+        varied = plan if variant is None else changed(plan, variant)
+        return None if varied is None else trace(varied, gpu or self._gpu)
 
 
 _GONE = nn.Module()

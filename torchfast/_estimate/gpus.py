@@ -78,7 +78,7 @@ class GPU:
 
 
 _BLAS = tuple(f"aten.{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_cudnn_rnn", "linear", "matmul"))
-_DNN = ("aten.convolution", "aten.cudnn", "aten._cudnn", "aten._scaled_dot_product", "aten.miopen")
+_DNN = ("aten.convolution", "aten.cudnn", "aten._cudnn", "aten._scaled_dot_product_cudnn")
 
 # Fitted to what the process held beside the allocator in ten public out-of-memory reports on eight GPUs from
 # T4 to RTX 5090, torch 2.1 to 2.11: from 26 % below to 19 % above the rule. docs/decisions/0036-context.md.
@@ -89,8 +89,8 @@ _RULE_BYTES_PER_MULTIPROCESSOR = (
 _RULE_SOURCE = "not measured on this GPU: a rule of 35 MiB and 3.35 MiB for each multiprocessor"
 
 _H200 = MeasuredContext(
-    bare_bytes=630 * MIB,
-    blas_bytes=112 * MIB,
+    bare_bytes=612 * MIB,
+    blas_bytes=130 * MIB,
     dnn_bytes=16 * MIB,
     spread_bytes=16 * MIB,
     source="measured on an H200 with torch 2.11 for CUDA 13.0 and driver 580",
@@ -150,7 +150,7 @@ _KNOWN = (
     ("RTX 5080", 15.47, (12, 0), 84),
     ("RTX 5090", 31.36, (12, 0), 170),
     ("H100", 79.11, (9, 0), 132),
-    ("H200", 150_754_820_096 / GIB, (9, 0), 132),
+    ("H200", 150_109_880_320 / GIB, (9, 0), 132),
     ("B200", 178.35, (10, 0), 148),
 )
 _MEASURED = {"H200": _H200, "H100": _H100, "B200": _B200}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchfast._bytes import format_bytes
+from torchfast._bytes import MIB, format_bytes
 from torchfast._estimate.events import Event, Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.replay import Replay, fits_in, replay
@@ -26,6 +26,8 @@ SAVINGS = (
 )
 OPTIMIZERS = ("SGD", "SGD with momentum", "AdamW", "fused AdamW", "Adafactor")
 _MAX_BATCH = 2**22
+# What the driver keeps of a GPU for itself as soon as a process uses it, seen on an H200 with driver 580.
+_DRIVER_BYTES = 9 * MIB
 _MAX_TRACES = 6
 
 
@@ -81,18 +83,23 @@ class WhatIf:
     saves_bytes: int  # negative: it costs
 
 
-class WhatIfTable(tuple[WhatIf, ...]):
-    """The rows of `VRAMEstimate.what_if`, largest saving first; prints as a table."""
+@dataclass(frozen=True, slots=True)
+class WhatIfTable:
+    """The rows of `VRAMEstimate.what_if`, largest saving first; iterates over them and prints as a table."""
 
-    __slots__ = ()
+    rows: tuple[WhatIf, ...]
+    left_out: tuple[str, ...]  # changes that the step could not be traced with, each with the reason
+
+    def __iter__(self) -> Iterator[WhatIf]:
+        return iter(self.rows)
 
     def __str__(self) -> str:
         lines = [f"  {'instead':<22}{'process':>11}{'saves':>11}"]
         lines += [
             f"  {row.change:<22}{format_bytes(row.peak_process_bytes):>11}{format_bytes(row.saves_bytes):>11}"
-            for row in self
+            for row in self.rows
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  not traced: {reason}" for reason in self.left_out)])
 
 
 # --- does it fit -------------------------------------------------------------------------------------------
@@ -118,7 +125,8 @@ def fits(
 
 def room(trace: Trace, gpu: GPU) -> int:
     """Return what PyTorch may reserve on a GPU that nobody else uses."""
-    return gpu.total_bytes - gpu.context(note.operator for note in trace.notes).expected_bytes
+    context = gpu.context(note.operator for note in trace.notes)
+    return gpu.total_bytes - _DRIVER_BYTES - context.expected_bytes
 
 
 def trace_for(estimate: "VRAMEstimate", gpu: GPU) -> Trace:
@@ -274,16 +282,23 @@ class Fitted:
 def what_if(estimate: "VRAMEstimate") -> WhatIfTable:
     """Trace each change that makes sense for the step; see `VRAMEstimate.what_if`."""
     changes = SAVINGS if estimate.subject.optimizer else (*OPTIMIZERS, *SAVINGS)
-    rows = []
+    rows, left_out = [], []
     for change in changes:
-        if change == "half the batch":
-            half = (estimate.batch_size or 0) // 2
-            trace = again(estimate, batch_size=half) if half else None
-        else:
-            trace = again(estimate, variant=change)
+        try:
+            trace = _with_change(estimate, change)
+        except ValueError as error:  # one change that cannot be traced must not take the other rows with it
+            left_out.append(f"{change} ({str(error).splitlines()[0][:200]})")
+            continue
         if trace is not None:
             rows.append(_row(estimate, change, trace, replay(trace.events, estimate.settings)))
-    return WhatIfTable(sorted(rows, key=lambda row: -row.saves_bytes))
+    return WhatIfTable(tuple(sorted(rows, key=lambda row: -row.saves_bytes)), tuple(left_out))
+
+
+def _with_change(estimate: "VRAMEstimate", change: str) -> Trace | None:
+    if change != "half the batch":
+        return again(estimate, variant=change)
+    half = (estimate.batch_size or 0) // 2
+    return again(estimate, batch_size=half) if half else None
 
 
 def _row(estimate: "VRAMEstimate", change: str, trace: Trace, done: Replay) -> WhatIf:
