@@ -1,4 +1,4 @@
-"""What-if changes: what each does to a plan, when it makes no sense, and that the user loses nothing by it."""
+"""What-if changes: what each does to a plan, when it makes no sense, and that nothing of the user changes."""
 
 from typing import Any
 
