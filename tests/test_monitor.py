@@ -275,6 +275,42 @@ def test_a_thread_that_dies_is_reported() -> None:
         assert died.wait(30)
 
 
+def test_a_driver_that_hangs_does_not_stop_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a reading hangs, phases go on; the end waits for it a bounded time, and reports it."""
+    monkeypatch.setattr("torchfast._monitor.run._JOIN_S", 0.01)
+    gpu = FakeGPU()
+    hanging, released = threading.Event(), threading.Event()
+    clock = gpu.clock
+
+    def hang() -> float:
+        if threading.current_thread().name == "torchfast-vram-monitor":
+            hanging.set()
+            assert released.wait(60)
+        return clock()
+
+    vram = gpu.monitor(interval_s=0.001, _clock=hang).__enter__()
+    assert hanging.wait(30)
+    with vram.phase("forward") as forward:
+        gpu.allocate(100)
+    with pytest.warns(RuntimeWarning, match="hangs in a reading"):
+        vram.__exit__(None, None, None)
+    released.set()
+    assert forward.peak_allocated_bytes == vram.peak.allocated_bytes == 100
+
+
+def test_a_phase_closed_by_another_thread() -> None:
+    """A phase that one thread opened and another closed, as a generator's may be, is out of the way."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        step = vram.phase("step").__enter__()
+        closer = threading.Thread(target=step.__exit__, args=(None, None, None))
+        closer.start()
+        closer.join()
+        with vram.phase("later"):
+            assert vram.sample().phase == "later"
+    assert list(vram.phases) == ["step", "later"]
+
+
 def test_a_slow_source_is_asked_less_often() -> None:
     """A driver call of 8 ms takes no more than 1 % of the time, however short the interval."""
     gpu = FakeGPU()

@@ -108,7 +108,8 @@ class VRAMMonitor:
     ) -> None:
         if self._run is not None and self._stop is not None:
             self._run.stop_thread()
-            self._run.sample(fresh=True)
+            if not self._run.hangs:
+                self._run.sample(fresh=True)
             self._stop()
         # An error on its way out matters more than ours; where warnings are errors, ours would replace it.
         if error is None and self.errors:

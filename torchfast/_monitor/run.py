@@ -28,8 +28,10 @@ class Run:
         self._phases: dict[str, VRAMPhase] = {}
         self._open_phases: list[Phase] = []
         self._of_thread = threading.local()
-        # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything.
-        self._lock = threading.RLock()
+        # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything. Two of
+        # them: a driver call that hangs while sampling must not stop a training that opens a phase.
+        self._sample_lock, self._phase_lock = threading.RLock(), threading.RLock()
+        self.hangs = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.start_s = 0.0
@@ -51,15 +53,20 @@ class Run:
         self._scope.__exit__(None, None, None)
 
     def stop_thread(self) -> None:
-        """End the background samples."""
+        """End the background samples; a thread that hangs in a source is left behind, and reported."""
         self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_JOIN_S)
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        self._thread.join(_JOIN_S)
+        if self._thread.is_alive() and not self.hangs:
+            self.hangs = True
+            self.errors.append(f"the sampling thread hangs in a reading for more than {_JOIN_S:g} s")
 
     def sample(self, *, fresh: bool) -> VRAMSample:
         """Take a sample of what is due, or of everything if `fresh`."""
-        with self._lock:
-            phase = self._open_phases[-1].name if self._open_phases else None
+        open_phases = self._open_phases  # never changed in place
+        phase = open_phases[-1].name if open_phases else None
+        with self._sample_lock:
             sample = self._probe.sample(self.clock, self.start_s, phase, fresh=fresh)
             self._history.add(sample)
             self._highest_used = highest((self._highest_used, sample.used_bytes))
@@ -69,8 +76,7 @@ class Run:
 
     def spans(self) -> tuple[VRAMSpan, ...]:
         """The history so far."""
-        with self._lock:
-            return self._history.spans
+        return self._history.spans
 
     def peak(self) -> VRAMPeak:
         """The highest values so far."""
@@ -85,26 +91,23 @@ class Run:
 
     def phases(self) -> dict[str, VRAMPhase]:
         """The phases opened so far."""
-        with self._lock:
+        with self._phase_lock:
             return dict(self._phases)
 
-    def begin(self, phase: "Phase", name: str) -> str:
-        """Note that a phase opens, and return its full name."""
+    def begin(self, phase: "Phase", name: str) -> tuple[str, list["Phase"]]:
+        """Note that a phase opens; return its full name and the phases that are open in this thread."""
         outer: list[Phase] = self._of_thread.__dict__.setdefault("phases", [])
         full = f"{outer[-1].name}/{name}" if outer else name
         outer.append(phase)
-        with self._lock:
+        with self._phase_lock:
             self._open_phases = [*self._open_phases, phase]
             # The table lists phases in the order in which they were first opened.
             self._phases.setdefault(full, VRAMPhase(full, 0, 0.0, None, None, None, is_lower_bound=False))
-        return full
+        return full, outer
 
     def finish(self, phase: "Phase", once: VRAMPhase) -> None:
         """Note that a phase closes, and add this time to the others of its name."""
-        outer: list[Phase] = self._of_thread.__dict__.setdefault("phases", [])
-        if phase in outer:
-            outer.remove(phase)
-        with self._lock:
+        with self._phase_lock:
             self._open_phases = [other for other in self._open_phases if other is not phase]
             self._phases[once.name] = _add(self._phases[once.name], once)
 
@@ -125,9 +128,10 @@ class Phase:
         self._short_name, self._run = name, run
         self._scope = PeakScope(run.ledger)
         self._start_s = 0.0
+        self._of_thread: list[Phase] = []
 
     def __enter__(self) -> Self:
-        self.name = self._run.begin(self, self._short_name)
+        self.name, self._of_thread = self._run.begin(self, self._short_name)
         self._scope = PeakScope(self._run.ledger)
         self._start_s = self._run.clock()
         self._scope.__enter__()
@@ -140,6 +144,8 @@ class Phase:
         traceback: TracebackType | None,
     ) -> None:
         self._scope.__exit__(kind, error, traceback)
+        # A generator with an open phase may be closed by another thread than the one that began it.
+        self._of_thread.remove(self)
         once = VRAMPhase(
             name=self.name,
             n_times=1,
