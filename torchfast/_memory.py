@@ -164,10 +164,15 @@ class PeakScope:
         """The highest sum of the sizes that the program asked for within the scope."""
         return self._peak(3)
 
-    def _peak(self, index: int) -> int | None:
+    def peaks(self) -> tuple[int, ...] | None:
+        """Return all peaks by one reading, in the order of `AllocatorStats.peaks`."""
         if self in self._ledger._scopes:
             self._ledger.read()
-        return None if self._peaks is None else self._peaks[index]
+        return self._peaks
+
+    def _peak(self, index: int) -> int | None:
+        peaks = self.peaks()
+        return None if peaks is None else peaks[index]
 
     def _fold(self, peaks: tuple[int, ...]) -> None:
         self._peaks = peaks if self._peaks is None else tuple(map(max, self._peaks, peaks))

@@ -80,10 +80,11 @@ class Run:
 
     def peak(self) -> VRAMPeak:
         """The highest values so far."""
+        allocated, reserved, _, requested, _ = self._scope.peaks() or (None,) * 5
         return VRAMPeak(
-            self._scope.peak_allocated_bytes,
-            self._scope.peak_reserved_bytes,
-            self._scope.peak_requested_bytes,
+            allocated,
+            reserved,
+            requested,
             is_lower_bound=self._scope.is_lower_bound,
             used_bytes=self._highest_used,
             host_process_bytes=self._highest_host,
