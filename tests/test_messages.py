@@ -469,6 +469,35 @@ def test_a_safetensors_file_without_safetensors(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_features_that_are_not_there() -> None:
+    """A name that is no module is answered with names close to it; and nothing at all is not an answer."""
+    model = nn.ModuleDict({"layer1": nn.Linear(2, 2), "layer2": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="features") as error:
+        GPUTeacher(model, "cpu", features=["layer3"])
+    assert text_of(error) == (
+        "features='layer3' was asked for, but ModuleDict has no module of that name. "
+        "It has, among others: layer2, layer1."
+    )
+    with pytest.raises(ValueError, match="outputs") as error:
+        GPUTeacher(model, "cpu", outputs=False)
+    assert text_of(error) == (
+        "outputs=False was asked for without features=, so the teacher would return nothing. "
+        'Name modules inside it, as in features=("layer3",), or leave outputs=True.'
+    )
+
+
+def test_features_that_the_forward_does_not_pass() -> None:
+    """A module that takes no part in the forward has no output to give."""
+    model = nn.Linear(2, 2)
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="did not call") as error:
+        GPUTeacher(model, "cpu", features=["spare"])(torch.zeros(1, 2))
+    assert text_of(error) == (
+        "the teacher's forward did not call 'spare', which features= asks for, on these inputs. "
+        "Ask for a module that takes part in every forward."
+    )
+
+
 def test_a_teacher_out_of_a_pickle() -> None:
     """A pickle leaves the weights out, and the teacher in it says so."""
     teacher = pickle.loads(pickle.dumps(GPUTeacher(nn.Linear(2, 2), "cpu")))  # noqa: S301 -- our own bytes

@@ -283,6 +283,72 @@ def test_attributes_say_where_and_how() -> None:
     assert repr(GPUTeacher(nn.Linear(2, 2).double(), "cpu")) == "GPUTeacher(Linear, cpu, torch.float64)"
 
 
+# --- features --------------------------------------------------------------------------------------------
+
+
+class InPlace(nn.Module):
+    """A net that changes activations in place, by a module and by an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+        self.n_last = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Count how often the end is reached."""
+        x = self.act(self.first(x))
+        x = self.second(x)
+        x += 1
+        self.n_last += 1
+        result: torch.Tensor = self.last(x)
+        return result
+
+
+def test_features_come_with_the_outputs() -> None:
+    """Features are what the named modules returned, even where the forward overwrites them later."""
+    net = InPlace()
+    x = torch.randn(3, 4)
+    teacher = GPUTeacher(net, "cpu", features=["second", "first", "act"])
+    for _ in range(2):
+        outputs, features = teacher(x)
+        torch.testing.assert_close(outputs, net(x))
+        assert list(features) == ["second", "first", "act"]
+        torch.testing.assert_close(features["first"], net.first(x))
+        torch.testing.assert_close(features["act"], net.first(x).relu())
+        torch.testing.assert_close(features["second"], net.second(net.first(x).relu()))
+        assert not any(feature.requires_grad for feature in features.values())
+
+
+def test_without_outputs_the_forward_stops_after_the_last_feature() -> None:
+    """With outputs=False, what comes after the last feature does not run."""
+    teacher = GPUTeacher(InPlace(), "cpu", features=["first", "second"], outputs=False)
+    result = teacher(torch.randn(3, 4))
+    assert result.outputs is None
+    assert set(result.features) == {"first", "second"}
+    assert isinstance(teacher.module, InPlace)
+    assert teacher.module.n_last == 0
+
+
+def test_one_feature_may_be_given_by_its_name_alone() -> None:
+    """A single name is a name, not a sequence of letters."""
+    features = GPUTeacher(InPlace(), "cpu", features="act")(torch.randn(3, 4)).features
+    assert list(features) == ["act"]
+
+
+def test_features_of_a_batch_in_parts_are_those_of_the_whole() -> None:
+    """Features are put together from parts like outputs."""
+    net = Hungry(2, trained_net())
+    batch = images(5)
+    assert isinstance(net.inner, Net)
+    expected = net.inner.conv(batch)
+    for outputs in (True, False):
+        teacher = GPUTeacher(net, "cpu", chunk_size=2, features=["inner.conv"], outputs=outputs)
+        torch.testing.assert_close(teacher(batch).features["inner.conv"], expected, rtol=1e-4, atol=1e-5)
+
+
 # --- out of memory ---------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torchfast._oom.injection import inject_oom
     from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
     from torchfast._teacher import GPUTeacher
+    from torchfast._teacher.features import TeacherOutputs
 
 __all__ = [
     "GPU",
@@ -30,6 +31,7 @@ __all__ = [
     "OutOfMemoryReport",
     "QuietOOMGuard",
     "RankPeak",
+    "TeacherOutputs",
     "VRAMEstimate",
     "VRAMMonitor",
     "VRAMPeak",
@@ -55,6 +57,7 @@ _HOMES = {
     "OutOfMemoryReport": "_oom.report",
     "QuietOOMGuard": "_oom.guard",
     "RankPeak": "_monitor.sample",
+    "TeacherOutputs": "_teacher.features",
     "VRAMEstimate": "_estimate.report",
     "VRAMMonitor": "_monitor.monitor",
     "VRAMPeak": "_monitor.sample",

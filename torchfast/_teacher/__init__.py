@@ -1,7 +1,8 @@
 """`GPUTeacher`: a frozen distillation teacher, on the device, outside the student."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Self, TypeVar, cast
 
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torchfast import _layout
 from torchfast._device import resolve_device
 from torchfast._teacher.chunks import forward_in_memory
+from torchfast._teacher.features import Taps
 from torchfast._teacher.loading import built_without_memory, loaded
 from torchfast._teacher.placing import Placing, frozen_copy, main_dtype, tensors_of
 from torchfast._tree import Leaf, flatten, map_tensors, tensors
@@ -49,6 +51,9 @@ class GPUTeacher:
         channels_last: lay convolution weights and the images among the inputs out channels last, as
             `to_channels_last` does.
         chunk_size: run at most this many samples at a time; None is no limit. Samples lie along dimension 0.
+        features: names of modules inside the teacher, as in `named_modules()`. A call then returns a
+            `TeacherOutputs` of the outputs and a dict of what these modules return, in their first call.
+        outputs: False gives the features alone; the forward stops after the last one.
 
     Attributes:
         device: the device, with its index.
@@ -58,11 +63,11 @@ class GPUTeacher:
 
     Raises:
         TypeError: not a module.
-        ValueError: no such device or type, no parameters, or parameters without values of their own.
+        ValueError: no such device, type or feature, no parameters, or parameters without values.
         torch.OutOfMemoryError: the weights, or a single sample, do not fit; a note says what would.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- keyword options
         self,
         teacher: nn.Module,
         /,
@@ -71,12 +76,15 @@ class GPUTeacher:
         dtype: torch.dtype | None = None,
         channels_last: bool = True,
         chunk_size: int | None = None,
+        features: Sequence[str] = (),
+        outputs: bool = True,
     ) -> None:
         module = _bare(teacher)
         place = _place(dtype, chunk_size, device)
         _check_has_values(module)
         placing = Placing(module, place, dtype, channels_last=channels_last)
-        self._set_up(frozen_copy(module, placing), place, dtype, chunk_size, channels_last=channels_last)
+        self._set_up(frozen_copy(module, placing), placing, chunk_size)
+        self._tap(features, outputs=outputs)
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 -- the options of GPUTeacher, and a file
@@ -89,6 +97,8 @@ class GPUTeacher:
         dtype: torch.dtype | None = None,
         channels_last: bool = True,
         chunk_size: int | None = None,
+        features: Sequence[str] = (),
+        outputs: bool = True,
     ) -> Self:
         """Build a teacher straight from a file, without ever holding its weights twice.
 
@@ -116,6 +126,8 @@ class GPUTeacher:
             dtype: as for `GPUTeacher`; None is the type that the factory gives.
             channels_last: as for `GPUTeacher`.
             chunk_size: as for `GPUTeacher`.
+            features: as for `GPUTeacher`.
+            outputs: as for `GPUTeacher`.
 
         Raises:
             TypeError: the factory builds no module, or the file holds other things than tensors by name.
@@ -139,25 +151,27 @@ class GPUTeacher:
         paths = [path] if isinstance(path, (str, PathLike)) else list(path)
         placing = Placing(module, place, dtype, channels_last=channels_last)
         teacher = cls.__new__(cls)
-        teacher._set_up(loaded(module, paths, placing), place, dtype, chunk_size, channels_last=channels_last)
+        teacher._set_up(loaded(module, paths, placing), placing, chunk_size)
+        teacher._tap(features, outputs=outputs)
         return teacher
 
-    def _set_up(
-        self,
-        module: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        chunk_size: int | None,
-        *,
-        channels_last: bool,
-    ) -> None:
+    def _set_up(self, module: nn.Module, placing: Placing, chunk_size: int | None) -> None:
         self.module = module
-        self.device = device
-        self.dtype = main_dtype(module) if dtype is None else dtype
+        self.device = placing.device
+        self.dtype = placing.dtype or main_dtype(module)
         self.chunk_size = chunk_size
-        ranks = {len(c.kernel_size) + 2 for _, c in _layout.convolutions(module)} if channels_last else set()
-        self._image_ranks = frozenset(ranks)
+        self._image_ranks = placing.image_ranks
         self._own = frozenset(id(tensor) for tensor in tensors_of(module))
+        self._taps: Taps | None = None
+
+    def _tap(self, features: Sequence[str], *, outputs: bool) -> None:
+        names = [features] if isinstance(features, str) else list(features)
+        if not names and not outputs:
+            raise ValueError(
+                "outputs=False was asked for without features=, so the teacher would return nothing. "
+                'Name modules inside it, as in features=("layer3",), or leave outputs=True.'
+            )
+        self._taps = Taps(self.module, names, outputs=outputs) if names else None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
@@ -176,7 +190,8 @@ class GPUTeacher:
 
     def _forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = inputs
-        return self.module(*args, **kwargs)
+        forward = partial(self.module, *args, **kwargs)
+        return forward() if self._taps is None else self._taps.run(forward)
 
     def _ready(self, inputs: T) -> T:
         """Return the inputs on the device, in the teacher's type and layout."""
@@ -231,7 +246,8 @@ class _LeftOut(nn.Module):
 
 def _without_weights(device: torch.device, dtype: torch.dtype) -> GPUTeacher:
     teacher = GPUTeacher.__new__(GPUTeacher)
-    teacher._set_up(_LeftOut(), device, dtype, None, channels_last=False)
+    module = _LeftOut()
+    teacher._set_up(module, Placing(module, device, dtype, channels_last=False), None)
     return teacher
 
 

@@ -28,11 +28,12 @@ class Placing:
         self, module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, channels_last: bool
     ) -> None:
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
         norms = (m for m in module.modules() if isinstance(m, _BatchNorm)) if dtype in HALVES else ()
         self._keep_dtype = {id(tensor) for norm in norms for tensor in tensors_of(norm)}
-        weights = (stored_weight(convolution) for _, convolution in convolutions(module))
-        self._lay_out = {id(weight) for weight in weights} if channels_last else set()
+        found = [convolution for _, convolution in convolutions(module)] if channels_last else []
+        self._lay_out = {id(stored_weight(convolution)) for convolution in found}
+        self.image_ranks = frozenset(len(convolution.kernel_size) + 2 for convolution in found)
 
     def place(self, target: torch.Tensor, values: torch.Tensor, /) -> torch.Tensor:
         """Return `values` in new memory, where and how the module's tensor `target` is to be."""
@@ -48,9 +49,9 @@ class Placing:
 
     def dtype_of(self, target: torch.Tensor, /) -> torch.dtype:
         """Return the type that the module's tensor `target` is to have."""
-        if self._dtype is None or not target.is_floating_point() or id(target) in self._keep_dtype:
+        if self.dtype is None or not target.is_floating_point() or id(target) in self._keep_dtype:
             return target.dtype
-        return self._dtype
+        return self.dtype
 
 
 def tensors_of(module: nn.Module, /) -> Iterator[torch.Tensor]:
