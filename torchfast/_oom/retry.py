@@ -3,9 +3,11 @@
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
+
+from torch import nn
 
 from torchfast import _batch
 from torchfast._oom import frames, layers, work
@@ -14,10 +16,10 @@ from torchfast._oom.release import clean_up
 from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, error_of
 from torchfast._oom.sizes import Sizes
 from torchfast._oom.thrash import Thrash
-from torchfast._oom.transaction import Subjects, Transaction
+from torchfast._oom.transaction import Transaction
 
 if TYPE_CHECKING:
-    from torchfast._oom.guard import _Guard
+    from torchfast._oom.base import Guard
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,17 +38,17 @@ class Retry:
 
     def __init__(  # noqa: PLR0913 -- made in one place only, by guard.retry
         self,
-        guard: "_Guard",
-        subjects: Subjects,
+        guard: "Guard",
+        modules: Sequence[nn.Module],
+        transaction: Transaction,
         *,
         split: Split,
-        copy: bool,
         tokens: Callable[[Any], Any] | None,
         grow_after: int,
         ranks: Ranks,
     ) -> None:
-        self._guard, self._subjects, self._split, self._tokens = guard, subjects, split, tokens
-        self._transaction = Transaction(subjects, copy=copy)
+        self._guard, self._modules, self._split, self._tokens = guard, modules, split, tokens
+        self._transaction = transaction
         self._sizes = Sizes(grow_after)
         self._ranks = ranks
         self._has_warned = False
@@ -143,7 +145,7 @@ class Retry:
             return "Even one sample at a time does not fit."
         if self._split == "never":
             return 'Working in parts was switched off (split="never").'
-        whole = layers.whole_batch_layers(self._subjects.modules)
+        whole = layers.whole_batch_layers(self._modules)
         if whole and self._split == "safe":
             return (
                 f"The batch was not worked on in parts: {layers.named(whole)} sees the whole batch in "
@@ -156,8 +158,8 @@ class Retry:
         if self._has_warned:
             return
         self._has_warned = True
-        whole = layers.whole_batch_layers(self._subjects.modules)
-        drawing = layers.random_layers(self._subjects.modules)
+        whole = layers.whole_batch_layers(self._modules)
+        drawing = layers.random_layers(self._modules)
         differs = []
         if whole:
             differs.append(f"{layers.named(whole)} sees {size} samples at a time instead of all")
@@ -174,14 +176,16 @@ class Retry:
 class Attempt(Generic[T]):
     """One try at a step: a context around it, and the parts of the batch to loop over.
 
-    `number` counts from 1; `size` is the most samples that a part has; `outcome` is how it ended, None
-    before. Where the attempt fails for memory, the step is put back to its beginning and the loop over
-    `retry.attempts(batch)` offers the next; where there is no next, the explained error is raised.
+    `n_samples` are in the batch; `number` counts from 1; `size` is the most samples that a part has;
+    `outcome` is how it ended, None before. Where the attempt fails for memory, the step is put back to its
+    beginning and the loop over `retry.attempts(batch)` offers the next; where there is no next, the
+    explained error is raised.
     """
 
     def __init__(self, retry: Retry, batch: T, n_samples: int, number: int, *, may_repeat: bool) -> None:
-        self._retry, self._n_samples, self._may_repeat = retry, n_samples, may_repeat
+        self._retry, self._may_repeat = retry, may_repeat
         self._whole = [batch]
+        self.n_samples = n_samples
         self.number = number
         self.size = retry._sizes.of(n_samples)
         self.outcome: Outcome | None = None
@@ -189,7 +193,7 @@ class Attempt(Generic[T]):
     def __iter__(self) -> Iterator[Part[T]]:
         retry = self._retry
         for part in self._parts():
-            work.now.n_samples = min(self.size, self._n_samples)
+            work.now.n_samples = min(self.size, self.n_samples)
             yield part
             del part
         work.now.n_samples = None
@@ -198,7 +202,7 @@ class Attempt(Generic[T]):
         retry._ranks.reduce()
 
     def _parts(self) -> Iterator[Part[T]]:
-        if self.size >= self._n_samples:
+        if self.size >= self.n_samples:
             return iter([Part(self._whole[0], 1.0)])
         self._retry._warn_of_parts(self.size)
         dim, tokens = self._retry._guard._batch_dim, self._retry._tokens
