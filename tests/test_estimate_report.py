@@ -12,8 +12,9 @@ from torch.cuda import _memory_viz
 
 from tests.traces import estimate, training
 from torchfast._bytes import GIB, MIB
+from torchfast._estimate import calibrate
 from torchfast._estimate.events import CATEGORIES, Event, Trace
-from torchfast._estimate.gpus import GPU, GPU_NAMES, calibration_file, resolve_gpu
+from torchfast._estimate.gpus import GPU, GPU_NAMES, MeasuredContext, calibration_file, resolve_gpu
 from torchfast._estimate.picture import COLOURS, nice_step, points
 from torchfast._estimate.report import Subject, estimate_of
 from torchfast._estimate.settings import AllocatorSettings
@@ -287,3 +288,19 @@ def test_a_calibration_is_preferred(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert resolve_gpu("RTX 3090").context(["aten.mm"]).expected_bytes == 1010
     calibration_file().write_text('{"NVIDIA GeForce RTX 3090": {"bytes": 3}}')
     assert resolve_gpu("RTX 3090").context([]).source.startswith("not measured")
+
+
+def test_a_measurement_is_written_where_estimates_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two runs of the stages become one record: the larger of each, and what they differ by at least 16 MiB."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs = iter([[500 * MIB, 620 * MIB, 640 * MIB], [500 * MIB, 600 * MIB, 640 * MIB]])
+    monkeypatch.setattr(calibrate, "_one_run", lambda: next(runs))
+    calibrate.write("NVIDIA L4", calibrate.measure())
+    calibrate.write("Tesla T4", MeasuredContext(1, 2, 3, 4, "made up"))
+    measured = resolve_gpu("L4").measured
+    assert measured is not None
+    assert (measured.bare_bytes, measured.blas_bytes, measured.dnn_bytes) == (500 * MIB, 120 * MIB, 20 * MIB)
+    assert measured.spread_bytes == 20 * MIB
+    assert resolve_gpu("T4").context(["aten.mm"]).expected_bytes == 3
