@@ -113,10 +113,9 @@ def n_wrong(batches: Iterable[list[torch.Tensor]], *, sleep_cycles: int, drops: 
     for batch in batches:
         torch.cuda._sleep(sleep_cycles)
         number = next(numbers)
-        for leaf in batch:
-            wrong += (leaf != number).any()
+        wrong += torch.stack([(leaf != number).any() for leaf in batch]).any()
         if drops:
-            del leaf, batch
+            del batch
     return int(wrong)
 
 

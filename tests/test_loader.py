@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from torchfast import DeviceLoader
-from torchfast._loader.loader import FORWARDED
+from torchfast._loader.wrapped import FORWARDED
 
 
 class Pids(Dataset[int]):

@@ -12,6 +12,7 @@ import torch
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
+from torchfast._loader.thread import no_state
 
 
 class HostTransport:
@@ -71,7 +72,7 @@ class HostTransport:
 def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
     """Open a pass over a source that is fed by a thread."""
     transport = HostTransport()
-    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth)
+    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state)
     return Epoch(feed, None, owner=None), transport, feed
 
 
@@ -146,7 +147,9 @@ def test_an_error_of_the_transfer_comes_in_its_place() -> None:
     """A transfer that fails takes the place of its batch, and the others arrive."""
     transport = HostTransport()
     transport.sending_fails_at = 2
-    epoch: Epoch[int] = Epoch(ThreadedFeed(iter(range(5)), transport, Tally(), depth=2), None, owner=None)
+    epoch: Epoch[int] = Epoch(
+        ThreadedFeed(iter(range(5)), transport, Tally(), depth=2, snapshot=no_state), None, owner=None
+    )
     assert [next(epoch), next(epoch)] == [0, 1]
     with pytest.raises(ConnectionError, match="transfer failed"):
         next(epoch)

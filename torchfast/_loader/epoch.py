@@ -19,6 +19,10 @@ T = TypeVar("T")
 class Feed(Protocol):
     """A source of finished batches."""
 
+    @property
+    def state(self) -> Any:
+        """The loader's state as of the batch handed out last."""
+
     def take(self) -> Any:
         """Return the next batch; raise `StopIteration` after the last, the loader's errors in their place."""
 
@@ -67,6 +71,10 @@ class Epoch(Iterator[T]):
             self._state = "closed"
         self._feed.close()
 
+    def state(self) -> Any:
+        """Return the loader's state as of the batch handed out last."""
+        return self._feed.state
+
     def release_memory(self) -> None:
         """Let go of device memory that is held ahead of use, without losing a batch."""
         self._feed.release_memory()
@@ -112,8 +120,11 @@ def _finished(finish: Callable[[Any], Any], batch: Any) -> Any:
 class InlineFeed:
     """Batches as they come, in the caller's thread: for the CPU, and for accelerators other than CUDA."""
 
-    def __init__(self, source: Iterator[Any], device: torch.device, tally: Tally) -> None:
+    def __init__(
+        self, source: Iterator[Any], device: torch.device, tally: Tally, snapshot: Callable[[], Any]
+    ) -> None:
         self._source: Iterator[Any] | None = source
+        self._snapshot = snapshot
         self._tally = tally
         self._device = device
 
@@ -128,6 +139,11 @@ class InlineFeed:
         self._tally.taken(waited_s)
         leaves, structure = flatten(batch)
         return structure.rebuild([leaf.to(self._device) for leaf in leaves])
+
+    @property
+    def state(self) -> Any:
+        """The loader's state: nothing is loaded ahead."""
+        return self._snapshot()
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""

@@ -1,48 +1,29 @@
 """The public class: what is wrapped, what is checked, what is forwarded."""
 
-import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
 
 from torchfast import _holders
 from torchfast._device import resolve_device
-from torchfast._layout import is_image, to_channels_last_tensor
+from torchfast._loader import wrapped
 from torchfast._loader.epoch import Epoch, Feed, InlineFeed, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.finish import finishing
+from torchfast._loader.normalize import Normalization
 from torchfast._loader.stats import LoaderStats, Tally
-from torchfast._tree import map_tensors
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 T = TypeVar("T")
 
-FORWARDED = frozenset({
-    "batch_sampler",
-    "batch_size",
-    "collate_fn",
-    "dataset",
-    "drop_last",
-    "generator",
-    "in_order",
-    "multiprocessing_context",
-    "num_workers",
-    "persistent_workers",
-    "pin_memory",
-    "pin_memory_device",
-    "prefetch_factor",
-    "sampler",
-    "timeout",
-    "worker_init_fn",
-})  # fmt: skip
-"""The attributes that a `DeviceLoader` takes from the loader it wraps."""
-
-MAX_WORKERS = 8
-"""`from_dataset` starts no more by itself: each worker costs the memory of an interpreter and its batches."""
+OPTIONS = frozenset(
+    {"channels_last", "depth", "image_dtype", "into", "normalize", "poison", "streams", "transform"}
+)
+"""The options of `DeviceLoader` itself, which `from_dataset` tells from those of `DataLoader`."""
 
 
 class DeviceLoader(Generic[T]):
@@ -74,13 +55,22 @@ class DeviceLoader(Generic[T]):
         device: where the batches go; None is the current accelerator, else the CPU.
         depth: how many batches are brought to the device ahead of the one in use, at least 1.
         channels_last: whether image tensors, (N, C, H, W), are laid out channels last, on the device.
+        normalize: (mean, std), one number a channel each, for images in [0, 1]: uint8 images become
+            (x - 255 * mean) / (255 * std), in one kernel together with `channels_last`.
+        image_dtype: the type of the images that `normalize` makes.
         transform: called with each batch once it is on the device, in the caller's thread and on its current
             stream: random numbers are drawn in the order of the batches. Its result is yielded.
+        into: a batch of tensors on the device into which each batch is copied, on the current stream, and
+            which is yielded: the static inputs of a CUDA graph.
         streams: CUDA streams other than the current one that use batches without `record_stream`.
+        poison: for debugging, fill memory with 0xFF (NaN) as soon as a batch that was in it is gone, and let
+            it rest for two batches: reading it late, on a stream that was not named, then shows. Costs two
+            batches of memory.
 
     Raises:
         TypeError: the loader cannot be iterated over, or `transform` not be called.
-        ValueError: no such device, or a depth below 1.
+        ValueError: no such device, a depth below 1, means and stds that do not match, or, from `next`, a
+            batch that does not fit `into`.
 
     What it does not do: it runs one pass at a time. A second `iter` closes the first, with a warning, and a
     bare iterator that is left early has already given up the batches that were loaded ahead.
@@ -94,15 +84,27 @@ class DeviceLoader(Generic[T]):
         *,
         depth: int = 2,
         channels_last: bool = False,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        image_dtype: torch.dtype = torch.float32,
         transform: Callable[[Any], Any] | None = None,
+        into: Any = None,
         streams: Sequence[torch.cuda.Stream] = (),
+        poison: bool = False,
     ) -> None:
         _check(loader, depth, transform)
+        normalization = _normalization(normalize, image_dtype, channels_last=channels_last)
         self.device = resolve_device(device)
         self.loader = loader
         self._depth = depth
         self._streams = tuple(streams)
-        self._finish = _finishing(transform, channels_last=channels_last)
+        self._poison = poison
+        self._finish = finishing(transform, normalization, into, channels_last=channels_last)
+        self._inner: DeviceLoader[Any] | None = None
+        if wrapped.looks_ahead(loader):
+            source: Any = loader
+            self._inner = DeviceLoader(
+                source.base_dataloader, self.device, depth=depth, streams=streams, poison=poison
+            )
         self._transport: Any = None
         self._epoch: weakref.ref[Epoch[T]] | None = None
         self._n_passes = 0
@@ -110,7 +112,7 @@ class DeviceLoader(Generic[T]):
         _holders.register(self)
 
     @classmethod
-    def from_dataset(  # noqa: PLR0913 - options, all of them keyword-only
+    def from_dataset(
         cls,
         dataset: "Dataset[Any]",
         /,
@@ -118,9 +120,6 @@ class DeviceLoader(Generic[T]):
         *,
         batch_size: int,
         num_workers: int | None = None,
-        depth: int = 2,
-        channels_last: bool = False,
-        transform: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> Self:
         """Build the `DataLoader` too, with the settings that training on a GPU wants.
@@ -143,19 +142,18 @@ class DeviceLoader(Generic[T]):
             device: as for `DeviceLoader`.
             batch_size: samples in a batch.
             num_workers: worker processes; None for the rule above.
-            depth: as for `DeviceLoader`.
-            channels_last: as for `DeviceLoader`.
-            transform: as for `DeviceLoader`.
-            **options: anything else that `DataLoader` takes, such as `shuffle=True` or `collate_fn=`.
+            **options: anything else that `DeviceLoader` takes, such as `channels_last=True`, or that
+                `DataLoader` takes, such as `shuffle=True`.
         """
         from torch.utils.data import DataLoader
 
         resolve_device(device)  # before any dataset is touched
-        n_workers = _default_workers() if num_workers is None else num_workers
+        own = {name: options.pop(name) for name in OPTIONS & options.keys()}
+        n_workers = wrapped.default_workers() if num_workers is None else num_workers
         if n_workers > 0:
             options = {"persistent_workers": True, "prefetch_factor": 4, **options}
         loader: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=n_workers, **options)
-        return cls(loader, device, depth=depth, channels_last=channels_last, transform=transform)
+        return cls(loader, device, **own)
 
     def __iter__(self) -> Epoch[T]:
         """Begin a pass: the loader's own iterator is made here and now, in the caller's thread."""
@@ -163,8 +161,8 @@ class DeviceLoader(Generic[T]):
         self._n_passes += 1
         self._tally = Tally()
         if self._n_passes == 2:
-            _warn_of_lost_workers(self.loader, stacklevel=3)
-        epoch: Epoch[T] = Epoch(self._open_feed(iter(self.loader)), self._finish, owner=self)
+            wrapped.warn_of_lost_workers(self.loader, stacklevel=3)
+        epoch: Epoch[T] = Epoch(self._open_feed(), self._finish, owner=self)
         self._epoch = weakref.ref(epoch)
         return epoch
 
@@ -173,9 +171,12 @@ class DeviceLoader(Generic[T]):
         return len(self.loader)  # type: ignore[arg-type]  # the error of a loader without length is the right one
 
     def __getattr__(self, name: str) -> Any:
-        """Take the attributes in `FORWARDED` from the loader."""
-        if name in FORWARDED:
-            return getattr(self.loader, name)
+        """Take the attributes in `FORWARDED` from the loader; have a state if it has one."""
+        loader = self.__dict__.get("loader")
+        if name in wrapped.FORWARDED:
+            return getattr(loader, name)
+        if name in ("state_dict", "load_state_dict") and hasattr(loader, name):
+            return self._state_dict if name == "state_dict" else self._load_state_dict
         raise AttributeError(
             f"DeviceLoader has no attribute {name!r}, and does not take it from the loader it wraps. "
             f"Use .loader.{name} if you mean that loader's own."
@@ -187,29 +188,28 @@ class DeviceLoader(Generic[T]):
         The first of them that has a `set_epoch` is told; where none has, nothing happens, so the same script
         runs with and without a `DistributedSampler`.
         """
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        parts: tuple[Any, ...] = (
-            self.loader,
-            getattr(self.loader, "sampler", None),
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-            getattr(self.loader, "dataset", None),
-        )
-        for part in parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-                return
+        wrapped.set_epoch(self.loader, epoch)
 
     @property
     def stats(self) -> LoaderStats:
         """Where the time of the latest pass went so far, and what bounds it; costs nothing on the device."""
-        return self._tally.stats()
+        return self._tally.stats() if self._inner is None else self._inner.stats
 
     def __repr__(self) -> str:
         """Tell what is wrapped, and how the latest pass went."""
         passed = f", {self.stats!r}" if self._n_passes else ""
-        wrapped = type(self.loader).__name__
-        return f"DeviceLoader({wrapped}, device={str(self.device)!r}, depth={self._depth}{passed})"
+        name = type(self.loader).__name__
+        return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{passed})"
+
+    def _state_dict(self) -> Any:
+        # As of the batch handed out last, whatever was loaded ahead since.
+        epoch = None if self._epoch is None else self._epoch()
+        return wrapped.snapshot_of(self.loader)() if epoch is None else epoch.state()
+
+    def _load_state_dict(self, state: Any, /) -> None:
+        self.close()
+        loader: Any = self.loader
+        loader.load_state_dict(state)
 
     def close(self) -> None:
         """End the pass that is open, if any: no thread, worker or batch of it is left."""
@@ -236,9 +236,10 @@ class DeviceLoader(Generic[T]):
         if was_under_way:
             warn_of_open_epoch(stacklevel)
 
-    def _open_feed(self, source: Iterator[T]) -> Feed:
-        if self.device.type != "cuda":
-            return InlineFeed(source, self.device, self._tally)
+    def _open_feed(self) -> Feed:
+        source = iter(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
+        if self.device.type != "cuda" or self._inner is not None:
+            return InlineFeed(source, self.device, self._tally, wrapped.snapshot_of(self.loader))
         if self._transport is None:
             from torchfast._loader.transport import CudaTransport
 
@@ -246,10 +247,12 @@ class DeviceLoader(Generic[T]):
                 self.device,
                 self._depth,
                 streams=self._streams,
-                borrows=not _writes_afresh(self.loader),
+                borrows=not wrapped.writes_afresh(self.loader),
                 n_workers=getattr(self.loader, "num_workers", 0),
+                poison=self._poison,
             )
-        return ThreadedFeed(source, self._transport, self._tally, depth=self._depth)
+        snapshot = wrapped.snapshot_of(self.loader)
+        return ThreadedFeed(source, self._transport, self._tally, depth=self._depth, snapshot=snapshot)
 
 
 def _check(loader: object, depth: object, transform: object) -> None:
@@ -270,37 +273,18 @@ def _check(loader: object, depth: object, transform: object) -> None:
         )
 
 
-def _finishing(transform: Callable[[Any], Any] | None, *, channels_last: bool) -> Callable[[Any], Any] | None:
-    if not channels_last:
-        return transform
-
-    def finish(batch: Any) -> Any:
-        batch = map_tensors(lambda leaf: to_channels_last_tensor(leaf) if is_image(leaf) else leaf, batch)
-        return batch if transform is None else transform(batch)
-
-    return finish
-
-
-def _writes_afresh(loader: object) -> bool:
-    """Say whether asking the loader for a batch surely leaves the pinned memory of earlier ones alone."""
-    from torch.utils.data import DataLoader
-
-    return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
-
-
-def _default_workers() -> int:
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(MAX_WORKERS, n_cpus // n_processes - 1))
-
-
-def _warn_of_lost_workers(loader: object, stacklevel: int) -> None:
-    n_workers = getattr(loader, "num_workers", 0)
-    if n_workers and not getattr(loader, "persistent_workers", True):
-        warnings.warn(
-            f"this loader ends its {n_workers} worker(s) after each epoch and starts new ones, which takes "
-            "seconds an epoch and loses what their datasets have cached. "
-            "Build it with DataLoader(..., persistent_workers=True), or with DeviceLoader.from_dataset.",
-            UserWarning,
-            stacklevel=stacklevel,
+def _normalization(normalize: Any, image_dtype: torch.dtype, *, channels_last: bool) -> Normalization | None:
+    if normalize is None:
+        return None
+    try:
+        mean, std = ([float(number) for number in numbers] for numbers in normalize)
+        fits = len(mean) == len(std) > 0 and all(std) and image_dtype.is_floating_point
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
+            "each as images have channels, for values between 0 and 1 and none of std zero, and a floating-point "
+            "dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
         )
+    return Normalization(mean, std, image_dtype, channels_last=channels_last)

@@ -63,7 +63,7 @@ class Parcel:
 class CudaTransport:
     """Copies batches to one CUDA device on one stream of its own."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the loader was told, all of it by name
         self,
         device: torch.device,
         depth: int,
@@ -71,8 +71,11 @@ class CudaTransport:
         streams: Sequence[torch.cuda.Stream],
         borrows: bool,
         n_workers: int,
+        poison: bool,
     ) -> None:
         self._device = device
+        self._poison = poison
+        self._resting: deque[Blank] = deque()
         self._team_size = team_size(n_workers)
         self._streams = tuple(streams)
         self._borrows = borrows
@@ -95,17 +98,31 @@ class CudaTransport:
 
     def follow(self) -> None:
         """Take the calling thread's current stream as the one that consumes the batches."""
-        self._consumer = torch.cuda.current_stream(self._device)
+        # Building a Stream object takes longer than asking whether there is need to.
+        if torch.accelerator.current_stream(self._device).stream_id != self._consumer.stream_id:
+            self._consumer = torch.cuda.current_stream(self._device)
 
     def blank(self) -> Blank | None:
         """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
         try:
-            blank = self._allocate(self._expected_bytes)
+            blank = self._allocate(self._expected_bytes, self._consumer)
         except torch.OutOfMemoryError:
             # Not the step's business: the batch will ask for its memory itself, and fail for itself.
-            blank = self._allocate(())
+            blank = self._allocate((), self._consumer)
         self._asked = blank.gate
+        if self._poison:
+            return self._rested(blank)
         return blank if blank.buffers else None
+
+    def _rested(self, blank: Blank) -> Blank | None:
+        """Poison memory once its last use is over, and return what was poisoned two batches ago."""
+        self._copy_stream.wait_event(blank.gate)
+        with torch.cuda.stream(self._copy_stream):
+            for buffer in blank.buffers:
+                buffer.fill_(0xFF)
+        self._resting.append(blank)
+        rested = self._resting.popleft() if len(self._resting) > 2 else None
+        return rested if rested is not None and rested.buffers else None
 
     def deliver(self, parcel: Parcel) -> Any:
         """Return the batch; the current stream has then waited for its copy."""
@@ -254,16 +271,17 @@ class CudaTransport:
             if all(buffer.nbytes >= n_bytes for buffer, n_bytes in pairs):
                 return blank
         del blank
-        with torch.cuda.stream(self._consumer):
-            return self._allocate(plan.sizes_bytes)
+        consumer = self._consumer
+        with torch.cuda.stream(consumer):
+            return self._allocate(plan.sizes_bytes, consumer)
 
     # In either.
 
-    def _allocate(self, sizes_bytes: tuple[int, ...]) -> Blank:
+    def _allocate(self, sizes_bytes: tuple[int, ...], stream: torch.cuda.Stream) -> Blank:
+        """Allocate on `stream`, which is current, and set the gate there."""
         # Tensors made in inference mode could never be saved for a backward.
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
             buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
-        stream = torch.cuda.current_stream(self._device)
         return Blank(buffers, stream, _record(stream))
 
 

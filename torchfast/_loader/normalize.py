@@ -1,0 +1,68 @@
+"""From uint8 images to normalised floating-point ones: type, normalisation and layout in one kernel."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from torchfast._layout import is_image
+
+
+class Normalization:
+    """(x - 255 * mean) / (255 * std), computed in float32 and rounded once to `dtype`.
+
+    A uint8 has 256 values, so the formula is evaluated 256 times a channel, and the kernel looks the results
+    up: bit for bit what the formula gives, one byte read and one element written for each value.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, *, channels_last: bool
+    ) -> None:
+        self.n_channels = len(mean)
+        self._channels_last = channels_last
+        means, stds = torch.tensor(mean, device="cpu"), torch.tensor(std, device="cpu")
+        values = torch.arange(256, dtype=torch.float32, device="cpu")
+        table = (values - 255 * means.float()[:, None]) / (255 * stds.float()[:, None])
+        self._table = table.to(dtype)
+        self._tables: dict[torch.device, torch.Tensor] = {}
+
+    def applies(self, leaf: torch.Tensor, /) -> bool:
+        """Say whether a leaf is a uint8 image with as many channels as there are means."""
+        return leaf.dtype is torch.uint8 and is_image(leaf) and leaf.shape[1] == self.n_channels
+
+    def __call__(self, images: torch.Tensor, /) -> torch.Tensor:
+        """Return the normalised images, (N, C, H, W) as before, channels last if so asked."""
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        normalised = torch.empty(
+            images.shape, dtype=self._table.dtype, device=images.device, memory_format=layout
+        )
+        table = self._table_on(images.device)
+        kernel = _kernel() if images.is_cuda else None
+        if kernel is not None and not _has_uniform_pixels(images):
+            images = images.contiguous()
+        if kernel is None:
+            for channel in range(self.n_channels):
+                normalised[:, channel] = table[channel][images[:, channel].int()]
+        elif images.numel():
+            kernel(images, normalised, table)
+        return normalised
+
+    def _table_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._table.to(device)
+        return self._tables[device]
+
+
+def _has_uniform_pixels(images: torch.Tensor) -> bool:
+    return images.stride(2) == images.shape[3] * images.stride(3)
+
+
+@cache
+def _kernel() -> Any:
+    """Return the Triton kernel's launcher, or None where Triton is missing: its wheels are Linux's alone."""
+    try:
+        from torchfast._loader.normalize_kernel import launch
+    except ImportError:
+        return None
+    return launch

@@ -1,0 +1,111 @@
+"""The thread that loads and copies ahead.
+
+It holds no reference to the feed, nor to the epoch: an epoch that nobody holds any more is collected, closes
+its feed, and that ends the thread.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from torchfast._loader.stats import Tally
+
+
+class Transport(Protocol):
+    """What a feed needs to know about moving batches; `CudaTransport` explains each."""
+
+    def begin(self, tally: Tally) -> None: ...
+    def follow(self) -> None: ...
+    def blank(self) -> Any: ...
+    def deliver(self, parcel: Any) -> Any: ...
+    def evict(self, parcel: Any) -> None: ...
+    def discard(self, parcel: Any) -> None: ...
+    def enter_thread(self) -> None: ...
+    def settle(self) -> None: ...
+    def send(self, batch: Any, blank: Any) -> Any: ...
+
+
+class Stop:
+    """The permit that ends the thread."""
+
+
+class Arrival(NamedTuple):
+    """What the thread says of one batch: it is on its way, it failed, or there are no more."""
+
+    parcel: Any = None
+    error: BaseException | None = None
+    is_end: bool = False
+    state: Any = None
+    """The loader's state after this batch, for a loader that has one."""
+
+
+class Work:
+    """What the thread needs, and nothing that leads back to the feed."""
+
+    def __init__(
+        self, source: Iterator[Any], transport: Transport, tally: Tally, snapshot: Callable[[], Any]
+    ) -> None:
+        self.source = source
+        self.tally = tally
+        self.transport = transport
+        self.snapshot = snapshot
+        self.ready: SimpleQueue[Arrival] = SimpleQueue()
+        self.permits: SimpleQueue[Any] = SimpleQueue()
+        self.entered = threading.Event()
+        self.stopped = False
+        self.grad_enabled = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+
+    def run(self) -> None:
+        """Load and send until told to stop, or until the loader ends."""
+        try:
+            self.transport.enter_thread()
+            self.entered.set()
+            while not self.stopped and self.step():
+                pass
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is taken
+            self.ready.put(Arrival(error=error))
+            self.ready.put(Arrival(is_end=True))
+        finally:
+            self.entered.set()
+            del self.source
+
+    def step(self) -> bool:
+        """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
+        self.transport.settle()
+        began_s = time.perf_counter()
+        try:
+            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad_enabled):
+                batch = next(self.source)
+            state = self.snapshot()
+        except StopIteration:
+            self.ready.put(Arrival(is_end=True, state=self.snapshot()))
+            return False
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._permitted() is not Stop and self._failed(error)
+        self.tally.load_s += time.perf_counter() - began_s
+        permit = self._permitted()
+        if permit is Stop:
+            return False
+        try:
+            parcel = self.transport.send(batch, permit)
+        except BaseException as error:  # noqa: BLE001 - as above
+            return self._failed(error)
+        self.ready.put(Arrival(parcel, state=state))
+        return True
+
+    def _permitted(self) -> Any:
+        permit = self.permits.get()
+        return Stop if self.stopped else permit
+
+    def _failed(self, error: BaseException) -> bool:
+        self.ready.put(Arrival(error=error))
+        return True
+
+
+def no_state() -> None:
+    """Stand in for the state of a loader that has none."""

@@ -1,0 +1,97 @@
+"""What a `DeviceLoader` knows about the loaders it wraps."""
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torchfast._loader.thread import no_state
+
+FORWARDED = frozenset({
+    "batch_sampler",
+    "batch_size",
+    "collate_fn",
+    "dataset",
+    "drop_last",
+    "generator",
+    "in_order",
+    "multiprocessing_context",
+    "num_workers",
+    "persistent_workers",
+    "pin_memory",
+    "pin_memory_device",
+    "prefetch_factor",
+    "sampler",
+    "timeout",
+    "worker_init_fn",
+})  # fmt: skip
+"""The attributes that a `DeviceLoader` takes from the loader it wraps."""
+
+MAX_WORKERS = 8
+"""`from_dataset` starts no more by itself: each worker costs the memory of an interpreter and its batches."""
+
+
+def snapshot_of(loader: object) -> Callable[[], Any]:
+    """Return the loader's `state_dict`, copied at once since it may go on changing, or `no_state`."""
+    state_dict = getattr(loader, "state_dict", None)
+    return no_state if state_dict is None else lambda: copy.deepcopy(state_dict())
+
+
+def writes_afresh(loader: object) -> bool:
+    """Say whether asking the loader for a batch surely leaves the pinned memory of earlier ones alone."""
+    from torch.utils.data import DataLoader
+
+    return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
+
+
+def default_workers() -> int:
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MAX_WORKERS, n_cpus // n_processes - 1))
+
+
+def warn_of_lost_workers(loader: object, stacklevel: int) -> None:
+    n_workers = getattr(loader, "num_workers", 0)
+    if n_workers and not getattr(loader, "persistent_workers", True):
+        warnings.warn(
+            f"this loader ends its {n_workers} worker(s) after each epoch and starts new ones, which takes "
+            "seconds an epoch and loses what their datasets have cached. "
+            "Build it with DataLoader(..., persistent_workers=True), or with DeviceLoader.from_dataset.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def looks_ahead(loader: object) -> bool:
+    """Say whether the loader looks a batch ahead to know the last one, as accelerate's do."""
+    return hasattr(loader, "base_dataloader") and hasattr(loader, "end_of_dataloader")
+
+
+def through(loader: Any, inner: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over such a loader with its own source replaced, for the time of the pass.
+
+    What it does around each batch, above all telling the last one, then happens when the batch is handed out.
+    """
+    source = loader.base_dataloader
+    loader.base_dataloader = inner
+    try:
+        yield from loader
+    finally:
+        loader.base_dataloader = source
+
+
+def set_epoch(loader: object, epoch: int) -> None:
+    """Tell the epoch's number to the first of the loader, its samplers and its dataset that wants to know."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts: tuple[Any, ...] = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+        getattr(loader, "dataset", None),
+    )
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+            return
