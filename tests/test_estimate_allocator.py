@@ -1,6 +1,7 @@
 """The replayed caching allocator: equal to recorded runs, and lawful on random ones."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,7 +18,9 @@ from torchfast._estimate.events import Event
 from torchfast._estimate.replay import fits_in, replay
 from torchfast._estimate.settings import AllocatorSettings
 
-RECORDED = sorted((Path(__file__).parent / "data" / "allocator").glob("*.json.gz"))
+DATA = Path(__file__).parent / "data"
+RECORDED = sorted((DATA / "allocator").glob("*.json.gz"))
+PROGRAMS_UNDER_SETTINGS = sorted((DATA / "allocator_settings").glob("*.json.gz"))
 
 
 def load(path: Path) -> Any:
@@ -64,6 +67,29 @@ def test_unknown_addresses_cost_next_to_nothing(path: Path) -> None:
     replayed = replay(Event(block, size, 0) for block, size, _ in run["events"])
     assert replayed.peak_allocated_bytes == pytest.approx(run["peak_allocated_bytes"], rel=1e-3)
     assert replayed.peak_reserved_bytes == pytest.approx(run["peak_reserved_bytes"], rel=1e-3)
+
+
+@pytest.mark.parametrize("path", PROGRAMS_UNDER_SETTINGS, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_settings_and_limits_do_what_pytorchs_do(path: Path) -> None:
+    """Random calls recorded on a GPU under each setting leave the same bytes, retries and failures here."""
+    run = load(path)
+    allocator = CachingAllocator(AllocatorSettings.parse(run["settings"]), limit_bytes=run["limit_bytes"])
+    live: dict[int, Block] = {}
+    allocated = []
+    for i, (block, size) in enumerate(run["calls"]):
+        if size > 0:
+            live[block] = allocator.allocate(size)
+        elif size == 0:
+            allocator.free(live.pop(block))
+        else:  # the GPU ran out of memory here
+            with pytest.raises(OutOfSegmentsError):
+                allocator.allocate(-size)
+        assert (allocator.reserved_bytes, allocator.n_retries) == (
+            run["reserved_bytes"][i],
+            run["n_retries"][i],
+        )
+        allocated.append(allocator.allocated_bytes)
+    assert hashlib.sha256(json.dumps(allocated).encode()).hexdigest() == run["allocated_sha256"]
 
 
 # --- laws --------------------------------------------------------------------------------------------------
