@@ -4,6 +4,7 @@ Everything here is scoped: what is replaced is put back, also after an error.
 """
 
 import importlib
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchfast._estimate.gpus import GPU
-from torchfast._estimate.paper import CUDA, META, PaperTensor, outside_torch_function, torch_function
+from torchfast._estimate.paper import CUDA, META, PaperTensor
 
 
 class OnPaper(TorchFunctionMode):
@@ -28,9 +29,6 @@ class OnPaper(TorchFunctionMode):
         device = kwargs.get("device")
         if device is not None and _is_gpu(device):
             kwargs = {**kwargs, "device": META}
-        if isinstance(func, types.FunctionType):
-            with torch_function():
-                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -85,7 +83,7 @@ def watched_backward(mode: OnPaper, begins: Callable[[], None], ends: Callable[[
     run = autograd._engine_run_backward
 
     def run_watched(*args: Any, **kwargs: Any) -> Any:
-        with outside_torch_function(), mode:
+        with mode:
             begins()
             try:
                 return run(*args, **kwargs)
@@ -145,7 +143,16 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
             (optimizers, "_foreach_supported_types", [*optimizers._foreach_supported_types, PaperTensor]),
         ]:
             put(owner, attribute, value)
+        # PyTorch's own functions in Python would hand a call over to the function mode as a whole, and what
+        # they create inside would be out of the mode's reach.
+        for module in ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.init"):
+            for check in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+                put(sys.modules[module], check, _never)
         yield
+
+
+def _never(*_: Any) -> bool:
+    return False
 
 
 def _grouped(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,9 @@ class PaperTensor(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # as torch does
 
+    # What is known of its values, on the host; see known.py.
+    values: torch.Tensor | None = None  # type: ignore[assignment] # sparse tensors have a method of this name
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch types it as an instance method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -103,29 +106,3 @@ def meta_kernels() -> Iterator[None]:
             yield
         finally:
             _State.in_kernel = before
-
-
-@contextmanager
-def torch_function() -> Iterator[None]:
-    """Within a function of PyTorch's own, written in Python, a paper tensor says what it is.
-
-    There `torch.zeros(..., device=input.device)` is out of reach of the function mode that called it.
-    """
-    with _in_kernel(True):
-        yield
-
-
-@contextmanager
-def outside_torch_function() -> Iterator[None]:
-    """Within, paper tensors say again that they are on a GPU: PyTorch calls back into the user's code."""
-    with _in_kernel(False):
-        yield
-
-
-@contextmanager
-def _in_kernel(value: bool) -> Iterator[None]:  # noqa: FBT001 - the state itself
-    before, _State.in_kernel = _State.in_kernel, value
-    try:
-        yield
-    finally:
-        _State.in_kernel = before

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast._estimate.events import Event, Note
 from torchfast._estimate.gpus import GPU
+from torchfast._estimate.known import follow
 from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap
 
 Rule = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -63,9 +64,11 @@ class Recorder(TorchDispatchMode):
         except KeyError:
             rule = self._rules[func] = self._rule_for(func)
         try:
-            return self.run(func, args, kwargs) if rule is None else rule(self, func, args, kwargs)
+            outputs = self.run(func, args, kwargs) if rule is None else rule(self, func, args, kwargs)
         finally:
             self._operator = None
+        follow(func, args, kwargs, outputs)
+        return outputs
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator's meta kernel and record what it returns."""

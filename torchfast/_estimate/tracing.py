@@ -15,6 +15,7 @@ from torchfast import _tree
 from torchfast._estimate import cuda_behaviour
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
+from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step
@@ -115,6 +116,7 @@ class _Tracer:
         paper.requires_grad_(original.requires_grad)
         if isinstance(original, nn.Parameter):
             paper._is_param = True  # what makes isinstance(_, Parameter) true
+        keep(paper, original)
         self._papers[id(original)] = paper
         self._originals.append(original)
         return paper

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchfast._estimate.gpus import GPU
+from torchfast._estimate.paper import META
 from torchfast._estimate.recorder import Recorder
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def _dense(call: Call) -> bool:
     return all(
         t.dim() == 4 and t.shape[2] > 0 and (t.stride(3) == 1 or t.shape[3] == 1)
         for t in (call.query, call.key, call.value)
-    )
+    ) and (call.mask is None or call.mask.stride(-1) == 1 or call.mask.shape[-1] == 1)
 
 
 def _heads_match(call: Call, *, supports_gqa: bool) -> bool:
@@ -110,6 +111,7 @@ def _cudnn(call: Call, gpu: GPU) -> bool:
         and (8, 0) <= gpu.capability <= (12, 1)
         and not torch.are_deterministic_algorithms_enabled()
         and _same_dtype(call, _HALVES)
+        and (call.mask is None or (not call.mask.requires_grad and _mask_fits(call)))
         and _heads_match(call, supports_gqa=True)
         and max(q.shape[0], q.shape[1]) <= 65_535
         and max(q.shape[3], v.shape[3]) <= limit
@@ -117,6 +119,14 @@ def _cudnn(call: Call, gpu: GPU) -> bool:
         and k.shape[2] != 1
         and not (call.dropout and q.shape[2] == 1)
     )
+
+
+def _mask_fits(call: Call) -> bool:
+    """Whether a mask broadcasts to (batch, heads, queries, keys) in the way that cuDNN takes."""
+    assert call.mask is not None  # noqa: S101 - the caller asked
+    full = (*call.query.shape[:3], call.key.shape[2])
+    sizes = call.mask.shape
+    return len(sizes) in (2, 4) and all(a in (1, b) for a, b in zip(sizes[::-1], full[::-1], strict=False))
 
 
 def _flash(call: Call, scale: float | None) -> torch.Tensor:
@@ -157,7 +167,6 @@ def _can_efficient(call: Call, gpu: GPU) -> bool:
         and _same_dtype(call, dtypes)
         and q.shape[3] == k.shape[3]
         and q.shape[3] % alignment == 0 == v.shape[3] % alignment
-        and (call.mask is None or call.mask.stride(-1) == 1 or call.mask.shape[-1] == 1)
         and _heads_match(call, supports_gqa=False)
     )
 
@@ -184,8 +193,8 @@ def _float_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor |
     """Turn a mask of booleans into one of numbers to add, as convert_boolean_attn_mask does."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    lowest = torch.scalar_tensor(float("-inf"), dtype=dtype, device=mask.device)
-    return torch.where(mask, torch.scalar_tensor(0.0, dtype=dtype, device=mask.device), lowest)
+    lowest = torch.scalar_tensor(float("-inf"), dtype=dtype, device=META)
+    return torch.where(mask, torch.scalar_tensor(0.0, dtype=dtype, device=META), lowest)
 
 
 def _aligned_mask(mask: torch.Tensor) -> torch.Tensor:

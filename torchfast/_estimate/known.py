@@ -1,0 +1,101 @@
+"""Values that are known on paper: those of integer tensors, and what follows from them.
+
+Masks, lengths, labels and positions decide which code a model runs and how large its tensors get. Their
+values are carried along on the host where all that they come from is known; those of floats are not, but for
+a handful of numbers.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from torchfast._estimate.paper import META, PaperTensor
+
+_MOST_NUMBERS = 2**21  # 16 MiB of int64: masks and tokens, not images
+_MOST_FLOATS = 64
+
+
+def worth_keeping(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor are carried along if they are known."""
+    most = _MOST_FLOATS if tensor.is_floating_point() or tensor.is_complex() else _MOST_NUMBERS
+    return tensor.numel() <= most
+
+
+def keep(paper: torch.Tensor, original: torch.Tensor) -> None:
+    """Remember the values of a tensor of the user's for its paper tensor."""
+    if not original.is_meta and worth_keeping(original) and not original.is_floating_point():
+        paper.values = original.detach().to("cpu", copy=True)  # type: ignore[assignment] # a paper tensor's own
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the known values of a tensor: a paper tensor's where there are any, a real one's own."""
+    if not isinstance(tensor, PaperTensor):
+        return None if tensor.is_meta else tensor
+    return tensor.values
+
+
+def follow(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> None:
+    """Compute the values of an operator's outputs where those of its inputs are known."""
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+    if not isinstance(first, PaperTensor):
+        return
+    if args and first is args[0]:
+        _follow_in_place(func, args, kwargs, first)
+        return
+    if first.is_floating_point() and first.numel() > _MOST_FLOATS and isinstance(outputs, torch.Tensor):
+        return
+    known = _all_known(args, kwargs)
+    if known is None or func._schema.name.startswith(_UNSET):
+        return
+    results = func(*known[0], **known[1])
+    for output, value in zip(_tensors(outputs), _tensors(results), strict=False):
+        if isinstance(output, PaperTensor) and worth_keeping(value):
+            output.values = value
+
+
+def _follow_in_place(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], changed: PaperTensor
+) -> None:
+    if changed.values is None and not (changed.numel() <= _MOST_FLOATS and func._schema.name in _OVERWRITES):
+        return
+    if changed.values is None:
+        changed.values = torch.empty(changed.shape, dtype=changed.dtype)
+    known = _all_known(args, kwargs)
+    if known is None:
+        changed.values = None
+    else:
+        func(*known[0], **known[1])
+
+
+# Operators whose result has no values, and those that give a tensor new ones whatever it held.
+_UNSET = ("aten::empty", "aten::new_empty")
+_OVERWRITES = ("aten::fill_", "aten::zero_", "aten::copy_")
+
+
+def _all_known(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]] | None:
+    """Return the arguments with values in the place of paper tensors, or None where one is unknown."""
+    try:
+        return [_known(arg) for arg in args], {name: _known(arg) for name, arg in kwargs.items()}
+    except _UnknownError:
+        return None
+
+
+class _UnknownError(Exception):
+    """An argument's values are not known."""
+
+
+def _known(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        value = values_of(arg)
+        if value is None:
+            raise _UnknownError
+        return value
+    if isinstance(arg, (list, tuple)):
+        return [_known(item) for item in arg]
+    return torch.device("cpu") if arg == META else arg
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    items: Iterable[Any] = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return (item for item in items if isinstance(item, torch.Tensor))
