@@ -1,5 +1,8 @@
 """What every test shares: seeds, the markers for GPUs, and a hypothesis profile."""
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -22,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Start every test from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """Spare the garbage collector, which a guard runs after each failure, all that exists by now."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

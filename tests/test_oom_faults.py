@@ -1,25 +1,15 @@
 """A step that ran out of memory at any of its operators and was tried again is the step that did not fail."""
 
-import gc
 import os
-from collections.abc import Iterator
 
 import pytest
 
 from tests import oom_faults as faults
 from torchfast import OutOfMemoryError, inject_oom
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 # One operator in so many, in the default run; benchmarks/oom_guard.py runs them all.
 STRIDE = int(os.environ.get("TORCHFAST_FAULT_STRIDE", "13"))
-
-
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Keep the garbage collector from walking all of torch after each fault."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", faults.TRAININGS)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchfast import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport, _holders, oom_guard
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.80 GiB"
 
 

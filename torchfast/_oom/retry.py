@@ -215,10 +215,19 @@ class Attempt(Generic[T]):
         retry = self._retry
         self._bound = frames.bound_in(sys._getframe(1))
         if self.number == 1:
-            retry._transaction.begin()
+            self._begin()
         retry._transaction.watch()
         retry._ranks.begin()
         return self
+
+    def _begin(self) -> None:
+        try:
+            self._retry._transaction.begin()
+        except Exception as error:  # copying state takes memory too
+            report = self._retry._explained(error, self._bound, self.size)
+            if report is None:
+                raise
+            raise error_of(report) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None

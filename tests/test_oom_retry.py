@@ -1,0 +1,493 @@
+"""Trying again: in parts with the whole batch's gradient, with sizes that shrink, are kept and grow back."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests import oom_faults
+from torchfast import OutOfMemoryError, inject_oom, oom_guard
+from torchfast._batch import batch_size, split
+from torchfast._memory import AllocatorStats
+from torchfast._oom.sizes import Sizes
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def steps_of(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    *,
+    above: int | None,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Return the gradients of one step that fails for parts of more than `above` samples."""
+    retry = oom_guard().retry(model=model, **options)
+    model.zero_grad()
+    with inject_oom(at=3, above=above, times=0 if above is None else None):
+        for attempt in retry.attempts(batch):
+            with attempt:
+                for part, weight in attempt:
+                    (loss(model, part) * weight).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def mean_loss(model: nn.Module, part: Any) -> torch.Tensor:
+    """Return the cross entropy of the part's samples."""
+    samples, labels = part
+    return F.cross_entropy(model(samples), labels)
+
+
+# --- parts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformer", "rnn", "first_step"])
+@pytest.mark.parametrize("above", [4, 3, 1])
+def test_parts_have_the_gradient_of_the_whole(name: str, above: int) -> None:
+    """Without randomness and whole-batch layers, the gradients of parts add up to the full batch's."""
+    training = oom_faults.begin(name)
+    for module in training.model.modules():
+        if isinstance(module, (nn.Dropout, nn.MultiheadAttention)):
+            module.train(mode=False)
+    whole = steps_of(training.model, training.batches[0], mean_loss, above=None)
+    parts = steps_of(training.model, training.batches[0], mean_loss, above=above)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_parts_are_weighted_by_tokens() -> None:
+    """A mean over the valid tokens stays one, however unevenly they fall into the parts."""
+    model = nn.Linear(4, 7)
+    tokens, labels = torch.randn(9, 5, 4), torch.randint(7, (9, 5))
+    labels[torch.rand(9, 5) < 0.6] = -100
+    labels[:, 0] = 1  # no sample is empty
+
+    def token_loss(model: nn.Module, part: Any) -> torch.Tensor:
+        inputs, targets = part
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    whole = steps_of(model, (tokens, labels), token_loss, above=None)
+    parts = steps_of(
+        model, (tokens, labels), token_loss, above=2, tokens=lambda part: (part[1] != -100).sum()
+    )
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2))
+def test_splitting_keeps_every_sample(n_samples: int, size: int, dim: int) -> None:
+    """The parts of a batch hold its samples in order, each once; what has no samples is in every part."""
+    shape = [3, 4, 5]
+    shape[dim] = n_samples
+    batch: dict[str, Any] = {"x": torch.randn(shape), "table": torch.ones(100, 100, 100), "name": "n"}
+    twin: dict[str, Any] = {**batch, "y": batch["x"]}
+    parts = split(twin, size, dim=dim)
+    if batch_size(twin, dim=dim) != n_samples:
+        return  # another size is the commoner one
+    assert torch.equal(torch.cat([part["x"] for part in parts], dim), batch["x"])
+    assert all(part["x"].shape[dim] <= size or size >= n_samples for part in parts)
+    assert all(part["table"] is batch["table"] and part["y"] is part["x"] for part in parts)
+
+
+def test_batch_along_another_dimension() -> None:
+    """A batch of shape (time, batch, features) is split along dimension 1 when told so."""
+    seen = []
+    retry = oom_guard(batch_dim=1).retry(model=nn.Linear(1, 1), split="safe")
+    with inject_oom(above=2, times=None):
+        for attempt in retry.attempts(torch.zeros(7, 4, 3)):
+            with attempt:
+                for part, _ in attempt:
+                    seen.append((part * 1).shape)
+    assert seen == [(7, 2, 3), (7, 2, 3)]
+
+
+def test_whole_batch_is_the_users_own_object() -> None:
+    """While nothing fails, the step sees the batch itself, with weight 1."""
+    batch = {"x": torch.zeros(3)}
+    for attempt in oom_guard().retry(model=nn.Linear(1, 1)).attempts(batch):
+        with attempt:
+            parts = list(attempt)
+    assert parts[0].batch is batch
+    assert [part.weight for part in parts] == [1.0]
+
+
+# --- what parts would change ------------------------------------------------------------------------------
+
+
+def test_whole_batch_layers_are_not_split_unasked() -> None:
+    """With batch norm in training the guard names the layer and gives up; told so, it goes on and warns."""
+    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16))
+    batch = (torch.randn(8, 12), torch.randint(16, (8,)))
+    with pytest.raises(OutOfMemoryError, match=r"1 \(BatchNorm1d\) sees the whole batch"):
+        steps_of(model, batch, mean_loss, above=4)
+    with pytest.warns(UserWarning, match=r"1 \(BatchNorm1d\) sees 4 samples at a time"):
+        steps_of(model, batch, mean_loss, above=4, split="always")
+    model.eval()
+    steps_of(model, batch, mean_loss, above=4)
+
+
+def test_random_layers_are_named_once() -> None:
+    """Dropout in parts draws other numbers: said once, not at every step."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(12, 3))
+    batch = (torch.randn(8, 12), torch.randint(3, (8,)))
+    retry = oom_guard().retry(model=model)
+
+    @retry
+    def step(attempt: Any) -> None:
+        for part, weight in attempt:
+            (mean_loss(model, part) * weight).backward()
+
+    with (
+        pytest.warns(UserWarning, match=r"0 \(Dropout\) draws other random numbers") as warned,
+        inject_oom(at=3, above=4, times=None),
+    ):
+        _ = [step(batch) for _ in range(3)]
+    assert len(warned) == 1
+
+
+def test_splitting_can_be_switched_off() -> None:
+    """With split="never" only the same size is tried again."""
+    model = nn.Linear(12, 3)
+    batch = (torch.randn(8, 12), torch.randint(3, (8,)))
+    with pytest.raises(OutOfMemoryError, match="was switched off"):
+        steps_of(model, batch, mean_loss, above=4, split="never")
+
+
+# --- attempts ---------------------------------------------------------------------------------------------
+
+
+def sizes_tried(n_samples: int, above: int, retry: Any) -> list[int]:
+    """Return the sizes of all attempts at a step that fails above a size."""
+    tried = []
+    with inject_oom(above=above, times=None):
+        for attempt in retry.attempts(torch.zeros(n_samples)):
+            tried.append(attempt.size)
+            with attempt:
+                for part, _ in attempt:
+                    part + 1
+    return tried
+
+
+def test_same_size_first_then_ever_smaller() -> None:
+    """After a failure the same size is tried once more, then halves; what fitted is kept."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+    assert sizes_tried(20, 4, retry) == [20, 20, 10, 5, 3]
+    assert retry.micro_batch_size == 3
+    assert sizes_tried(20, 4, retry) == [3]
+    assert sizes_tried(2, 4, retry) == [2]
+
+
+def test_a_fault_that_passes_costs_no_size() -> None:
+    """A failure that does not come again at the same size leaves the size as it was."""
+    retry, batch = oom_guard().retry(model=nn.Linear(1, 1)), torch.zeros(8)
+    with inject_oom(times=1):
+        tried = []
+        for attempt in retry.attempts(batch):
+            tried.append(attempt.size)
+            with attempt:
+                for part, _ in attempt:
+                    part + 1
+    assert (tried, retry.micro_batch_size) == ([8, 8], None)
+
+
+def test_one_sample_that_does_not_fit_is_an_error() -> None:
+    """Where even one sample fails, the attempts end with the explained error and the step undone."""
+    model = nn.Linear(4, 2)
+    model.bias.grad = torch.ones(2)
+    batch = (torch.randn(3, 4), torch.randint(2, (3,)))
+    retry = oom_guard().retry(model=model)
+    n_attempts = 0
+
+    def step() -> None:
+        nonlocal n_attempts
+        for attempt in retry.attempts(batch):
+            n_attempts += 1
+            with attempt, inject_oom(phase="backward", at=2):
+                for part, weight in attempt:
+                    (mean_loss(model, part) * weight).backward()
+
+    with pytest.raises(OutOfMemoryError, match="Even one sample at a time does not fit"):
+        step()
+    assert n_attempts == 4  # 3, 3, 2, 1
+    assert model.weight.grad is None
+    assert torch.equal(model.bias.grad, torch.ones(2))
+
+
+def test_quiet_guard_ends_the_step_quietly() -> None:
+    """With reraise=False a step that cannot be saved ends the loop and leaves a report."""
+    guard = oom_guard(reraise=False)
+    retry = guard.retry(model=nn.Linear(1, 1))
+    n_attempts = 0
+    for attempt in retry.attempts(torch.zeros(1)):
+        n_attempts += 1
+        with attempt:
+            raise torch.OutOfMemoryError(CUDA)
+    assert n_attempts == 2
+    assert guard.report is not None
+    assert "Even one sample" in guard.report.message
+
+
+def test_errors_that_no_retry_helps_are_raised_at_once() -> None:
+    """A request for an impossible size is not repeated."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+    n_attempts = 0
+
+    def step() -> None:
+        nonlocal n_attempts
+        for attempt in retry.attempts(torch.zeros(8)):
+            n_attempts += 1
+            with attempt:
+                message = "CUDA out of memory. Tried to allocate more than 1EB memory."
+                raise torch.OutOfMemoryError(message)
+
+    with pytest.raises(OutOfMemoryError, match="cannot help here"):
+        step()
+    assert n_attempts == 1
+
+
+def test_no_room_for_the_copy_is_an_error() -> None:
+    """Where the copy of the state does not fit, the attempt does not begin, and the error says so."""
+    attempts = oom_guard().retry(model=nn.Linear(4, 4), copy=True).attempts(torch.zeros(8))
+    attempt = next(attempts)
+    with inject_oom(operator="clone"), pytest.raises(OutOfMemoryError, match="Try batch_size=4"):
+        attempt.__enter__()
+
+
+def test_other_errors_pass_through_an_attempt() -> None:
+    """An exception of another kind is the same object, after one attempt."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+    error = KeyError("labels")
+
+    def step() -> None:
+        for attempt in retry.attempts(torch.zeros(8)):
+            with attempt:
+                raise error
+
+    with pytest.raises(KeyError) as caught:
+        step()
+    assert caught.value is error
+
+
+def test_leaving_the_loop_counts_as_success() -> None:
+    """`break` and `return` inside an attempt end it well."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+
+    def step() -> str:
+        for attempt in retry.attempts(torch.zeros(8)):
+            with attempt:
+                return "done"
+        return "never"
+
+    assert step() == "done"
+    assert step() == "done"
+
+
+def test_attempt_that_is_not_entered_is_an_error() -> None:
+    """Forgetting `with attempt:` is told, instead of looping for ever."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match="was not entered"):
+        for _ in retry.attempts(torch.zeros(8)):
+            pass
+
+
+def test_decorated_step() -> None:
+    """A decorated step takes the batch, is tried again, and returns what its last attempt returned."""
+    model = nn.Linear(12, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = (torch.randn(8, 12), torch.randint(3, (8,)))
+
+    @oom_guard().retry(model=model, optimizer=optimizer)
+    def train_step(attempt: Any) -> int:
+        """Take a step."""
+        for part, weight in attempt:
+            (mean_loss(model, part) * weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return int(attempt.size)
+
+    with inject_oom(at=2, above=4, times=None):
+        assert train_step(batch) == 4
+    assert (train_step.__name__, train_step.__doc__) == ("train_step", "Take a step.")
+
+
+def test_failed_attempt_holds_nothing() -> None:
+    """When the next attempt begins, what the failed one bound in the running function is gone."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    gc.disable()
+    try:
+        for attempt in oom_guard().retry(model=nn.Linear(1, 1)).attempts(torch.zeros(8)):
+            assert all(reference() is None for reference in alive)
+            with attempt:
+                for part, _ in attempt:
+                    hidden = part * 2
+                    alive.append(weakref.ref(hidden))
+                    if attempt.number == 1:
+                        raise torch.OutOfMemoryError(CUDA)
+    finally:
+        gc.enable()
+    assert len(alive) == 2
+
+
+def test_batch_is_let_go_after_the_step() -> None:
+    """An attempt that succeeded does not keep its batch alive, though its variable does not die."""
+    batch = torch.zeros(8)
+    reference = weakref.ref(batch)
+    for attempt in oom_guard().retry(model=nn.Linear(1, 1)).attempts(batch):
+        with attempt:
+            pass
+    del batch
+    assert reference() is None
+    assert attempt.outcome == 0
+
+
+# --- sizes ------------------------------------------------------------------------------------------------
+
+
+def test_size_grows_back_after_quiet_steps() -> None:
+    """After so many steps without a failure, twice the size is tried, up to the whole batch."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1), grow_after=2)
+    assert sizes_tried(8, 2, retry) == [8, 8, 4, 2]
+    assert [sizes_tried(8, 100, retry)[0] for _ in range(6)] == [2, 4, 4, 8, 8, 8]
+    assert retry.micro_batch_size is None
+
+
+def test_size_that_never_fits_is_tried_ever_less_often() -> None:
+    """Each trial of a larger size that fails doubles the quiet steps until the next, and fails only once."""
+    retry = oom_guard().retry(model=nn.Linear(1, 1), grow_after=2)
+    sizes_tried(8, 2, retry)
+    history = [sizes_tried(8, 2, retry) for _ in range(12)]
+    trials = [index for index, tried in enumerate(history) if tried == [4, 2]]
+    assert trials == [1, 5]
+    assert all(tried in ([2], [4, 2]) for tried in history)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 64)), max_size=200), st.integers(1, 5))
+def test_sizes_stay_within_bounds(steps: list[tuple[bool, int]], grow_after: int) -> None:
+    """Whatever fails, a size is at least 1 and at most the batch, and shrinking strictly decreases it."""
+    sizes = Sizes(grow_after)
+    for fails, n_samples in steps:
+        size = sizes.of(n_samples)
+        assert 1 <= size <= n_samples
+        if fails and sizes.shrink(size):
+            assert sizes.of(n_samples) < size
+        elif not fails:
+            sizes.worked()
+
+
+# --- close to the limit -----------------------------------------------------------------------------------
+
+
+def test_thrash_goes_down_a_size_before_the_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the allocator flushes its cache in two steps running, the guard says so and works in parts."""
+    n_flushes = iter([0, 1, 2, 2, 2])
+    blank = AllocatorStats(*[0] * len(AllocatorStats._fields))
+    monkeypatch.setattr(
+        "torchfast._oom.thrash.allocator_stats", lambda _: blank._replace(n_alloc_retries=next(n_flushes))
+    )
+    retry = oom_guard().retry(model=nn.Linear(1, 1))
+    assert sizes_tried(8, 100, retry) == [8]
+    assert sizes_tried(8, 100, retry) == [8]
+    with pytest.warns(UserWarning, match="in 2 steps running"):
+        assert sizes_tried(8, 100, retry) == [8]
+    assert sizes_tried(8, 100, retry) == [4]
+
+
+# --- inference --------------------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Module):
+    """A net with a nested output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 6)
+
+    def forward(self, samples: torch.Tensor, scale: torch.Tensor | None = None) -> dict[str, Any]:
+        """Return features and their norms."""
+        features = self.trunk(samples) * (1 if scale is None else scale)
+        return {"features": features, "norms": (features.norm(dim=-1), None), "name": "two"}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("above", [5, 4, 1])
+def test_chunks_give_the_whole_output(above: int, grad: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+    """Chunked outputs, nested ones too, are those of the whole batch, in order, with their graph."""
+    model = TwoHeads()
+    samples, scale = torch.randn(11, 4), torch.rand(1, 6)
+    with torch.set_grad_enabled(grad):
+        whole = model(samples, scale=scale)
+        predict = oom_guard().chunked(model)
+        with inject_oom(at=1, above=above, times=None):
+            chunks = predict(samples, scale=scale)
+    torch.testing.assert_close(chunks["features"], whole["features"])
+    torch.testing.assert_close(chunks["norms"][0], whole["norms"][0])
+    assert (chunks["norms"][1], chunks["name"]) == (None, "two")
+    assert chunks["features"].requires_grad == grad
+
+
+def test_chunks_of_rows_that_are_no_samples_are_refused() -> None:
+    """An output without one row a sample cannot be put together."""
+
+    def total(samples: torch.Tensor) -> torch.Tensor:
+        return samples.sum()
+
+    predict = oom_guard().chunked(total)
+    assert predict(torch.ones(8)).item() == 8
+    with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None):
+        predict(torch.ones(8))
+
+
+def test_fits_whole_then_untouched() -> None:
+    """Where the whole batch fits, the function's own output is returned."""
+    output = torch.zeros(3)
+    assert oom_guard().chunked(lambda _: output)(torch.zeros(8)) is output
+
+
+# --- the injection ----------------------------------------------------------------------------------------
+
+
+def test_injection_counts_and_fails_where_told() -> None:
+    """The operator is chosen by number, name and phase; the failed operator has changed nothing."""
+    tensor = torch.zeros(3)
+    injection = inject_oom(1, operator="add_")
+
+    def work() -> None:
+        with injection:
+            tensor.mul_(2)
+            tensor.add_(1)
+            tensor.add_(1)
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .* in place of aten.add_"):
+        work()
+    assert tensor.tolist() == [1, 1, 1]
+    assert (injection.n_operators, injection.n_failures) == (2, 1)
+
+
+def test_injection_by_rank() -> None:
+    """On another rank than the one named nothing fails."""
+    with inject_oom(rank=1) as injection:
+        torch.zeros(2) + 1
+    assert injection.n_failures == 0
+    assert injection.n_operators > 0
+
+
+def test_injection_finds_the_phases() -> None:
+    """Operators of the forward pass, the backward pass and the optimizer's step are told apart."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counts = [inject_oom(times=0, phase=phase) for phase in ("forward", "backward", "optimizer")]
+    everything = inject_oom(times=0)
+    with counts[0], counts[1], counts[2], everything:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert all(count.n_operators > 0 for count in counts)
+    assert sum(count.n_operators for count in counts) < everything.n_operators  # the input and the sum
