@@ -11,3 +11,4 @@ html_theme = "furo"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 myst_heading_anchors = 3
+napoleon_use_ivar = True  # a documented field of a dataclass is described once

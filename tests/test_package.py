@@ -69,6 +69,16 @@ def test_public_names() -> None:
     assert all(getattr(torchfast, name).__doc__ for name in torchfast.__all__)
 
 
+def test_every_public_name_has_a_home() -> None:
+    """What is exported, what is imported on demand and what type checkers see are the same names."""
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (for_checkers,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.name for node in for_checkers.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(torchfast.__all__) == set(torchfast._HOMES) == seen
+
+
 def test_version_is_the_one_installed() -> None:
     """The version is stated once, in the package's metadata."""
     assert torchfast.__version__ == importlib.metadata.version("torchfast")
