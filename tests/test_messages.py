@@ -280,6 +280,32 @@ def test_loader_that_throws_its_workers_away() -> None:
     )
 
 
+@pytest.mark.parametrize("normalize", [0.5, ((0.5,), (0.0,)), ((0.5,), (0.5, 0.5))])
+def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
+    """Means and stds that do not match, or divide by zero, are answered with what they are."""
+    with pytest.raises(ValueError, match="normalize=") as error:
+        DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
+        "as images have channels, for values between 0 and 1, none of std zero, and a floating-point dtype, "
+        "as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+    )
+
+
+def test_loader_batch_that_does_not_fit_its_static_tensors() -> None:
+    """A batch of another shape than the static tensors is answered with both, and the usual remedy."""
+    loader = DeviceLoader([torch.zeros(3), torch.zeros(2)], "cpu", into=torch.zeros(3))
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(ValueError, match="into=") as error:
+        next(batches)
+    assert text_of(error) == (
+        "into= holds tensors of (3,) torch.float32, but this batch has (2,) torch.float32. A CUDA graph reads "
+        "the same memory each time, so every batch must fill it exactly. "
+        "drop_last=True leaves out a smaller last batch."
+    )
+
+
 def test_loader_transform_that_stops_the_iteration() -> None:
     """A StopIteration out of a transform is named as what it would have done."""
     with pytest.raises(RuntimeError, match="transform=") as error:
@@ -495,6 +521,16 @@ def test_features_that_the_forward_does_not_pass() -> None:
     assert text_of(error) == (
         "the teacher's forward did not call 'spare', which features= asks for, on these inputs. "
         "Ask for a module that takes part in every forward."
+    )
+
+
+def test_a_plan_that_nobody_knows() -> None:
+    """The ways to run a teacher are named."""
+    with pytest.raises(ValueError, match="plan") as error:
+        GPUTeacher(nn.Linear(2, 2), "cpu", plan="fast")
+    assert text_of(error) == (
+        "plan='fast' was asked for, which is no way to run a teacher. "
+        'Choose "eager", "auto", or some of \'fold\', \'compile\', \'graph\', as in plan=("fold", "graph").'
     )
 
 

@@ -2,6 +2,11 @@
 
 import gc
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -329,3 +334,128 @@ def test_breaks_leave_nothing_behind() -> None:
         assert threading.active_count() == threads
         assert torch.cuda.memory_allocated() <= memory
     assert torch.cat([batch for (batch,) in loader]).tolist() == dataset.tensors[0].tolist()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("comes_channels_last", [False, True])
+def test_normalisation_in_one_kernel_is_exact(
+    dtype: torch.dtype, *, channels_last: bool, comes_channels_last: bool
+) -> None:
+    """The kernel gives, bit for bit, what the plain formula gives on the device, in either layout."""
+    torch.manual_seed(2)
+    images = torch.randint(0, 256, (5, 3, 37, 41), dtype=torch.uint8)
+    if comes_channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    options: dict[str, Any] = {"image_dtype": dtype, "channels_last": channels_last}
+    (normalised,) = DeviceLoader([images], "cuda", normalize=(mean, std), **options)
+    means, stds = (255 * torch.tensor(numbers, device="cuda").view(1, 3, 1, 1) for numbers in (mean, std))
+    assert torch.equal(normalised, ((images.cuda().float() - means) / stds).to(dtype))
+    assert normalised.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+def test_a_cuda_graph_reads_each_batch_in_place() -> None:
+    """With into= a graph captured once sees every batch in its static input, with the GPU behind."""
+    static, total = torch.zeros(LARGE, device="cuda"), torch.zeros((), device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total += static.mean()
+    total.zero_()
+    for batch in DeviceLoader(list(numbered(50, LARGE)), "cuda", into=static):
+        assert batch is static
+        torch.cuda._sleep(MS)
+        graph.replay()
+    assert total.item() == sum(range(50))
+
+
+def test_poison_shows_a_late_read() -> None:
+    """A late read on a stream that was not named finds NaN with poison=True; on a named one, the batch."""
+    host = [torch.zeros(LARGE) for _ in range(12)]
+    for is_named in (False, True):
+        other = torch.cuda.Stream()
+        results = []
+        loader = DeviceLoader(host, "cuda", poison=True, streams=[other] if is_named else [])
+        for batch in loader:
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                torch.cuda._sleep(40 * MS)
+                results.append(batch.isnan().any())
+            del batch
+        torch.cuda.synchronize()
+        assert any(bool(result) for result in results) is not is_named
+
+
+def test_statistics_see_a_slow_host() -> None:
+    """A loader that is slow to make its batches is found to bound the pass; else the device's work."""
+
+    def slow() -> Iterator[torch.Tensor]:
+        for _ in range(12):
+            torch.cuda._sleep(0)
+            threading.Event().wait(0.02)
+            yield torch.zeros(1000)
+
+    loader = DeviceLoader(slow(), "cuda")
+    for _ in loader:
+        torch.cuda._sleep(MS)
+    torch.cuda.synchronize()
+    assert loader.stats.verdict == "host-bound"
+    loader = DeviceLoader([torch.zeros(1000)] * 30, "cuda")
+    for _ in loader:
+        torch.cuda._sleep(4 * MS)
+    torch.cuda.synchronize()
+    assert loader.stats.verdict == "compute-bound"
+    assert loader.stats.n_batches == 30
+
+
+@pytest.mark.parametrize("device_placement", [True, False])
+def test_accelerate_knows_the_last_batch(*, device_placement: bool) -> None:
+    """Through a loader that accelerate prepared, the last batch is known as the last."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(device_placement=device_placement)
+    dataset = TensorDataset(torch.arange(10))
+    loader = DeviceLoader(accelerator.prepare(DataLoader(dataset, batch_size=4)), "cuda")
+    for _ in range(2):
+        ends = []
+        for (batch,) in loader:
+            assert batch.device.type == "cuda"
+            ends.append(accelerator.gradient_state.end_of_dataloader)
+        assert ends == [False, False, True]
+
+
+def test_exit_in_the_middle_of_an_epoch_is_clean() -> None:
+    """An interpreter that ends with a pass open, workers and copies under way, ends without a word."""
+    script = textwrap.dedent(
+        """
+        import torch
+        from torch.utils.data import DataLoader, TensorDataset
+        from torchfast import DeviceLoader
+
+        loader = DataLoader(TensorDataset(torch.zeros(64, 1000000)), num_workers=2, persistent_workers=True)
+        batches = iter(DeviceLoader(loader, "cuda"))
+        next(batches)
+        torch.cuda._sleep(100000000)
+        """
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+class Suicidal(torch.utils.data.Dataset[Any]):
+    """Its worker dies at one index."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(index)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang() -> None:
+    """A worker that is killed ends the pass with PyTorch's own error."""
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(DeviceLoader(DataLoader(Suicidal(), num_workers=1), "cuda"))

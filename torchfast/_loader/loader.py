@@ -284,7 +284,7 @@ def _normalization(normalize: Any, image_dtype: torch.dtype, *, channels_last: b
     if not fits:
         raise ValueError(
             f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
-            "each as images have channels, for values between 0 and 1 and none of std zero, and a floating-point "
-            "dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+            "each as images have channels, for values between 0 and 1, none of std zero, and a "
+            "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
         )
     return Normalization(mean, std, image_dtype, channels_last=channels_last)

@@ -1,0 +1,219 @@
+"""What DeviceLoader does to batches and tells about passes: normalisation, static buffers, state, stats."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchfast import DeviceLoader
+from torchfast._loader.epoch import Epoch
+from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.staging import Plans, team_size, tensors_of
+from torchfast._loader.stats import LoaderStats, Tally
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def plain_formula(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Normalise as written: (x - 255 * mean) / (255 * std)."""
+    mean, std = (
+        255 * torch.tensor(numbers, device=images.device).view(1, 3, 1, 1) for numbers in (MEAN, STD)
+    )
+    return ((images.float() - mean) / std).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalisation_is_the_plain_formula_bit_for_bit(dtype: torch.dtype, *, channels_last: bool) -> None:
+    """All 256 values of each channel come out as by the formula, in the layout asked for."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(2 * 3).view(2, 3, 16, 16)
+    loader = DeviceLoader(
+        [(images, 7)], "cpu", normalize=(MEAN, STD), image_dtype=dtype, channels_last=channels_last
+    )
+    ((normalised, label),) = loader
+    assert torch.equal(normalised, plain_formula(images, dtype))
+    assert normalised.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert label == 7
+
+
+def test_only_uint8_images_of_as_many_channels_are_normalised() -> None:
+    """Masks, float images and images with other channels are left alone."""
+    others = [
+        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(2, 3, dtype=torch.uint8),
+    ]
+    (arrived,) = DeviceLoader([others], "cpu", normalize=(MEAN, STD))
+    assert all(there is other for there, other in zip(arrived, others, strict=True))
+
+
+def test_batches_are_copied_into_static_tensors() -> None:
+    """Every batch is yielded in the same tensors, around its own metadata."""
+    static = {"image": torch.zeros(2, 3), "label": torch.zeros(2, dtype=torch.long)}
+    batches = [
+        {"image": torch.full((2, 3), float(k)), "label": torch.tensor([k, k]), "name": str(k)}
+        for k in range(3)
+    ]
+    for k, batch in enumerate(DeviceLoader([*batches], "cpu", into=static)):
+        assert batch["image"] is static["image"]
+        assert batch["label"] is static["label"]
+        assert static["image"].tolist() == [[k] * 3] * 2
+        assert batch["name"] == str(k)
+
+
+class Stateful:
+    """A loader that counts the batches it has made, in its state."""
+
+    def __init__(self) -> None:
+        self.n_made = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.n_made < 10:
+            self.n_made += 1
+            yield self.n_made
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches were made."""
+        return {"n_made": self.n_made}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after so many."""
+        self.n_made = state["n_made"]
+
+
+def test_state_follows_delivery_not_loading() -> None:
+    """A loader that runs ahead has the state of the batch handed out last, and resuming goes on there."""
+    from tests.loader_transport import HostTransport
+
+    loader = Stateful()
+    snapshot = loader.state_dict
+    feed = ThreadedFeed(iter(loader), HostTransport(), Tally(), depth=3, snapshot=snapshot)
+    epoch: Epoch[int] = Epoch(feed, None, owner=None)
+    assert epoch.state() == {"n_made": 0}
+    assert [next(epoch), next(epoch)] == [1, 2]
+    while feed._work.ready.qsize() < 3:
+        threading.Event().wait(0.001)
+    assert epoch.state() == {"n_made": 2}
+    state = epoch.state()
+    epoch.close()
+    resumed = DeviceLoader(Stateful(), "cpu")
+    resumed.load_state_dict(state)
+    assert list(resumed) == list(range(3, 11))
+    assert resumed.state_dict() == {"n_made": 10}
+
+
+def test_a_loader_without_state_has_none() -> None:
+    """Whoever asks by hasattr whether there is a state is told the truth."""
+    assert not hasattr(DeviceLoader([1], "cpu"), "state_dict")
+    assert hasattr(DeviceLoader(Stateful(), "cpu"), "load_state_dict")
+
+
+def test_the_last_batch_of_an_accelerate_loader_is_known_as_the_last() -> None:
+    """A loader prepared by accelerate says that it is at its end exactly while the last batch is in use."""
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    from torch.utils.data import BatchSampler, SequentialSampler, TensorDataset
+
+    dataset = TensorDataset(torch.arange(10))
+    sampler = BatchSampler(SequentialSampler(dataset), 4, drop_last=False)
+    prepared = accelerate.DataLoaderShard(dataset, batch_sampler=sampler)
+    source = prepared.base_dataloader
+    loader = DeviceLoader(prepared, "cpu")
+    for _ in range(2):
+        ends = [(batch.tolist(), prepared.end_of_dataloader) for (batch,) in loader]
+        assert ends == [([0, 1, 2, 3], False), ([4, 5, 6, 7], False), ([8, 9], True)]
+        assert prepared.base_dataloader is source
+    for _ in loader:
+        break
+    assert prepared.base_dataloader is source
+
+
+# --- statistics ------------------------------------------------------------------------------------------
+
+
+def stats(**changed: Any) -> LoaderStats:
+    """Return the record of a pass of 11 batches that took a second."""
+    times = {"elapsed_s": 1.0, "load_s": 0.1, "stage_s": 0.1, "copy_s": 0.2, "stall_s": 0.0, "wait_s": 0.0}
+    return LoaderStats(n_batches=11, n_bytes=10**9, **{**times, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "compute-bound"),
+        ({"stall_s": 0.5, "copy_s": 0.9}, "transfer-bound"),
+        ({"stall_s": 0.5, "load_s": 0.9}, "host-bound"),
+        ({"elapsed_s": 0.0}, "unknown"),
+    ],
+)
+def test_the_verdict_names_what_bounds_the_pass(changed: dict[str, float], verdict: str) -> None:
+    """A device that never waits is bound by its work; one that waits, by copying or by loading."""
+    assert stats(**changed).verdict == verdict
+    assert (verdict in repr(stats(**changed))) is (verdict != "unknown")
+
+
+@given(st.tuples(*[st.floats(0.01, 10)] * 3))
+def test_overlap_efficiency_runs_from_the_sum_to_the_longest(parts: tuple[float, float, float]) -> None:
+    """Hiding nothing is 0, hiding all that can be hidden is 1, and it never leaves that range."""
+    work_s, copy_s, load_s = parts
+    for elapsed_s, efficiency in ((sum(parts), 0.0), (max(parts), 1.0)):
+        found = stats(
+            elapsed_s=elapsed_s, stall_s=elapsed_s - work_s, copy_s=copy_s, load_s=load_s, stage_s=0.0
+        ).overlap_efficiency
+        is_nothing_to_hide = sum(parts) - max(parts) <= 0.01 * sum(parts)
+        assert found == pytest.approx(1.0 if is_nothing_to_hide else efficiency, abs=1e-6)
+
+
+def test_a_pass_on_the_cpu_is_counted_too() -> None:
+    """Without a device clock, what the loop waits for is what the loader takes."""
+    loader = DeviceLoader(range(5), "cpu")
+    assert loader.stats.verdict == "unknown"
+    assert "5 batches" not in repr(loader)
+    list(loader)
+    assert loader.stats.n_batches == 5
+    assert loader.stats.stall_s == loader.stats.wait_s <= loader.stats.elapsed_s
+    assert "LoaderStats" in repr(loader)
+
+
+# --- packing ---------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_packed_leaves_arrive_whole(data: st.DataObject) -> None:
+    """Leaves of any type, shape and stride laid into one buffer stay equal, aligned and apart."""
+    shapes = st.lists(st.integers(0, 5), max_size=4)
+    types = st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+    )
+    leaves = []
+    for shape, dtype in data.draw(st.lists(st.tuples(shapes, types), min_size=1, max_size=8)):
+        leaf = (torch.rand(shape) * 100).to(dtype)
+        leaves.append(
+            leaf.transpose(0, -1)[..., ::2] if len(shape) > 1 and data.draw(st.booleans()) else leaf
+        )
+    plan = Plans().plan(leaves)
+    buffer = torch.empty(plan.sizes_bytes[0], dtype=torch.uint8)
+    copies = list(itertools.chain.from_iterable(tensors_of(run, buffer) for run in plan.runs))
+    for index, copy in zip(plan.small, copies, strict=True):
+        copy.copy_(leaves[index])
+    for index, copy in zip(plan.small, copies, strict=True):
+        assert copy.dtype == leaves[index].dtype
+        assert torch.equal(copy, leaves[index])
+        assert copy.storage_offset() * copy.element_size() % 512 == 0
+        version = copy._version
+        copies[0].zero_() if copy is not copies[0] else None
+        assert copy._version == version
+
+
+def test_staging_leaves_cores_to_workers_and_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The team of a host copy is what the workers and the other processes of the machine leave over."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    assert team_size(0) == 15
+    assert team_size(8) == 7
+    assert team_size(32) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert team_size(0) == 1
