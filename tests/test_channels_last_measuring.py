@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfast import LayoutReport, to_channels_last
+from torchfast import LayoutReport, _timing, to_channels_last
 from torchfast._channels_last import measuring
 
 
@@ -24,7 +24,7 @@ SAMPLE = torch.randn(2, 3, 16, 16)
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure with the real clock, but briefly."""
-    monkeypatch.setattr(measuring, "MIN_ROUND_S", 0.001)
+    monkeypatch.setattr(_timing, "MIN_ROUND_S", 0.001)
 
 
 @pytest.fixture

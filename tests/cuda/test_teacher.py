@@ -5,12 +5,14 @@ import gc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from torchfast import GPUTeacher
+from torchfast._teacher import plan as planning
 
 pytestmark = pytest.mark.cuda
 
@@ -180,6 +182,98 @@ def test_weights_that_do_not_fit_say_what_would() -> None:
     )
     del error
     GPUTeacher(module, dtype=torch.bfloat16)
+
+
+# --- the plan --------------------------------------------------------------------------------------------
+
+
+def planned(plan: str | tuple[str, ...], **options: Any) -> tuple[GPUTeacher, nn.Module, torch.Tensor]:
+    """Return a planned teacher in bfloat16, its module in float32, and a batch."""
+    module = net()
+    teacher = GPUTeacher(module, dtype=torch.bfloat16, plan=plan, **options)
+    return teacher, module.cuda().eval(), torch.randn(8, 3, 16, 16, device="cuda")
+
+
+@pytest.mark.parametrize("plan", ["auto", ("fold",), ("graph",), ("fold", "graph"), ("compile",)])
+def test_every_plan_gives_the_modules_outputs(plan: str | tuple[str, ...]) -> None:
+    """For the planned shape and for others, outputs are the module's within bfloat16's rounding."""
+    teacher, module, images = planned(plan)
+    for batch in (images, images + 1, images[:3], images):
+        found, expected = teacher(batch).float(), module(batch)
+        assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert teacher.plan is not None
+    assert not teacher.plan.rejected, teacher.plan
+
+
+def test_outputs_of_a_graph_are_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs that are kept do not change when the graph runs again, and may be changed in place."""
+    monkeypatch.setattr(planning, "MIN_GAIN", -1e9)  # keep whatever was asked for
+    teacher, module, images = planned(("graph",))
+    kept = [teacher(images * scale) for scale in (1, 2, 3)]
+    assert teacher.plan is not None
+    assert teacher.plan.parts == ("graph",)
+    kept[0].zero_()
+    for scale, found in zip((2, 3), kept[1:], strict=True):
+        expected = module(images * scale)
+        assert (found.float() - expected).abs().max() <= 0.03 * expected.abs().max()
+    assert len({output.data_ptr() for output in kept}) == 3
+
+
+def test_a_graph_is_right_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls from two streams, with the GPU lagging behind the host, do not mix their inputs."""
+    monkeypatch.setattr(planning, "MIN_GAIN", -1e9)
+    teacher, module, images = planned(("graph",))
+    teacher(images)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    results = []
+    for scale in range(1, 6):
+        batch = images * scale
+        ready = torch.cuda.Event()
+        ready.record()
+        with torch.cuda.stream(side if scale % 2 else torch.cuda.current_stream()):
+            torch.cuda.current_stream().wait_event(ready)
+            torch.cuda._sleep(20_000_000)
+            results.append(teacher(batch))
+    torch.cuda.synchronize()
+    for scale, found in enumerate(results, start=1):
+        expected = module(images * scale)
+        assert (found.float() - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_a_teacher_that_cannot_be_captured_runs_eagerly() -> None:
+    """A forward that asks the GPU for a number is no graph: the plan says so, and the teacher works."""
+
+    class Asks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 if float(x.sum()) < 1e9 else 2)
+
+    module = Asks(4, 4)
+    teacher = GPUTeacher(module, plan=("graph",))
+    x = torch.randn(3, 4, device="cuda")
+    for _ in range(2):
+        torch.testing.assert_close(teacher(x), module.cuda()(x), rtol=1e-3, atol=1e-3)
+    assert teacher.plan is not None
+    assert "graph" in teacher.plan.rejected
+
+
+def test_the_students_training_goes_on_beside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planned teacher's targets train a student as an eager teacher's do."""
+    monkeypatch.setattr(planning, "MIN_GAIN", -1e9)
+    losses = []
+    for plan in ("eager", ("fold", "graph")):
+        torch.manual_seed(0)
+        teacher, _, images = planned(plan)
+        student = net().cuda()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+        for _ in range(5):
+            targets = teacher(images)
+            loss = nn.functional.mse_loss(student(images), targets.float())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 @pytest.mark.gpus(2)

@@ -1,7 +1,6 @@
 """Does the layout pay for this model on this device, and how far does it get?"""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from torch import nn
 from torchfast import _layout
 from torchfast._channels_last.changes import apply
 from torchfast._channels_last.refusals import Changes
+from torchfast._timing import time_ms
 from torchfast._tree import tensors
 
-Run = Callable[[], object]
-
 N_ROUNDS = 5
-MIN_ROUND_S = 0.03
 MIN_GAIN = 0.02
 """Plain has to be faster by this much to be kept: less is within the noise of a clock."""
 
@@ -103,28 +100,6 @@ def compared(model: nn.Module, samples: Mapping[bool, Any], changes: Mapping[boo
         lost_in, lost_before = _first_loss(model, samples[True])
     plain_ms, channels_last_ms = (statistics.median(times[layout]) for layout in (False, True))
     return Comparison(plain_ms, channels_last_ms, has_backward, lost_in, lost_before)
-
-
-def time_ms(run: Run, device: torch.device, /) -> float:
-    """Return the time of one call on the device, from as many as take 30 ms."""
-    run()  # chooses kernels and takes memory
-
-    def of_calls(n_calls: int) -> float:
-        _drain(device)
-        start_s = time.perf_counter()
-        for _ in range(n_calls):
-            run()
-        _drain(device)
-        return time.perf_counter() - start_s
-
-    once_s = of_calls(1)
-    n_calls = max(1, min(100, int(MIN_ROUND_S / max(once_s, 1e-6))))
-    return (once_s if n_calls == 1 else of_calls(n_calls) / n_calls) * 1e3
-
-
-def _drain(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _pass(model: nn.Module, inputs: Any) -> bool:

@@ -1,7 +1,7 @@
 """`GPUTeacher`: a frozen distillation teacher, on the device, outside the student."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, Self, TypeVar, cast
@@ -16,6 +16,7 @@ from torchfast._teacher.chunks import forward_in_memory
 from torchfast._teacher.features import Taps
 from torchfast._teacher.loading import built_without_memory, loaded
 from torchfast._teacher.placing import Placing, frozen_copy, main_dtype, tensors_of
+from torchfast._teacher.plan import PARTS, Planner, TeacherPlan
 from torchfast._tree import Leaf, flatten, map_tensors, tensors
 
 T = TypeVar("T")
@@ -54,6 +55,11 @@ class GPUTeacher:
         features: names of modules inside the teacher, as in `named_modules()`. A call then returns a
             `TeacherOutputs` of the outputs and a dict of what these modules return, in their first call.
         outputs: False gives the features alone; the forward stops after the last one.
+        plan: "eager" runs the module as it is. "auto" looks for something faster in the first call: batch
+            norms folded into convolutions ("fold"), `torch.compile` ("compile") and a CUDA graph ("graph"),
+            or those of them that are named, as in plan=("fold", "graph"). Each is timed, compared with the
+            module's own outputs, and kept only if they stay the same up to rounding. Compiling may take a
+            minute. Batches of other shapes run without "compile" and "graph".
 
     Attributes:
         device: the device, with its index.
@@ -78,13 +84,14 @@ class GPUTeacher:
         chunk_size: int | None = None,
         features: Sequence[str] = (),
         outputs: bool = True,
+        plan: str | Collection[str] = "eager",
     ) -> None:
         module = _bare(teacher)
         place = _place(dtype, chunk_size, device)
         _check_has_values(module)
         placing = Placing(module, place, dtype, channels_last=channels_last)
         self._set_up(frozen_copy(module, placing), placing, chunk_size)
-        self._tap(features, outputs=outputs)
+        self._choose(features, plan, outputs=outputs)
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 -- the options of GPUTeacher, and a file
@@ -99,6 +106,7 @@ class GPUTeacher:
         chunk_size: int | None = None,
         features: Sequence[str] = (),
         outputs: bool = True,
+        plan: str | Collection[str] = "eager",
     ) -> Self:
         """Build a teacher straight from a file, without ever holding its weights twice.
 
@@ -128,6 +136,7 @@ class GPUTeacher:
             chunk_size: as for `GPUTeacher`.
             features: as for `GPUTeacher`.
             outputs: as for `GPUTeacher`.
+            plan: as for `GPUTeacher`.
 
         Raises:
             TypeError: the factory builds no module, or the file holds other things than tensors by name.
@@ -152,7 +161,7 @@ class GPUTeacher:
         placing = Placing(module, place, dtype, channels_last=channels_last)
         teacher = cls.__new__(cls)
         teacher._set_up(loaded(module, paths, placing), placing, chunk_size)
-        teacher._tap(features, outputs=outputs)
+        teacher._choose(features, plan, outputs=outputs)
         return teacher
 
     def _set_up(self, module: nn.Module, placing: Placing, chunk_size: int | None) -> None:
@@ -163,8 +172,9 @@ class GPUTeacher:
         self._image_ranks = placing.image_ranks
         self._own = frozenset(id(tensor) for tensor in tensors_of(module))
         self._taps: Taps | None = None
+        self._planner: Planner | None = None
 
-    def _tap(self, features: Sequence[str], *, outputs: bool) -> None:
+    def _choose(self, features: Sequence[str], plan: str | Collection[str], *, outputs: bool) -> None:
         names = [features] if isinstance(features, str) else list(features)
         if not names and not outputs:
             raise ValueError(
@@ -172,12 +182,19 @@ class GPUTeacher:
                 'Name modules inside it, as in features=("layer3",), or leave outputs=True.'
             )
         self._taps = Taps(self.module, names, outputs=outputs) if names else None
+        parts = _parts(plan) - ({"compile"} if names else set())  # taps would cut a compiled graph in pieces
+        self._planner = Planner(self.module, self._eager, self.device, parts, names) if parts else None
+
+    @property
+    def plan(self) -> TeacherPlan | None:
+        """How the teacher runs, and what was tried; None before the first call and with plan="eager"."""
+        return None if self._planner is None else self._planner.plan
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             inputs = self._ready((args, kwargs))
-            outputs, chunk_size = forward_in_memory(self._forward, inputs, self.chunk_size)
+            outputs, chunk_size = forward_in_memory(self._planner or self._eager, inputs, self.chunk_size)
             if chunk_size != self.chunk_size:
                 self.chunk_size = chunk_size
                 warnings.warn(
@@ -188,7 +205,7 @@ class GPUTeacher:
                 )
             return self._released(outputs, inputs)
 
-    def _forward(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    def _eager(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = inputs
         forward = partial(self.module, *args, **kwargs)
         return forward() if self._taps is None else self._taps.run(forward)
@@ -220,7 +237,8 @@ class GPUTeacher:
         """Say what is taught by, where and in which type."""
         layout = ", channels_last" if self._image_ranks else ""
         chunks = "" if self.chunk_size is None else f", {self.chunk_size} samples at a time"
-        return f"GPUTeacher({type(self.module).__name__}, {self.device}, {self.dtype}{layout}{chunks})"
+        plan = "" if self.plan is None else f", {'+'.join(self.plan.parts) or 'eager'}"
+        return f"GPUTeacher({type(self.module).__name__}, {self.device}, {self.dtype}{layout}{chunks}{plan})"
 
     def __copy__(self) -> Self:
         return self
@@ -301,6 +319,16 @@ def _place(
             "Choose a device with memory, or None for the current one."
         )
     return place
+
+
+def _parts(plan: str | Collection[str]) -> set[str]:
+    parts = {"eager": set(), "auto": set(PARTS)}.get(plan) if isinstance(plan, str) else set(plan)
+    if parts is None or not parts <= set(PARTS):
+        raise ValueError(
+            f"plan={plan!r} was asked for, which is no way to run a teacher. "
+            f'Choose "eager", "auto", or some of {", ".join(map(repr, PARTS))}, as in plan=("fold", "graph").'
+        )
+    return parts
 
 
 def _check_has_values(module: nn.Module) -> None:

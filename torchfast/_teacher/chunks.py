@@ -1,19 +1,13 @@
 """A forward pass in parts of the batch, where the whole does not fit."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from torchfast._batch import batch_size, split
 from torchfast._oom_errors import classify
-from torchfast._tree import flatten, tensors
-
-Forward = Callable[[Any], Any]
-
-# How far outputs may move when the batch around a sample is split, as a part of the largest output: kernels
-# for other sizes round differently. A teacher whose samples see one another moves by far more.
-_TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 0.01, torch.float64: 1e-6}
+from torchfast._teacher.closeness import Forward, differs
+from torchfast._tree import flatten
 
 
 def forward_in_memory(forward: Forward, inputs: Any, size: int | None, /) -> tuple[Any, int | None]:
@@ -96,12 +90,9 @@ def _check_samples_are_independent(forward: Forward, inputs: Any, size: int | No
     if size is None or size < 2:
         return
     part = split(inputs, size)[0]
-    together, apart = (tensors(_in_chunks(forward, part, at_a_time)) for at_a_time in (None, size // 2))
-    for expected, found in zip(together, apart, strict=True):
-        if expected.is_floating_point() and expected.numel():
-            difference = (found - expected).abs().max()
-            if difference > _TOLERANCES.get(expected.dtype, 0.03) * expected.abs().max():
-                raise _cannot_split("gives a sample other outputs when the samples beside it change")
+    together, apart = (_in_chunks(forward, part, at_a_time) for at_a_time in (None, size // 2))
+    if differs(together, apart) is not None:
+        raise _cannot_split("gives a sample other outputs when the samples beside it change")
 
 
 def _cannot_split(reason: str) -> RuntimeError:

@@ -1,0 +1,28 @@
+"""When two outputs of the same teacher count as the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchfast._tree import tensors
+
+Forward = Callable[[Any], Any]
+
+# How far an output may move when another kernel computes it (for another batch size, or with a batch norm
+# folded into its convolution), as a part of the largest output. Another result would move by far more.
+TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 0.005, torch.float64: 1e-6}
+
+
+def differs(expected: Any, found: Any, /) -> str | None:
+    """Say how the found outputs differ from the expected ones beyond rounding; None if they do not."""
+    for ours, theirs in zip(tensors(expected), tensors(found), strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            return f"{tuple(theirs.shape)} {theirs.dtype} instead of {tuple(ours.shape)} {ours.dtype}"
+        if not ours.is_floating_point() or not ours.numel():
+            continue
+        scale = ours.abs().max().float()
+        moved = float((theirs - ours).abs().max().float() / scale.clamp(min=1e-30))
+        if not moved <= TOLERANCES.get(ours.dtype, 0.03):  # nan is a difference too
+            return f"outputs moved by {moved:.2g} of the largest one"
+    return None

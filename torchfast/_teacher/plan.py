@@ -1,0 +1,195 @@
+"""The fastest way to run a frozen teacher, found by timing and kept only if the outputs stay the same."""
+
+import logging
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchfast._teacher.closeness import Forward, differs
+from torchfast._teacher.folding import fold, pairs_of
+from torchfast._timing import time_ms
+from torchfast._tree import flatten, map_tensors, tensors
+
+PARTS = ("fold", "compile", "graph")
+MIN_GAIN = 0.03
+"""What a further part has to gain: less is within the noise of a clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPlan:
+    """How a teacher runs its first batch's shape, and what else was tried; `str` says it in a sentence.
+
+    Attributes:
+        parts: of "fold" (batch norms folded into convolutions), "compile" (`torch.compile`) and "graph" (a
+            CUDA graph), those in use; empty for the plain module.
+        times_ms: the time of a forward pass, by what was tried: "eager", "fold", "fold+graph" and so on.
+        rejected: why others are not in use, though they may be faster.
+    """
+
+    parts: tuple[str, ...]
+    times_ms: dict[str, float] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.times_ms.items())
+        text = f"{_name(self.parts)}. Measured: {tried}"
+        for name, reason in self.rejected.items():
+            text += f". Rejected {name}: {reason}"
+        return text + "."
+
+
+class Planner:
+    """Runs the teacher by the plan that it makes on the first call; other shapes run eagerly."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        eager: Forward,
+        device: torch.device,
+        allowed: Collection[str],
+        kept: Collection[str],
+    ) -> None:
+        self.plan: TeacherPlan | None = None
+        self._module, self._eager, self._device = module, eager, device
+        self._allowed, self._kept = allowed, kept
+        self._fast: Forward | None = None
+        self._signature: Any = None
+        self._unfold: Callable[[], None] | None = None
+        self._compiled: dict[bool, Forward] = {}
+
+    def __call__(self, inputs: Any, /) -> Any:
+        """Return the outputs for these inputs."""
+        signature = _signature(inputs)
+        if self.plan is None and signature is not None:
+            self._make(inputs)
+            self._signature = signature
+        if self._fast is not None and _equal(signature, self._signature):
+            return self._fast(inputs)
+        return self._eager(inputs)
+
+    def _make(self, inputs: Any) -> None:
+        expected = self._eager(inputs)
+        times: dict[str, float] = {"eager": time_ms(partial(self._eager, inputs), self._device)}
+        rejected: dict[str, str] = {}
+        best: tuple[str, ...] = ()
+        for part in PARTS:
+            if part not in self._allowed or (part == "graph" and self._device.type != "cuda"):
+                continue
+            parts = (*best, part)
+            try:
+                run = self._built(parts, inputs)
+                if run is None:
+                    continue
+                reason = differs(expected, run(inputs))
+                times[_name(parts)] = time_ms(partial(run, inputs), self._device)
+            except Exception as error:  # noqa: BLE001 -- whatever a compiler or a capture may raise
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if reason is not None:
+                rejected[_name(parts)] = reason
+            elif times[_name(parts)] < times[_name(best)] * (1 - MIN_GAIN):
+                best = parts
+        best = _agreed(best)
+        self._fast = self._built(best, inputs)
+        self.plan = TeacherPlan(best, times, rejected)
+        logging.getLogger("torchfast").info("GPUTeacher: %s", self.plan)
+
+    def _built(self, parts: Collection[str], inputs: Any) -> Forward | None:
+        """Return the forward made of these parts, or None where a part has nothing to do."""
+        if not self._fold("fold" in parts, inputs):
+            return None
+        run = self._eager
+        if "compile" in parts:
+            run = self._compiled.setdefault("fold" in parts, _compiled(self._module))
+        return _captured(run, inputs, self._device) if "graph" in parts else run
+
+    def _fold(self, wanted: bool, inputs: Any) -> bool:  # noqa: FBT001 -- private
+        """Bring the module into the folded or unfolded state; False if there is nothing to fold."""
+        if not wanted and self._unfold is not None:
+            self._unfold()
+            self._unfold = None
+        if wanted and self._unfold is None:
+            pairs = pairs_of(self._module, lambda: self._eager(inputs), self._kept)
+            if not pairs:
+                return False
+            self._unfold = fold(self._module, pairs)
+        return True
+
+
+def _name(parts: Collection[str]) -> str:
+    return "+".join(parts) or "eager"
+
+
+def _signature(inputs: Any) -> Any:
+    """Return what a plan is made for: shape, type and strides of each tensor, and what is around them."""
+    leaves, structure = flatten(inputs)
+    seen = [(t.shape, t.dtype, t.stride()) for t in leaves if isinstance(t, torch.Tensor)]
+    if len(seen) < len(leaves):
+        return None  # objects that move themselves: what is in them cannot be seen
+    return seen, structure.rebuild(range(len(leaves)))
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    try:
+        return bool(ours == theirs)
+    except (RuntimeError, ValueError):  # arrays among the inputs do not say yes or no
+        return False
+
+
+def _compiled(module: nn.Module) -> Forward:
+    compiled = torch.compile(module, dynamic=False)
+
+    def run(inputs: Any) -> Any:
+        args, kwargs = inputs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a compiler's advice is not about the user's code
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+def _captured(run: Forward, inputs: Any, device: torch.device) -> Forward:
+    """Return `run` as a CUDA graph with memory of its own, apart from every other graph's.
+
+    Inputs are copied in and outputs out, so that nobody ever holds the graph's own memory. A call on another
+    stream waits for the call before it.
+    """
+    leaves, structure = flatten(inputs)
+    held = [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    held_inputs = structure.rebuild(held)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run(held_inputs)  # libraries take their workspaces before the capture
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        outputs = run(held_inputs)
+    done = torch.cuda.Event()
+
+    def replay(new_inputs: Any) -> Any:
+        torch.cuda.current_stream(device).wait_event(done)
+        for mine, new in zip(held, tensors(new_inputs), strict=True):
+            mine.copy_(new)
+        graph.replay()
+        found = map_tensors(torch.clone, outputs)
+        done.record(torch.cuda.current_stream(device))
+        return found
+
+    return replay
+
+
+def _agreed(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return rank 0's choice: ranks that computed their targets by other kernels would differ in rounding."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return parts
+    choice = [parts]
+    dist.broadcast_object_list(choice, src=0)
+    return choice[0]
