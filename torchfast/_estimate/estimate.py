@@ -15,7 +15,7 @@ from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
 from torchfast._estimate.settings import AllocatorSettings
 from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace
-from torchfast._estimate.variants import changed
+from torchfast._estimate.variants import changed, sample_of
 
 
 def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
@@ -145,14 +145,6 @@ def _split(batch: Any, loss: Callable[..., Any] | None) -> tuple[Any, Any]:
 
 
 def _subject(plan: Plan) -> Subject:
-    optimizer = plan.optimizer
-    if optimizer is None:
-        optimizer_name = None
-    elif isinstance(optimizer, torch.optim.Optimizer):
-        optimizer_name = type(optimizer).__name__
-    else:
-        made = getattr(optimizer, "func", optimizer)  # what a functools.partial calls
-        optimizer_name = getattr(made, "__name__", type(made).__name__)
     weights = [p.dtype for p in plan.model.parameters()]
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
     precision = names.get(max(weights, key=weights.count), "mixed") if weights else "fp32"
@@ -160,11 +152,23 @@ def _subject(plan: Plan) -> Subject:
         precision = f"autocast {names.get(plan.autocast, str(plan.autocast))}"
     return Subject(
         model=type(plan.model).__name__,
-        optimizer=optimizer_name,
+        optimizer=_optimizer_name(plan.optimizer),
         precision=precision,
         batch_size=batch_size_of((plan.inputs, plan.target)),
         teacher=None if plan.teacher is None else type(plan.teacher).__name__,
     )
+
+
+def _optimizer_name(optimizer: Any) -> str | None:
+    """Name the optimizer, also one that a lambda makes."""
+    if optimizer is None:
+        return None
+    try:
+        sample = sample_of(optimizer)
+    except Exception:  # noqa: BLE001  a maker may insist on the model's own parameters
+        return getattr(optimizer, "__name__", type(optimizer).__name__)
+    is_fused = any(group.get("fused") for group in sample.param_groups)
+    return f"{'fused ' if is_fused else ''}{type(sample).__name__}"
 
 
 def batch_size_of(batch: Any) -> int | None:

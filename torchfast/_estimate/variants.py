@@ -85,14 +85,14 @@ def _fused(plan: Plan) -> Plan | None:
     """Ask the optimizer that the plan has, or makes, for its fused kernel."""
     if plan.optimizer is None or not plan.training:
         return None
-    sample = _sample(plan.optimizer)
+    sample = sample_of(plan.optimizer)
     known = inspect.signature(type(sample)).parameters
     if sample.param_groups[0].get("fused") or "fused" not in known:
         return None
     return replace(plan, optimizer=functools.partial(_maker(sample), foreach=None, fused=True))
 
 
-def _sample(optimizer: Any) -> torch.optim.Optimizer:
+def sample_of(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer itself, or one that its maker makes for a single number."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
