@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import record
@@ -39,7 +39,7 @@ class Setup:
     """One way to run the loop."""
 
     name: str
-    teacher: str | None = "GPUTeacher"  # None, "cpu", "naive", "well" or "GPUTeacher"
+    teacher: str | None = "GPUTeacher"  # None, "cpu", "naive", "well", "compiled", "GPUTeacher" or "planned"
     loader: bool = False
     pinned: bool = False
     channels_last: bool = False
@@ -47,22 +47,24 @@ class Setup:
     guard: bool = False
 
 
+ALL_SIX = Setup(
+    "+ `oom_guard` (all six, `estimate_vram` before the run)",
+    loader=True,
+    channels_last=True,
+    monitor=True,
+    guard=True,
+)
 LADDER = (
     Setup("teacher on the CPU, blocking copies (the original trainer)", teacher="cpu"),
     Setup("+ `GPUTeacher`"),
     Setup("+ `DeviceLoader`", loader=True),
     Setup("+ `to_channels_last`", loader=True, channels_last=True),
     Setup("+ `VRAMMonitor`", loader=True, channels_last=True, monitor=True),
-    Setup(
-        "+ `oom_guard` (all six, `estimate_vram` before the run)", "GPUTeacher", True, False, True, True, True
-    ),
-    Setup("plain PyTorch, written naively (float32 teacher on the GPU)", teacher="naive"),
-    Setup(
-        "plain PyTorch, written well (bfloat16, channels_last, pinned)",
-        "well",
-        pinned=True,
-        channels_last=True,
-    ),
+    ALL_SIX,
+    replace(ALL_SIX, name='all six, `GPUTeacher(plan="auto")`', teacher="planned"),
+    Setup("plain PyTorch, naive: float32 teacher on the GPU", teacher="naive"),
+    Setup("plain PyTorch, well: bfloat16, channels_last, pinned", "well", pinned=True, channels_last=True),
+    Setup("the same, with a compiled teacher", "compiled", pinned=True, channels_last=True),
     Setup("student alone, no teacher (the floor)", teacher=None, loader=True, channels_last=True),
 )
 
@@ -192,12 +194,14 @@ def make_teacher(kind: str | None, device: torch.device) -> Callable[[torch.Tens
     torch.manual_seed(1)
     module = timm.create_model("resnet50").eval()
     torch.set_rng_state(rng_state)
-    if kind == "GPUTeacher":
-        return GPUTeacher(module, device, dtype=torch.bfloat16)
+    if kind in ("GPUTeacher", "planned"):
+        plan = "auto" if kind == "planned" else "eager"
+        return GPUTeacher(module, device, dtype=torch.bfloat16, plan=plan)
     module.requires_grad_(requires_grad=False)
-    if kind == "well":
+    if kind in ("well", "compiled"):
         module.to(device, torch.bfloat16, memory_format=torch.channels_last)
-        return lambda images: call(module, images.bfloat16())
+        forward = torch.compile(module) if kind == "compiled" else module
+        return lambda images: call(forward, images.bfloat16())
     if kind == "naive":
         module.to(device)
         return lambda images: call(module, images)
@@ -205,11 +209,10 @@ def make_teacher(kind: str | None, device: torch.device) -> Callable[[torch.Tens
 
 
 @torch.no_grad()
-def call(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def call(module: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Run a plain teacher in its own precision."""
     with torch.autocast("cuda", enabled=False):
-        output: torch.Tensor = module(images)
-    return output
+        return module(images)
 
 
 def step(
