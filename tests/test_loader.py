@@ -159,6 +159,22 @@ def test_set_epoch_reaches_whatever_wants_it() -> None:
     DeviceLoader([1, 2], "cpu").set_epoch(7)
 
 
+def test_ranks_share_an_epoch_and_reshuffle_it() -> None:
+    """Two ranks' loaders cover the dataset between them, and set_epoch gives both another common order."""
+    dataset = TensorDataset(torch.arange(16))
+    loaders = [
+        DeviceLoader(DataLoader(dataset, batch_size=4, sampler=DistributedSampler(dataset, 2, rank)), "cpu")
+        for rank in range(2)
+    ]
+    orders = []
+    for epoch in range(2):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        orders.append([torch.cat([batch for (batch,) in loader]).tolist() for loader in loaders])
+        assert sorted([*orders[-1][0], *orders[-1][1]]) == list(range(16))
+    assert orders[0] != orders[1]
+
+
 def test_channels_last_comes_before_the_transform() -> None:
     """Images are laid out channels last, other leaves left alone, and the transform sees the result."""
     batch: dict[str, Any] = {"image": torch.randn(2, 3, 8, 8), "label": torch.arange(2), "name": ["a", "b"]}

@@ -191,6 +191,21 @@ def test_a_pass_closed_elsewhere_is_an_error_not_a_hang() -> None:
     assert ["was closed" in str(error) for error in errors] == [True]
 
 
+def test_a_forked_process_is_told_that_the_pass_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process than the one that began it, a pass is refused, and left alone."""
+    epoch, _, _ = open_feed(range(3))
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        with pytest.raises(RuntimeError) as error:
+            next(epoch)
+        epoch._feed.close()
+    assert str(error.value) == (
+        "this pass over a DeviceLoader was begun in another process, and its thread did not survive the fork. "
+        "Begin a new pass in this process."
+    )
+    assert list(epoch) == [0, 1, 2]
+
+
 def test_the_thread_works_under_the_consumers_modes() -> None:
     """Gradient mode and context variables are those of the thread that began the pass."""
 

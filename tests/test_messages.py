@@ -300,9 +300,25 @@ def test_loader_batch_that_does_not_fit_its_static_tensors() -> None:
     with pytest.raises(ValueError, match="into=") as error:
         next(batches)
     assert text_of(error) == (
-        "into= holds tensors of (3,) torch.float32, but this batch has (2,) torch.float32. A CUDA graph reads "
-        "the same memory each time, so every batch must fill it exactly. "
+        "into= holds tensors of (3,) torch.float32, but this batch has (2,) torch.float32. A CUDA graph "
+        "reads the same memory each time, so every batch must fill it exactly. "
         "drop_last=True leaves out a smaller last batch."
+    )
+
+
+@pytest.mark.cuda
+def test_loader_inside_a_graph_capture() -> None:
+    """Taking a batch while a graph is captured is answered with what would go wrong, and the way to do it."""
+    batches = iter(DeviceLoader([torch.zeros(1)], "cuda"))
+    static = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        static.add_(1)
+        with pytest.raises(RuntimeError) as error:
+            next(batches)
+    assert text_of(error) == (
+        "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would read that "
+        "batch's memory at each replay. Take batches outside, into the tensors that the graph reads: "
+        "DeviceLoader(..., into=static_batch)."
     )
 
 

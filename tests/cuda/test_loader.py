@@ -369,6 +369,17 @@ def test_a_cuda_graph_reads_each_batch_in_place() -> None:
     assert total.item() == sum(range(50))
 
 
+def test_a_batch_cannot_be_taken_inside_a_capture() -> None:
+    """Asking for a batch while a graph is captured is refused, with the way to do it; the pass goes on."""
+    batches = iter(DeviceLoader(list(numbered(5, SMALL)), "cuda"))
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        static.add_(1)
+        with pytest.raises(RuntimeError, match="into=static_batch"):
+            next(batches)
+    assert [batch.mean().item() for batch in batches] == [0, 1, 2, 3, 4]
+
+
 def test_poison_shows_a_late_read() -> None:
     """A late read on a stream that was not named finds NaN with poison=True; on a named one, the batch."""
     host = [torch.zeros(LARGE) for _ in range(12)]

@@ -35,7 +35,7 @@ class ThreadedFeed:
         transport.begin(tally)
         self._work = Work(source, transport, tally, snapshot)
         self._waiting: deque[Arrival] = deque()
-        self._owes_permit = True
+        self._n_owed = 1
         self._process = os.getpid()
         for _ in range(depth):
             self._work.permits.put(None)
@@ -61,32 +61,38 @@ class ThreadedFeed:
                 "the fork. Begin a new pass in this process."
             )
         self._transport.follow()
-        owes_permit, self._owes_permit = self._owes_permit, False
         # First of all: nothing that this step enqueues should delay the copy that goes there.
-        blank = self._transport.blank() if owes_permit else None
+        blank = self._transport.blank() if self._n_owed else None
         arrival: Arrival | None = None
+        must_wait = False
         try:
-            if owes_permit and not self._waiting and self._work.ready.empty():
-                owes_permit = False
-                self._work.permits.put(blank)
+            must_wait = not self._waiting and self._work.ready.empty()
+            if must_wait:
+                self._grant(blank)
             began_s = time.perf_counter()
             arrival = self._waiting.popleft() if self._waiting else self._work.ready.get()
             waited_s = time.perf_counter() - began_s
             batch = self._delivered(arrival)
         finally:
             arrival = None  # an error's traceback must not keep the batch
-            if owes_permit:
+            if not must_wait:
                 # Last of all: it wakes the thread, which would take the GIL from us in between.
-                self._work.permits.put(blank)
+                self._grant(blank)
         self._tally.taken(waited_s)
         return batch
+
+    def _grant(self, blank: Any) -> None:
+        """Let the thread send one more batch for each that was taken."""
+        if self._n_owed:
+            self._n_owed -= 1
+            self._work.permits.put(blank)
 
     def _delivered(self, arrival: Arrival) -> Any:
         if arrival.is_end:
             self.state = arrival.state
             raise StopIteration
         if arrival.error is not None:
-            self._owes_permit = True
+            self._n_owed += 1
             try:
                 raise arrival.error
             finally:
@@ -96,7 +102,7 @@ class ThreadedFeed:
         except torch.OutOfMemoryError:
             self._waiting.appendleft(arrival)  # once there is room, the same batch again
             raise
-        self._owes_permit = True
+        self._n_owed += 1
         self.state = arrival.state
         return batch
 

@@ -98,6 +98,12 @@ class CudaTransport:
 
     def follow(self) -> None:
         """Take the calling thread's current stream as the one that consumes the batches."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would "
+                "read that batch's memory at each replay. Take batches outside, into the tensors that the "
+                "graph reads: DeviceLoader(..., into=static_batch)."
+            )
         # Building a Stream object takes longer than asking whether there is need to.
         if torch.accelerator.current_stream(self._device).stream_id != self._consumer.stream_id:
             self._consumer = torch.cuda.current_stream(self._device)
