@@ -152,7 +152,7 @@ def test_a_real_out_of_memory_runs_in_parts() -> None:
     with pytest.warns(UserWarning, match="ran out of memory"):
         outputs = teacher(x)
     torch.testing.assert_close(outputs, x * 2)
-    assert teacher.chunk_size in (1, 2)
+    assert teacher.chunk_size in (1, 2, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(teacher(x), x * 2)
