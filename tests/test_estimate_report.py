@@ -104,6 +104,19 @@ def test_the_safe_bound_holds_against_larger_workspaces() -> None:
     assert e.peak_process_bytes < worse.peak_process_bytes < e.safe_bytes
 
 
+def test_an_estimate_travels() -> None:
+    """Pickled, an estimate says the same in another process; only another trace is out of reach there."""
+    e = estimate()
+    twin = pickle.loads(pickle.dumps(e))  # noqa: S301  # written in the same line
+    assert str(twin) == str(e)
+    assert twin.breakdown == e.breakdown
+    assert twin.fits("H200")
+    with pytest.raises(TypeError):
+        twin.breakdown["weights"] = 0
+    with pytest.raises(ValueError, match="no other batch size can be traced"):
+        twin.max_batch_size()
+
+
 # --- text --------------------------------------------------------------------------------------------------
 
 

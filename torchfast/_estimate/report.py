@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torchfast._bytes import format_bytes
 from torchfast._estimate.events import Event, Trace
@@ -207,6 +207,15 @@ class VRAMEstimate:
         from torchfast._estimate.snapshot import save_snapshot
 
         save_snapshot(self, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the answer; the way back to the model belongs to this process."""
+        return {**vars(self), "breakdown": dict(self.breakdown), "_retrace": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "breakdown", MappingProxyType(state["breakdown"]))
 
     def __repr__(self) -> str:
         return f"<VRAMEstimate {self.summary().removeprefix('VRAM estimate: ')}>"
