@@ -200,8 +200,8 @@ def test_a_forked_process_is_told_that_the_pass_is_not_its_own(monkeypatch: pyte
             next(epoch)
         epoch._feed.close()
     assert str(error.value) == (
-        "this pass over a DeviceLoader was begun in another process, and its thread did not survive the fork. "
-        "Begin a new pass in this process."
+        "this pass over a DeviceLoader was begun in another process, and its thread did not survive the "
+        "fork. Begin a new pass in this process."
     )
     assert list(epoch) == [0, 1, 2]
 

@@ -316,8 +316,8 @@ def test_loader_inside_a_graph_capture() -> None:
         with pytest.raises(RuntimeError) as error:
             next(batches)
     assert text_of(error) == (
-        "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would read that "
-        "batch's memory at each replay. Take batches outside, into the tensors that the graph reads: "
+        "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would read "
+        "that batch's memory at each replay. Take batches outside, into the tensors that the graph reads: "
         "DeviceLoader(..., into=static_batch)."
     )
 
