@@ -33,8 +33,8 @@ Teacher = Callable[[torch.Tensor], torch.Tensor]
 
 PROTOCOL = (
     "ResNet-50 with random weights and calibrated batch norms; forward: 7 samples of 5 passes; step: "
-    "ResNet-18, bfloat16 autocast, channels_last, SGD with momentum, teacher first, 7 samples of 5 steps; the "
-    "GPU drained around each sample. efficiency is (step without teacher + fastest teacher alone) / step."
+    "ResNet-18, bfloat16 autocast, channels_last, SGD with momentum, teacher first, 7 samples of 5 steps; "
+    "the GPU drained around each sample. efficiency is (step without teacher + fastest teacher alone) / step."
 )
 PROTOCOL_OF_LOADING = (
     "16 layers of 4096 x 4096 in float32, 1 GiB, into a bfloat16 teacher; a process each, after CUDA's own "
