@@ -7,7 +7,7 @@ with a timeout (NCCL needs device memory for itself), and only then reduce the g
 
 import datetime as dt
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+Place = tuple[torch.dtype, torch.device]
 _BUCKET_BYTES = 25 * 2**20
 
 
@@ -74,6 +75,7 @@ class DDPRanks(Ranks):
             backend="gloo",
         )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._staging = _staging_for([*self._parameters, *model.module.buffers()])
         self._stack = ExitStack()
         self._agreed: tuple[Outcome, bool] | None = None
         self._is_reduced = False
@@ -90,29 +92,24 @@ class DDPRanks(Ranks):
 
     def reduce(self) -> None:
         """Agree that all ranks got through, then average the gradients and take rank 0's buffers."""
-        votes = self._vote(Outcome.DONE, can_roll_back=True, thrashes=False, has_gradient=self._mask())
-        outcome = Outcome(votes[Vote.OUTCOME])
-        if outcome != Outcome.DONE:
-            self._agreed = _decided(votes)
-            raise PeerRanOutOfMemoryError
+        has, lacks = self._vote_on_gradients()
+        mixed = [p for p, some, not_all in zip(self._parameters, has, lacks, strict=True) if some and not_all]
+        if mixed:
+            for parameter in mixed:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._vote_on_gradients()  # that took memory: nobody goes on before all have it
         self._is_reduced = True
-        used = [p for p, has in zip(self._parameters, votes[len(Vote) :], strict=True) if has]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         group = self._model.process_group
-        size = dist.get_world_size(group)
-        for bucket in _buckets([p.grad for p in used if p.grad is not None]):
-            flat = torch._utils._flatten_dense_tensors(bucket)
+        n_ranks = dist.get_world_size(group)
+        gradients = [p.grad for p, some in zip(self._parameters, has, strict=True) if some]
+        for flat in self._staged([g for g in gradients if g is not None]):
             dist.all_reduce(flat, group=group)
-            flat.div_(size)
-            _scatter(flat, bucket)
+            flat.div_(n_ranks)
         if self._model.broadcast_buffers:
             source = dist.get_process_group_ranks(group)[0]
-            for bucket in _buckets(list(self._model.module.buffers())):
-                flat = torch._utils._flatten_dense_tensors(bucket)
+            for flat in self._staged(list(self._model.module.buffers())):
                 dist.broadcast(flat, source, group=group)
-                _scatter(flat, bucket)
 
     def agree(self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool) -> tuple[Outcome, bool]:
         """Return the outcome for all ranks: what was decided at the reduction, else what is voted now."""
@@ -129,13 +126,34 @@ class DDPRanks(Ranks):
             self._vote(outcome, can_roll_back=can_roll_back, thrashes=thrashes, has_gradient=none)
         )
 
-    def _mask(self) -> list[bool]:
-        return [p.grad is not None for p in self._parameters]
+    def _vote_on_gradients(self) -> tuple[list[int], list[int]]:
+        """Return which parameters have a gradient on some rank, and which lack one on some."""
+        has = [p.grad is not None for p in self._parameters]
+        votes = self._vote(Outcome.DONE, can_roll_back=True, thrashes=False, has_gradient=has)
+        if votes[Vote.OUTCOME] != Outcome.DONE:
+            self._agreed = _decided(votes)
+            raise PeerRanOutOfMemoryError
+        n_parameters = len(self._parameters)
+        masks = votes[len(Vote) :]
+        return masks[:n_parameters], masks[n_parameters:]
+
+    def _staged(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield the tensors flattened, some at a time, and write what has become of that back into them."""
+        for bucket in _buckets(tensors):
+            staging = self._staging[bucket[0].dtype, bucket[0].device]
+            flat = staging[: sum(t.numel() for t in bucket)]
+            pieces = flat.split([t.numel() for t in bucket])
+            views = [piece.view(t.shape) for piece, t in zip(pieces, bucket, strict=True)]
+            with torch.no_grad():
+                torch._foreach_copy_(views, [t.detach() for t in bucket])
+                yield flat
+                torch._foreach_copy_([t.detach() for t in bucket], views)
 
     def _vote(
         self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool, has_gradient: list[bool]
     ) -> list[int]:
-        votes = torch.tensor([outcome, not can_roll_back, thrashes, *has_gradient], dtype=torch.int32)
+        lacks = [not has for has in has_gradient]
+        votes = torch.tensor([outcome, not can_roll_back, thrashes, *has_gradient, *lacks], dtype=torch.int32)
         try:
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
@@ -192,13 +210,13 @@ def _decided(votes: list[int]) -> tuple[Outcome, bool]:
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return the tensors in groups of one type and at most 25 MiB, so that little is needed to send them."""
+    """Return the tensors in groups of one type, of at most 25 MiB unless a single one is larger."""
     buckets: list[list[torch.Tensor]] = []
-    room: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], int]] = {}
+    room: dict[Place, tuple[list[torch.Tensor], int]] = {}
     for tensor in tensors:
         key = tensor.dtype, tensor.device
-        bucket, n_bytes = room.get(key, ([], _BUCKET_BYTES + 1))
-        if n_bytes + tensor.nbytes > _BUCKET_BYTES:
+        bucket, n_bytes = room.get(key, ([], _BUCKET_BYTES))
+        if not bucket or n_bytes + tensor.nbytes > _BUCKET_BYTES:
             bucket, n_bytes = [], 0
             buckets.append(bucket)
         bucket.append(tensor)
@@ -206,7 +224,12 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     return buckets
 
 
-@torch.no_grad()
-def _scatter(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-    for tensor, part in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
-        tensor.copy_(part)
+def _staging_for(tensors: Sequence[torch.Tensor]) -> dict[Place, torch.Tensor]:
+    """Allocate, while there is memory, what reducing will need: afterwards it must not fail on one rank."""
+    sizes: dict[Place, int] = {}
+    for bucket in _buckets(tensors):
+        key = bucket[0].dtype, bucket[0].device
+        sizes[key] = max(sizes.get(key, 0), sum(t.numel() for t in bucket))
+    return {
+        (dtype, device): torch.empty(n, dtype=dtype, device=device) for (dtype, device), n in sizes.items()
+    }
