@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests.loader_transport import HostTransport
+from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
@@ -228,3 +230,87 @@ def test_the_number_of_threads_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *seen] == [before, before]
+
+
+class Counted:
+    """A loader that says how many of its passes were begun, and makes three batches in each."""
+
+    def __init__(self) -> None:
+        self.n_begun = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.n_begun += 1
+        return iter([(self.n_begun, number) for number in range(3)])
+
+
+def threaded(loader: Any, **options: Any) -> DeviceLoader[Any]:
+    """Return a DeviceLoader that works as on a GPU, with a transport that hands batches over."""
+    device_loader: DeviceLoader[Any] = DeviceLoader(loader, "cpu", **options)
+    device_loader.device, device_loader._transport = torch.device("cuda", 0), HostTransport()
+    return device_loader
+
+
+def test_the_next_pass_is_loaded_while_the_last_batches_are_in_use() -> None:
+    """Across epochs, on request, the next pass is begun before this one is over, and no batch is lost."""
+    counted = Counted()
+    loader = threaded(counted, across_epochs=True)
+    batches = iter(loader)
+    next(batches)
+    until(lambda: counted.n_begun == 2)
+    assert list(batches) == [(1, 1), (1, 2)]
+    assert [list(loader), list(loader)] == [[(n, 0), (n, 1), (n, 2)] for n in (2, 3)]
+    for batch in loader:
+        assert batch == (4, 0)
+        break
+    assert next(iter(loader))[1] == 0
+    del loader, batches
+    gc.collect()
+    assert copying_threads() == 0
+
+
+def test_a_pass_is_not_begun_unasked() -> None:
+    """Without the request no pass is begun but those that are iterated over."""
+    counted = Counted()
+    loader = threaded(counted)
+    assert [len(list(loader)), len(list(loader)), counted.n_begun] == [3, 3, 2]
+
+
+def test_a_loader_in_a_for_statement_may_load_across_epochs() -> None:
+    """A loader that nobody holds after its pass takes the thread of the next pass with it."""
+    assert len(list(threaded(Counted(), across_epochs=True))) == 3
+    gc.collect()
+    assert copying_threads() == 0
+
+
+def test_breaks_with_workers_lose_no_batch() -> None:
+    """A hundred early breaks with persistent workers, through the thread, lose no batch of the next pass."""
+    dataset = TensorDataset(torch.arange(24))
+    loader = threaded(DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True))
+    for _ in range(100):
+        for (batch,) in loader:
+            assert batch.tolist() == [0, 1]
+            break
+    assert torch.cat([batch for (batch,) in loader]).tolist() == list(range(24))
+    assert copying_threads() == 0
+
+
+def test_errors_of_workers_come_in_their_place() -> None:
+    """An error in a worker arrives at its own batch, with the worker's traceback, and the pass goes on."""
+    loader = threaded(DataLoader(Fragile(), batch_size=2, num_workers=2))
+    batches = iter(loader)
+    assert [next(batches).tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(LookupError, match="sample 7 is broken"):
+        next(batches)
+    assert [batch.tolist() for batch in batches] == [[8, 9]]
+
+
+class Fragile(Dataset[int]):
+    """Fails at one index."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise LookupError(f"sample {index} is broken")
+        return index

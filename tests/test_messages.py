@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.fake_gpu import FakeGPU
 from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, estimate_vram, oom_guard, to_channels_last
@@ -233,6 +233,18 @@ def test_loader_transform_that_cannot_be_called() -> None:
     assert text_of(error) == (
         "transform=3 cannot be called. Give a function that takes a batch, on the device, and returns what "
         "is to be yielded in its place."
+    )
+
+
+def test_loader_that_cannot_load_across_epochs() -> None:
+    """Loading ahead of a set_epoch is refused, with what would happen."""
+    dataset = TensorDataset(torch.zeros(4))
+    loader = DataLoader(dataset, sampler=DistributedSampler(dataset, 1, 0))
+    with pytest.raises(ValueError, match="across_epochs") as error:
+        DeviceLoader(loader, "cpu", across_epochs=True)
+    assert text_of(error) == (
+        "across_epochs=True, but DistributedSampler has a set_epoch: the next epoch would be loaded before it "
+        "is told its number, and repeat the order of this one. Leave across_epochs off."
     )
 
 
@@ -747,6 +759,18 @@ def test_the_largest_batch_of_a_step_without_a_batch() -> None:
         "max_batch_size() was asked for, but this estimate does not know which dimension of the batch "
         "counts samples, so no other batch size can be traced. Give a batch whose tensors share their "
         "first dimension."
+    )
+
+
+def test_asking_a_pickled_estimate_for_another_trace() -> None:
+    """A copy has no way back to the model."""
+    model = nn.Linear(1, 1)
+    found = estimate_vram(model, torch.zeros(4, 1), n_steps=1, gpu="H200")
+    with pytest.raises(ValueError, match="pickled") as error:
+        pickle.loads(pickle.dumps(found)).fits("T4")  # noqa: S301  # written in the same line
+    assert text_of(error) == (
+        "This estimate was pickled or copied, and what was asked for needs the step to be traced again, "
+        "with the model. Ask the estimate that estimate_vram returned, in the process that has the model."
     )
 
 

@@ -23,6 +23,10 @@ class Feed(Protocol):
     def state(self) -> Any:
         """The loader's state as of the batch handed out last."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next pass is already being loaded when this one is over."""
+
     def take(self) -> Any:
         """Return the next batch; raise `StopIteration` after the last, the loader's errors in their place."""
 
@@ -42,7 +46,7 @@ class Epoch(Iterator[T]):
         self._owner = owner  # lives as long as its epoch: it is what oom_guard asks to let go of memory
         self._state = "open"
         self._has_failed = False
-        _close_at_exit().add(self)
+        to_close_at_exit().add(self)
 
     @property
     def is_under_way(self) -> bool:
@@ -58,7 +62,8 @@ class Epoch(Iterator[T]):
             batch: T = self._feed.take()
         except StopIteration:
             self._state = "over"
-            self._feed.close()
+            if not self._feed.goes_on:
+                self._feed.close()
             raise
         except BaseException:
             self._has_failed = True
@@ -69,7 +74,7 @@ class Epoch(Iterator[T]):
         """Stop loading and let go of everything; batches already handed out are the user's and stay."""
         if self._state == "open":
             self._state = "closed"
-        self._feed.close()
+            self._feed.close()
 
     def state(self) -> Any:
         """Return the loader's state as of the batch handed out last."""
@@ -80,23 +85,33 @@ class Epoch(Iterator[T]):
         self._feed.release_memory()
 
     def __del__(self) -> None:
-        # A constructor that failed leaves no feed behind.
-        if hasattr(self, "_feed"):
+        # A constructor that failed leaves no state behind.
+        if getattr(self, "_state", "over") != "over":
             self._feed.close()
 
 
+class Closable(Protocol):
+    """What must be closed before the interpreter ends."""
+
+    def close(self) -> None:
+        """End the thread, if there is one."""
+
+
 @functools.cache
-def _close_at_exit() -> WeakSet[Epoch[Any]]:
-    # Registered with the first epoch, hence after multiprocessing's own exit function, hence run before it:
-    # the thread must be out of the loader before the workers are ended.
-    epochs: WeakSet[Epoch[Any]] = WeakSet()
+def to_close_at_exit() -> WeakSet[Closable]:
+    """Return the set of what will be closed when the interpreter ends, before workers are ended.
+
+    Exit functions run in reverse order, and this one is registered with the first pass, hence after
+    multiprocessing's own: the thread must be out of the loader before that ends the workers.
+    """
+    open_ones: WeakSet[Closable] = WeakSet()
 
     def close_all() -> None:
-        for epoch in list(epochs):
-            epoch.close()
+        for one in list(open_ones):
+            one.close()
 
     atexit.register(close_all)
-    return epochs
+    return open_ones
 
 
 def closed_error() -> RuntimeError:
@@ -139,6 +154,8 @@ class InlineFeed:
         self._tally.taken(waited_s)
         leaves, structure = flatten(batch)
         return structure.rebuild([leaf.to(self._device) for leaf in leaves])
+
+    goes_on = False
 
     @property
     def state(self) -> Any:

@@ -19,7 +19,7 @@ from torchfast._loader.thread import Arrival, Stop, Transport, Work
 class ThreadedFeed:
     """Batches that a thread loads and copies ahead, at most `depth` of them beyond the one handed out."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pass consists of, most of it by name
         self,
         source: Iterator[Any],
         transport: Transport,
@@ -27,13 +27,18 @@ class ThreadedFeed:
         *,
         depth: int,
         snapshot: Callable[[], Any],
+        begin_again: Callable[[], Iterator[Any]] | None = None,
     ) -> None:
         self._transport = transport
         self._tally = tally
+        self.goes_on = begin_again is not None
+        """Whether the thread loads the next pass when this one is over."""
+        self.is_between_passes = False
+        """Whether a pass is over and the next has not been begun, though it may be loading."""
         self.state = snapshot()
         """The loader's state as of the batch handed out last."""
         transport.begin(tally)
-        self._work = Work(source, transport, tally, snapshot)
+        self._work = Work(source, transport, tally, snapshot, begin_again)
         self._waiting: deque[Arrival] = deque()
         self._n_owed = 1
         self._process = os.getpid()
@@ -81,6 +86,12 @@ class ThreadedFeed:
         self._tally.taken(waited_s)
         return batch
 
+    def begin_pass(self, tally: Tally) -> None:
+        """Begin the pass whose batches are already being loaded."""
+        self.is_between_passes = False
+        self._tally = self._work.tally = tally
+        self._transport.begin(tally)
+
     def _grant(self, blank: Any) -> None:
         """Let the thread send one more batch for each that was taken."""
         if self._n_owed:
@@ -90,6 +101,7 @@ class ThreadedFeed:
     def _delivered(self, arrival: Arrival) -> Any:
         if arrival.is_end:
             self.state = arrival.state
+            self.is_between_passes = self.goes_on
             raise StopIteration
         if arrival.error is not None:
             self._n_owed += 1
@@ -119,6 +131,7 @@ class ThreadedFeed:
         """End the thread, wait for it, and let go of everything."""
         if os.getpid() != self._process:
             return
+        self.is_between_passes = False
         self._work.stopped = True
         self._work.permits.put(Stop)
         # The collector may run this in the very thread that it ends, which cannot wait for itself.

@@ -9,7 +9,7 @@ import torch
 from torchfast import _holders
 from torchfast._device import resolve_device
 from torchfast._loader import wrapped
-from torchfast._loader.epoch import Epoch, Feed, InlineFeed, warn_of_open_epoch
+from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.finish import finishing
 from torchfast._loader.normalize import Normalization
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 OPTIONS = frozenset(
-    {"channels_last", "depth", "image_dtype", "into", "normalize", "poison", "streams", "transform"}
+    {
+        "across_epochs",
+        "channels_last",
+        "depth",
+        "image_dtype",
+        "into",
+        "normalize",
+        "poison",
+        "streams",
+        "transform",
+    }
 )
 """The options of `DeviceLoader` itself, which `from_dataset` tells from those of `DataLoader`."""
 
@@ -63,6 +73,8 @@ class DeviceLoader(Generic[T]):
         into: a batch of tensors on the device into which each batch is copied, on the current stream, and
             which is yielded: the static inputs of a CUDA graph.
         streams: CUDA streams other than the current one that use batches without `record_stream`.
+        across_epochs: begin to load the next pass while the last batches of this one are in use. The draws
+            that shuffle it are then made earlier than bare, and in the copying thread; on a GPU only.
         poison: for debugging, fill memory with 0xFF (NaN) as soon as a batch that was in it is gone, and let
             it rest for two batches: reading it late, on a stream that was not named, then shows. Costs two
             batches of memory.
@@ -89,15 +101,18 @@ class DeviceLoader(Generic[T]):
         transform: Callable[[Any], Any] | None = None,
         into: Any = None,
         streams: Sequence[torch.cuda.Stream] = (),
+        across_epochs: bool = False,
         poison: bool = False,
     ) -> None:
         _check(loader, depth, transform)
+        _check_across_epochs(loader, across_epochs=across_epochs)
         normalization = _normalization(normalize, image_dtype, channels_last=channels_last)
         self.device = resolve_device(device)
         self.loader = loader
         self._depth = depth
         self._streams = tuple(streams)
         self._poison = poison
+        self._across_epochs = across_epochs
         self._finish = finishing(transform, normalization, into, channels_last=channels_last)
         self._inner: DeviceLoader[Any] | None = None
         if wrapped.looks_ahead(loader):
@@ -107,6 +122,7 @@ class DeviceLoader(Generic[T]):
             )
         self._transport: Any = None
         self._epoch: weakref.ref[Epoch[T]] | None = None
+        self._ahead: ThreadedFeed | None = None
         self._n_passes = 0
         self._tally = Tally()
         _holders.register(self)
@@ -188,7 +204,9 @@ class DeviceLoader(Generic[T]):
         The first of them that has a `set_epoch` is told; where none has, nothing happens, so the same script
         runs with and without a `DistributedSampler`.
         """
-        wrapped.set_epoch(self.loader, epoch)
+        part = wrapped.takes_epochs(self.loader)
+        if part is not None:
+            part.set_epoch(epoch)
 
     @property
     def stats(self) -> LoaderStats:
@@ -217,6 +235,14 @@ class DeviceLoader(Generic[T]):
         self._epoch = None
         if epoch is not None:
             epoch.close()
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __del__(self) -> None:
+        # Its epochs hold it, so it outlives them all. A constructor that failed leaves nothing ahead.
+        if self.__dict__.get("_ahead") is not None:
+            self.close()
 
     def release_memory(self) -> None:
         """Give back the device memory of batches that nobody has taken yet, without losing them.
@@ -227,16 +253,22 @@ class DeviceLoader(Generic[T]):
         epoch = None if self._epoch is None else self._epoch()
         if epoch is not None:
             epoch.release_memory()
+        elif self._ahead is not None:
+            self._ahead.release_memory()
 
     def _close_last_pass(self, stacklevel: int) -> None:
         epoch = None if self._epoch is None else self._epoch()
         was_under_way = epoch is not None and epoch.is_under_way
         del epoch
-        self.close()
+        if self._ahead is None or not self._ahead.is_between_passes:
+            self.close()
         if was_under_way:
             warn_of_open_epoch(stacklevel)
 
     def _open_feed(self) -> Feed:
+        if self._ahead is not None:
+            self._ahead.begin_pass(self._tally)
+            return self._ahead
         source = iter(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
         if self.device.type != "cuda" or self._inner is not None:
             return InlineFeed(source, self.device, self._tally, wrapped.snapshot_of(self.loader))
@@ -252,7 +284,20 @@ class DeviceLoader(Generic[T]):
                 poison=self._poison,
             )
         snapshot = wrapped.snapshot_of(self.loader)
-        return ThreadedFeed(source, self._transport, self._tally, depth=self._depth, snapshot=snapshot)
+        loader = self.loader
+        begin_again = (lambda: iter(loader)) if self._across_epochs else None
+        feed = ThreadedFeed(
+            source,
+            self._transport,
+            self._tally,
+            depth=self._depth,
+            snapshot=snapshot,
+            begin_again=begin_again,
+        )
+        if self._across_epochs:
+            self._ahead = feed
+            to_close_at_exit().add(self)
+        return feed
 
 
 def _check(loader: object, depth: object, transform: object) -> None:
@@ -270,6 +315,15 @@ def _check(loader: object, depth: object, transform: object) -> None:
         raise TypeError(
             f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
             "and returns what is to be yielded in its place."
+        )
+
+
+def _check_across_epochs(loader: object, *, across_epochs: bool) -> None:
+    part = wrapped.takes_epochs(loader) if across_epochs else None
+    if part is not None:
+        raise ValueError(
+            f"across_epochs=True, but {type(part).__name__} has a set_epoch: the next epoch would be loaded "
+            "before it is told its number, and repeat the order of this one. Leave across_epochs off."
         )
 
 

@@ -47,9 +47,15 @@ class Work:
     """What the thread needs, and nothing that leads back to the feed."""
 
     def __init__(
-        self, source: Iterator[Any], transport: Transport, tally: Tally, snapshot: Callable[[], Any]
+        self,
+        source: Iterator[Any],
+        transport: Transport,
+        tally: Tally,
+        snapshot: Callable[[], Any],
+        begin_again: Callable[[], Iterator[Any]] | None,
     ) -> None:
         self.source = source
+        self.begin_again = begin_again
         self.tally = tally
         self.transport = transport
         self.snapshot = snapshot
@@ -84,7 +90,10 @@ class Work:
             state = self.snapshot()
         except StopIteration:
             self.ready.put(Arrival(is_end=True, state=self.snapshot()))
-            return False
+            if self.begin_again is None:
+                return False
+            self.source = self.begin_again()
+            return True
         except BaseException as error:  # noqa: BLE001 - as above
             return self._permitted() is not Stop and self._failed(error)
         self.tally.load_s += time.perf_counter() - began_s

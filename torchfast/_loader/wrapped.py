@@ -81,8 +81,8 @@ def through(loader: Any, inner: Iterable[Any]) -> Iterator[Any]:
         loader.base_dataloader = source
 
 
-def set_epoch(loader: object, epoch: int) -> None:
-    """Tell the epoch's number to the first of the loader, its samplers and its dataset that wants to know."""
+def takes_epochs(loader: object) -> Any:
+    """Return the first of the loader, its samplers and its dataset that has a `set_epoch`, or None."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     parts: tuple[Any, ...] = (
         loader,
@@ -91,7 +91,4 @@ def set_epoch(loader: object, epoch: int) -> None:
         getattr(batch_sampler, "sampler", None),
         getattr(loader, "dataset", None),
     )
-    for part in parts:
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
-            return
+    return next((part for part in parts if hasattr(part, "set_epoch")), None)
