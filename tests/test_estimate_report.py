@@ -113,7 +113,7 @@ def test_an_estimate_travels() -> None:
     assert twin.fits("H200")
     with pytest.raises(TypeError):
         twin.breakdown["weights"] = 0
-    with pytest.raises(ValueError, match="no other batch size can be traced"):
+    with pytest.raises(ValueError, match="was pickled or copied"):
         twin.max_batch_size()
 
 

@@ -134,7 +134,9 @@ def trace_for(estimate: "VRAMEstimate", gpu: GPU) -> Trace:
     mine = estimate.gpu
     if (gpu.capability, gpu.n_multiprocessors) == (mine.capability, mine.n_multiprocessors):
         return estimate._trace
-    return again(estimate, gpu=gpu) or estimate._trace
+    trace = again(estimate, gpu=gpu)
+    assert trace is not None  # noqa: S101 -- only variants may make no sense
+    return trace
 
 
 def again(
@@ -146,7 +148,10 @@ def again(
 ) -> Trace | None:
     """Trace the step once more with one thing changed; None where the change makes no sense for it."""
     if estimate._retrace is None:
-        return None
+        raise ValueError(
+            "This estimate was pickled or copied, and what was asked for needs the step to be traced again, "
+            "with the model. Ask the estimate that estimate_vram returned, in the process that has the model."
+        )
     return estimate._retrace(batch_size=batch_size, gpu=gpu or estimate.gpu, variant=variant)
 
 
@@ -161,7 +166,7 @@ def max_batch_size(
     """Find the largest batch that fits; see `VRAMEstimate.max_batch_size`."""
     on = estimate.gpu if gpu is None else resolve_gpu(gpu)
     given = estimate.batch_size
-    if given is None or estimate._retrace is None:
+    if given is None:
         raise ValueError(
             "max_batch_size() was asked for, but this estimate does not know which dimension of the batch "
             "counts samples, so no other batch size can be traced. Give a batch whose tensors share their "
