@@ -243,8 +243,8 @@ def test_loader_that_cannot_load_across_epochs() -> None:
     with pytest.raises(ValueError, match="across_epochs") as error:
         DeviceLoader(loader, "cpu", across_epochs=True)
     assert text_of(error) == (
-        "across_epochs=True, but DistributedSampler has a set_epoch: the next epoch would be loaded before it "
-        "is told its number, and repeat the order of this one. Leave across_epochs off."
+        "across_epochs=True, but DistributedSampler has a set_epoch: the next epoch would be loaded "
+        "before it is told its number, and repeat the order of this one. Leave across_epochs off."
     )
 
 
