@@ -193,8 +193,12 @@ class GPUTeacher:
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            inputs = self._ready((args, kwargs))
-            outputs, chunk_size = forward_in_memory(self._planner or self._eager, inputs, self.chunk_size)
+            # Where its weights are: on `device`, or on paper while estimate_vram runs the step there.
+            weight = next(self.module.parameters(), None)
+            place = self.device if weight is None else weight.device
+            inputs = self._ready((args, kwargs), place)
+            forward = self._planner if self._planner is not None and place == self.device else self._eager
+            outputs, chunk_size = forward_in_memory(forward, inputs, self.chunk_size)
             if chunk_size != self.chunk_size:
                 self.chunk_size = chunk_size
                 warnings.warn(
@@ -210,16 +214,16 @@ class GPUTeacher:
         forward = partial(self.module, *args, **kwargs)
         return forward() if self._taps is None else self._taps.run(forward)
 
-    def _ready(self, inputs: T) -> T:
-        """Return the inputs on the device, in the teacher's type and layout."""
+    def _ready(self, inputs: T, place: torch.device) -> T:
+        """Return the inputs in that place, in the teacher's type and layout."""
         leaves, structure = flatten(inputs)
-        return cast(T, structure.rebuild([self._ready_leaf(leaf) for leaf in leaves]))
+        return cast(T, structure.rebuild([self._ready_leaf(leaf, place) for leaf in leaves]))
 
-    def _ready_leaf(self, leaf: Leaf) -> Any:
+    def _ready_leaf(self, leaf: Leaf, place: torch.device) -> Any:
         if not isinstance(leaf, torch.Tensor):
-            return leaf.to(self.device)
+            return leaf.to(place)
         dtype = self.dtype if leaf.is_floating_point() else None
-        moved = leaf.to(device=self.device, dtype=dtype, non_blocking=True)
+        moved = leaf.to(device=place, dtype=dtype, non_blocking=True)
         if moved.dim() in self._image_ranks and _layout.is_image(moved, rank_5=True):
             return _layout.to_channels_last_tensor(moved)
         return moved
