@@ -41,7 +41,7 @@ def test_a_batch_size_is_confirmed_by_a_trace_of_its_own() -> None:
     found = traces.estimate().max_batch_size(limit_bytes=2 * GIB)
     assert (found.batch_size, True) in found.tried
     assert int(found) == found.batch_size
-    assert str(found) == f"batch size {found.batch_size} under 2.00 GiB"
+    assert repr(found) == f"<BatchSize: batch size {found.batch_size} under 2.00 GiB>"
 
 
 def test_not_even_one_sample() -> None:
@@ -85,7 +85,7 @@ def test_fits_is_decided_by_replay() -> None:
     roomy, tight = e.fits(), e.fits(limit_bytes=100 * MIB)
     assert e.peak_reserved_bytes == 140 * MIB
     assert roomy
-    assert roomy.n_retries == 0
+    assert repr(roomy) == "<Fit: fits on T4 with 14.3 GiB to spare>"
     assert tight
     assert tight.n_retries > 0
     assert "cached memory is given back" in str(tight)
@@ -128,7 +128,7 @@ def test_what_if() -> None:
         rows["half the batch"].peak_process_bytes == e.peak_process_bytes - rows["half the batch"].saves_bytes
     )
     assert rows["SGD"].saves_bytes == 0
-    assert "half the batch" in str(e.what_if()).splitlines()[1]
+    assert "half the batch" in repr(e.what_if()).splitlines()[1]
 
 
 def test_no_batch_no_largest_batch() -> None:

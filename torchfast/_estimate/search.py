@@ -31,7 +31,7 @@ _DRIVER_BYTES = 9 * MIB
 _MAX_TRACES = 6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Fit:
     """Whether a step runs on a GPU; true in a condition where it does."""
 
@@ -46,6 +46,9 @@ class Fit:
     def __bool__(self) -> bool:
         return self.fits
 
+    def __repr__(self) -> str:
+        return f"<Fit: {self}>"
+
     def __str__(self) -> str:
         if not self.fits:
             return (
@@ -58,7 +61,7 @@ class Fit:
         return f"fits on {self.gpu.name} with {spare} to spare"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BatchSize:
     """The largest batch found to fit."""
 
@@ -69,6 +72,9 @@ class BatchSize:
 
     def __int__(self) -> int:
         return self.batch_size
+
+    def __repr__(self) -> str:
+        return f"<BatchSize: {self}>"
 
     def __str__(self) -> str:
         return f"batch size {self.batch_size} under {format_bytes(self.limit_bytes)}"
@@ -83,7 +89,7 @@ class WhatIf:
     saves_bytes: int  # negative: it costs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class WhatIfTable:
     """The rows of `VRAMEstimate.what_if`, largest saving first; iterates over them and prints as a table."""
 
@@ -92,6 +98,9 @@ class WhatIfTable:
 
     def __iter__(self) -> Iterator[WhatIf]:
         return iter(self.rows)
+
+    def __repr__(self) -> str:
+        return str(self)  # what a notebook shows of it
 
     def __str__(self) -> str:
         lines = [f"  {'instead':<22}{'process':>11}{'saves':>11}"]
