@@ -85,7 +85,7 @@ def test_fits_is_decided_by_replay() -> None:
     roomy, tight = e.fits(), e.fits(limit_bytes=100 * MIB)
     assert e.peak_reserved_bytes == 140 * MIB
     assert roomy
-    assert repr(roomy) == "<Fit: fits on T4 with 14.3 GiB to spare>"
+    assert repr(roomy) == "<Fit: fits on T4 with 14.2 GiB to spare>"
     assert tight
     assert tight.n_retries > 0
     assert "cached memory is given back" in str(tight)
