@@ -12,6 +12,7 @@ from torchfast._estimate.cuda_behaviour import (
     autograd,
     blas,
     composites,
+    convolution,
     norms,
     optimizers,
     reductions,
@@ -24,6 +25,8 @@ from torchfast._estimate.recorder import Rule
 # Rules by the operator's name without namespace and overload.
 _RULES: dict[str, Rule] = {
     "add": autograd.add,
+    "convolution": convolution.convolution,
+    "convolution_backward": convolution.convolution_backward,
     "native_dropout": norms.native_dropout,
     "_safe_softmax": norms.safe_softmax,
     "_local_scalar_dense": values.item,

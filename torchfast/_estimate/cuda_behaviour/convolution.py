@@ -1,0 +1,260 @@
+"""Convolutions: the copies that PyTorch makes around cuDNN, and cuDNN's workspaces.
+
+No source tells how much workspace cuDNN takes: it tries to pick the fastest of its kernels, and most of what
+they take is the input, the output or the weight in another layout, padded to whole vectors of channels.
+So the rule is a sweep (`convolution_sweep.csv`: 2-d, 1-d and 3-d convolutions of common networks, random batch
+sizes, types and layouts, measured on an H200 with torch 2.11 and cuDNN 9.19): a convolution takes which of the
+three the most alike measured ones took, in its own sizes, and what they took beside. See
+docs/decisions/0030-convolution-workspaces.md for how far that is off.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
+from torchfast._estimate.recorder import Recorder
+
+_FORWARD, _DATA, _WEIGHT = 0, 1, 2
+_N_ALIKE = 3
+_SLACK = 1200  # kernels take up to so many bytes beside their copies
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a convolution decides its workspace; a transposed one is described as what it is the reverse of."""
+
+    itemsize: int
+    channels_last: bool
+    batch: int
+    n_in: int
+    n_out: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    size_in: tuple[int, ...]
+    size_out: tuple[int, ...]
+
+    @property
+    def operand_bytes(self) -> tuple[int, int, int]:
+        """The bytes of input, output and weight with their channels padded to whole vectors."""
+        vector = (8 if self.itemsize == 2 else 4) if self.groups == 1 else 1
+        n_in, n_out = (-(-n // vector) * vector for n in (self.n_in, self.n_out))
+        return (
+            self.batch * n_in * math.prod(self.size_in) * self.itemsize,
+            self.batch * n_out * math.prod(self.size_out) * self.itemsize,
+            n_out * (n_in // self.groups) * math.prod(self.kernel) * self.itemsize,
+        )
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What must be the same for two convolutions to be compared at all."""
+        vector = 8 if self.itemsize == 2 else 4
+        return (
+            self.itemsize == 2,
+            self.channels_last,
+            math.prod(self.kernel) == 1,
+            "depthwise" if self.groups == self.n_in > 1 else "grouped" if self.groups > 1 else "",
+            len(self.kernel) == 3,
+            self.n_in % vector == 0,
+            self.n_out % vector == 0,
+        )
+
+    @property
+    def features(self) -> list[float]:
+        """Numbers whose distance says how alike two convolutions of a kind are, weighted."""
+        n_positions = math.prod(self.size_out)
+        alignment = 2 if n_positions % 8 == 0 else 1 if n_positions % 4 == 0 else 0.5 if n_positions % 2 == 0 else 0
+        return [
+            0.5 * math.log2(self.batch * n_positions),
+            0.3 * math.log2(self.batch),
+            0.8 * math.log2(self.n_in),
+            0.8 * math.log2(self.n_out),
+            math.log2(math.prod(self.kernel)),
+            3.0 * max(self.stride),
+            1.5 * alignment,
+            2.0 * (max(self.dilation) > 1),
+            1.0 * (self.kernel[-1] != self.kernel[0]),
+        ]
+
+
+def workspace_bytes(shape: Shape, direction: int) -> int:
+    """Return what cuDNN takes for the forward pass, the gradient of the data or that of the weight."""
+    alike = _most_alike(shape)
+    operands = shape.operand_bytes
+    if not alike:
+        return 0 if shape.channels_last else sum(operands)
+    parts = [_taken_apart(measured, taken[direction]) for measured, taken in alike]
+    common, _ = Counter(copies for copies, _ in parts).most_common(1)[0]
+    rest = sorted(rest for copies, rest in parts if copies == common)
+    # What a few convolutions of other sizes took beside is no reason to take more than all operands.
+    return _copies_bytes(common, shape) + min(rest[(len(rest) - 1) // 2], sum(operands) + _SMALL_BYTES)
+
+
+_SMALL_BYTES = 2**23
+
+# Which of input, output and weight are copied; and "partial": a gradient of the weight in fp32 for each sample.
+_COPIES = ("", "iow", "io", "iw", "ow", "i", "o", "w")
+
+
+def _copies_bytes(copies: str, shape: Shape) -> int:
+    n_in, n_out, weight = shape.operand_bytes
+    if copies == "partial":
+        return shape.batch * weight * 4 // shape.itemsize
+    return n_in * ("i" in copies) + n_out * ("o" in copies) + weight * ("w" in copies)
+
+
+@cache
+def _taken_apart(shape: Shape, taken: int) -> tuple[str, int]:
+    """Explain measured bytes as copies of operands and a rest."""
+    rests = {copies: taken - _copies_bytes(copies, shape) for copies in (*_COPIES, "partial")}
+    for copies, rest in rests.items():
+        if 0 <= rest <= _SLACK:
+            return copies, rest
+    return min(((c, r) for c, r in rests.items() if r >= 0 and c != "partial"), key=lambda pair: pair[1])
+
+
+Measured = tuple[Shape, tuple[int, int, int]]
+
+
+@cache
+def _most_alike(shape: Shape) -> tuple[Measured, ...]:
+    features, measured = _sweep().get(shape.kind, (None, ()))
+    if features is None:
+        return ()
+    distances = (features - torch.tensor(shape.features)).abs().sum(1)
+    nearest = distances.topk(min(_N_ALIKE, len(measured)), largest=False).indices.tolist()
+    return tuple(measured[i] for i in nearest)
+
+
+@cache
+def _sweep() -> dict[tuple[Any, ...], tuple[torch.Tensor | None, Sequence[Measured]]]:
+    """Read the sweep, by kind."""
+    by_kind: dict[tuple[Any, ...], list[Measured]] = defaultdict(list)
+    for shape, taken in _rows():
+        by_kind[shape.kind].append((shape, taken))
+    return {
+        kind: (torch.tensor([shape.features for shape, _ in measured]), measured)
+        for kind, measured in by_kind.items()
+    }
+
+
+def _rows() -> Iterator[Measured]:
+    lines = Path(__file__).with_name("convolution_sweep.csv").read_text().splitlines()
+    for line in lines[1:]:
+        itemsize, last, batch, n_in, n_out, groups, *rest = line.split(",")
+        kernel, stride, dilation, size_in, size_out = (tuple(map(int, part.split("x"))) for part in rest[:5])
+        shape = Shape(
+            int(itemsize),
+            last == "1",
+            int(batch),
+            int(n_in),
+            int(n_out),
+            kernel,
+            stride,
+            dilation,
+            int(groups),
+            size_in,
+            size_out,
+        )
+        forward, data, weight = map(int, rest[5:])
+        yield shape, (forward, data, weight)
+
+
+# --- the operators -----------------------------------------------------------------------------------------
+
+
+def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a convolution: operands are made dense in one layout, the output follows, then the workspace."""
+    tensor, weight, bias, stride, _, dilation, transposed, _, groups = args
+    memory_format = _memory_format(tensor, weight)
+    with recorder.scratch(*_copies(memory_format, tensor, weight)):
+        output = recorder.run(func, (tensor, weight, None, *args[3:]), kwargs)
+        if tensor.dim() > 2 and output.numel():
+            shape = _shape(tensor, output, weight, stride, dilation, groups, transposed=transposed)
+            with recorder.scratch(workspace_bytes(shape, _DATA if transposed else _FORWARD)):
+                pass
+    del bias  # added in place
+    return output
+
+
+def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run its backward pass: each gradient is followed by its workspace; that of the bias is a sum."""
+    del func, kwargs
+    gradient, tensor, weight, _, stride, _, dilation, transposed, _, groups, wanted = args
+    memory_format = _memory_format(tensor, weight)
+    shape = _shape(tensor, gradient, weight, stride, dilation, groups, transposed=transposed)
+    found: list[torch.Tensor | None] = [None, None, None]
+    with recorder.scratch(*_copies(memory_format, gradient, tensor, weight)):
+        directions = (_FORWARD if transposed else _DATA, _WEIGHT)
+        for i, (like, direction) in enumerate(zip((tensor, weight), directions, strict=True)):
+            if wanted[i]:
+                found[i] = _empty_like(recorder, like, memory_format)
+                with recorder.scratch(workspace_bytes(shape, direction)):
+                    pass
+    if wanted[2]:
+        found[2] = recorder.new((gradient.shape[1],), gradient.dtype)
+        dims = [d for d in range(gradient.dim()) if d != 1]
+        accumulator_bytes = max(4, gradient.dtype.itemsize)
+        with recorder.scratch(*scratch_bytes(gradient, dims, accumulator_bytes, recorder.gpu)):
+            pass
+    return tuple(found)
+
+
+def _memory_format(tensor: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """Return the layout in which cuDNN is called: channels last if either operand is."""
+    if tensor.dim() in (4, 5):
+        last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+        if any(_suggests(operand, last) for operand in (tensor, weight)):
+            return last
+    return torch.contiguous_format
+
+
+def _suggests(tensor: torch.Tensor, last: torch.memory_format) -> bool:
+    return tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
+
+
+def _copies(memory_format: torch.memory_format, *tensors: torch.Tensor) -> list[int]:
+    """Return the bytes of the copies of those operands that are not dense in the layout."""
+    return [
+        t.numel() * t.dtype.itemsize for t in tensors if not t.is_contiguous(memory_format=memory_format)
+    ]
+
+
+def _empty_like(recorder: Recorder, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    stride = torch.empty(like.shape, device="meta", memory_format=memory_format).stride()
+    return recorder.new(like.shape, like.dtype, stride)
+
+
+def _shape(
+    tensor: torch.Tensor,
+    output: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    transposed: bool,
+) -> Shape:
+    if transposed:
+        tensor, output = output, tensor
+    return Shape(
+        itemsize=min(tensor.dtype.itemsize, 4),
+        channels_last=_memory_format(tensor, weight) is not torch.contiguous_format,
+        batch=tensor.shape[0],
+        n_in=tensor.shape[1],
+        n_out=output.shape[1],
+        kernel=tuple(weight.shape[2:]),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        groups=groups,
+        size_in=tuple(tensor.shape[2:]),
+        size_out=tuple(output.shape[2:]),
+    )
