@@ -1,4 +1,4 @@
-"""Feeding a GPU at the hardware's limit: `python benchmarks/device_loader.py [workloads] [sweep] [workers]`.
+"""Feeding a GPU at the hardware's limit: `python benchmarks/device_loader.py [PART...]`.
 
 Checked first: every peer hands out the right batches in the right order (races are the business of
 `device_loader_reliability.py`). Then timed on the device's own clock, from the eighth batch of a pass to its
@@ -30,20 +30,25 @@ Step = Callable[[peers.Batch], None]
 
 
 def main() -> None:
-    """Run the parts asked for, all by default, and write the result file."""
+    """Run the parts asked for, all by default, and write a result file for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=["workloads", "sweep", "workers"])
+    parts: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+        "workloads": workloads,
+        "resnet50": resnet50,
+        "workers": workers,
+        "sweep_pinned": functools.partial(sweep, "pinned"),
+        "sweep_pageable": functools.partial(sweep, "pageable"),
+    }
+    parser.add_argument("parts", nargs="*", default=list(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
     arguments = parser.parse_args()
     check()
-    sections: dict[str, list[dict[str, Any]]] = {}
-    for name, part in {"workloads": workloads, "sweep": sweep, "workers": workers}.items():
-        if name in arguments.parts:
-            sections[name] = list(shown(part(arguments.n_samples)))
-    path = record.write("device_loader", PROTOCOL, sections.pop("workloads", []), **sections)
-    print(f"written: {path}")
+    for name in arguments.parts:
+        subject = "device_loader" if name == "workloads" else f"device_loader_{name}"
+        path = record.write(subject, PROTOCOL, list(shown(parts[name](arguments.n_samples))))
+        print(f"written: {path}")
 
 
 def shown(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -203,12 +208,12 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from compared(batches, step(), names, n_samples, workload=what, source=source)
 
 
-def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
+def sweep(source: str, n_samples: int) -> Iterator[dict[str, Any]]:
     """Time batches of 38.5 MB at many ratios of compute to transfer."""
     n_elements = 64 * 3 * 224 * 224
     limit_ms = copy_ms(n_elements * 4)
     names = ["bare", "pinned, non_blocking", "apex, record_stream", "torchfast"]
-    for source, n_leaves in itertools.product(["pinned", "pageable"], [1, 8, 512]):
+    for n_leaves in (1, 8, 512):
         batches = host_batches(n_leaves, n_elements // n_leaves, source, 32)
         for ratio, consumer in itertools.product([0.25, 0.5, 1, 2, 4, 16], ["free-running", "item"]):
             step = products(ratio * limit_ms)
@@ -222,6 +227,39 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
                 source=source,
                 consumer=consumer,
             )
+
+
+def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time a training step of ResNet-50 in bfloat16 on 256 images: as float32, and as uint8 to normalise."""
+    import timm
+
+    model = timm.create_model("resnet50").cuda().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    labels = torch.randint(0, 1000, (256,), device="cuda")
+
+    def step(batch: peers.Batch) -> None:
+        images = batch[0].to(memory_format=torch.channels_last)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    floats = [[torch.randn(256, 3, 224, 224).pin_memory()] for _ in range(3)] * 8
+    integers = [
+        [torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8).pin_memory()] for _ in range(3)
+    ] * 8
+    names = ["bare", "pinned, non_blocking", "apex, record_stream", "torchfast"]
+    yield from compared(
+        floats, step, names, n_samples, workload="ResNet-50, bfloat16, batch 256", source="float32"
+    )
+    means, stds = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    loader = DeviceLoader(
+        integers, "cuda", normalize=(means, stds), image_dtype=torch.bfloat16, channels_last=True
+    )
+    samples = passes_ms(lambda: loader, step, n_samples)
+    what = {"workload": "ResNet-50, bfloat16, batch 256", "source": "uint8, normalised on the device"}
+    yield {**what, "peer": "torchfast", "step_ms": record.median(samples), "samples_ms": samples}
 
 
 class Jittered(Dataset[torch.Tensor]):
