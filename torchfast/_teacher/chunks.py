@@ -55,12 +55,17 @@ def _in_chunks(forward: Forward, inputs: Any, size: int | None) -> Any:
     if size is None or n_samples is None or size >= n_samples:
         return forward(inputs)
     whole: list[Any] = []
+    around: Any = None
     start = 0
     for part in split(inputs, size):
         length = min(size, n_samples - start)
         leaves, structure = flatten(forward(part))
-        if not whole:
+        rest = structure.rebuild(range(len(leaves)))
+        if start == 0:
             whole = [_room(leaf, length, n_samples) for leaf in leaves]
+            around = rest
+        elif rest != around:
+            raise _cannot_split("returns things other than tensors, which differ from part to part")
         _put(leaves, whole, start, length)
         start += length
     return structure.rebuild(whole)
