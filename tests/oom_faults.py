@@ -1,5 +1,6 @@
 """Six training steps, and what becomes of them when memory runs out at one of their operators."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import nn
 
 from torchfast import inject_oom, oom_guard
 
+DEPTH = int(os.environ.get("TORCHFAST_FAULT_DEPTH", "1"))
 N_STEPS = 3
 N_SAMPLES = 8
 
@@ -32,7 +34,7 @@ class LastOutput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(6, 8, num_layers=2, batch_first=True)
+        self.rnn = nn.LSTM(6, 8, num_layers=1 + DEPTH, batch_first=True)
         self.head = nn.Linear(8, 3)
 
     def forward(self, sequences: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,11 @@ class LastOutput(nn.Module):
         return logits
 
 
+def stack(*make: Callable[[], nn.Module]) -> list[nn.Module]:
+    """Return these layers, repeated as deep as the models are to be."""
+    return [layer() for _ in range(DEPTH) for layer in make]
+
+
 def batches_of(*shape: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return one random batch of samples of this shape for each step."""
     return [(torch.randn(N_SAMPLES, *shape), torch.randint(3, (N_SAMPLES,))) for _ in range(N_STEPS)]
@@ -49,16 +56,18 @@ def batches_of(*shape: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def cnn() -> Training:
     """Batch norm and dropout; momentum."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, 3)
+    blocks = stack(
+        lambda: nn.LazyConv2d(4, 3, padding=1), lambda: nn.BatchNorm2d(4), nn.ReLU, lambda: nn.Dropout(0.3)
     )
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.LazyLinear(3))
+    model(torch.zeros(2, 1, 8, 8))
     return Training(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), batches_of(1, 8, 8))
 
 
 def transformer() -> Training:
     """Attention, layer norm and dropout; a foreach optimizer."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3))
+    layers = stack(lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 3))
     return Training(model, torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True), batches_of(5, 8))
 
 
@@ -70,7 +79,8 @@ def rnn() -> Training:
 
 def amp() -> Training:
     """Mixed precision with a gradient scaler whose scale changes at every step."""
-    model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 3))
+    hidden = stack(lambda: nn.Linear(12, 12), nn.GELU)
+    model = nn.Sequential(*hidden, nn.Linear(12, 3))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return Training(model, optimizer, batches_of(12), scaler=scaler)
@@ -78,17 +88,19 @@ def amp() -> Training:
 
 def first_step() -> Training:
     """The first step of AdamW, which makes its state; two groups, one with amsgrad."""
-    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+    hidden = nn.Sequential(*stack(lambda: nn.Linear(12, 12), nn.Tanh))
+    model = nn.Sequential(hidden, nn.Linear(12, 3))
     groups: list[dict[str, Any]] = [
-        {"params": model[0].parameters()},
-        {"params": model[2].parameters(), "amsgrad": True, "weight_decay": 0.0},
+        {"params": hidden.parameters()},
+        {"params": model[1].parameters(), "amsgrad": True, "weight_decay": 0.0},
     ]
     return Training(model, torch.optim.AdamW(groups, lr=0.01, foreach=True), batches_of(12))
 
 
 def accumulation() -> Training:
     """Gradients of two batches added up before a step, with noise from a generator of the user's own."""
-    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    blocks = stack(lambda: nn.Linear(12, 12), lambda: nn.BatchNorm1d(12), nn.ReLU)
+    model = nn.Sequential(*blocks, nn.Linear(12, 3))
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, foreach=True)
     generator = torch.Generator().manual_seed(5)
     return Training(model, optimizer, batches_of(12), generator=generator, n_accumulated=2, is_noisy=True)
@@ -143,8 +155,9 @@ def run_bare(name: str) -> list[Any]:
     return state_of(training, losses)
 
 
-def run_guarded(name: str, injection: inject_oom, *, copy: bool = True) -> list[Any]:
+def run_guarded(name: str, injection: inject_oom, *, copy: bool = True, step: int | None = None) -> list[Any]:
     """Run the training under a retry, with a fault in one of its steps, and return its state at the end."""
+    failing_step = FAILING_STEP[name] if step is None else step
     training = begin(name)
     generators = () if training.generator is None else (training.generator,)
     retry = oom_guard().retry(
@@ -158,7 +171,7 @@ def run_guarded(name: str, injection: inject_oom, *, copy: bool = True) -> list[
     for index, batch in enumerate(training.batches):
         for attempt in retry.attempts(batch):
             with attempt:
-                if index == FAILING_STEP[name]:
+                if index == failing_step:
                     with injection:
                         loss = take_step(training, iter(attempt), index)
                 else:
@@ -200,8 +213,8 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def n_operators(name: str, **conditions: Any) -> int:
+def n_operators(name: str, *, step: int | None = None, **conditions: Any) -> int:
     """Return how many operators the step that is to fail consists of."""
     counting = inject_oom(times=0, **conditions)
-    run_guarded(name, counting)
+    run_guarded(name, counting, step=step)
     return counting.n_operators

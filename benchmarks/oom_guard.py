@@ -1,0 +1,258 @@
+"""Measure oom_guard: what it recognises, what a fault leaves behind, and what it costs while nothing fails.
+
+PYTHONPATH=. python benchmarks/oom_guard.py [recognition] [faults] [overhead]
+
+`recognition` runs 28 texts of out-of-memory errors, and texts that only look like one, through the detectors
+of the peers that are installed (pip install accelerate pytorch-lightning stormlog toma torch-max-mem
+torchtnt). `faults` injects an error at every operator of a step, one at a time, and compares bit for bit
+with a run without. `overhead` needs a GPU.
+"""
+
+import builtins
+import gc
+import importlib
+import json
+import operator
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from tests import oom_faults
+from torchfast import inject_oom, oom_guard
+from torchfast._oom_errors import classify
+
+TEXTS = Path(__file__).parents[1] / "tests" / "oom_texts.json"
+PEERS = {
+    "accelerate": ("accelerate.utils.memory", "should_reduce_batch_size"),
+    "lightning": ("pytorch_lightning.utilities.memory", "is_oom_error"),
+    "stormlog": ("stormlog.oom_flight_recorder", "classify_oom_exception"),
+    "timm": ("timm.utils", "check_batch_size_retry"),
+    "toma": ("toma", "should_reduce_batch_size"),
+    "torch-max-mem": ("torch_max_mem.api", "is_oom_error"),
+    "torchtnt": ("torchtnt.utils.oom", "is_out_of_memory_error"),
+}
+Detector = Callable[[BaseException], bool]
+
+
+def recognition() -> list[dict[str, Any]]:
+    """Return, for each detector, which of the texts it takes for an out-of-memory error."""
+    texts = json.loads(TEXTS.read_text())
+    catalogue = [case for case in texts["errors"] if case["in_catalogue"]]
+    rows = []
+    for name, detect in detectors().items():
+        found = [case["case"] for case in catalogue if detect(error_of(case), True)]
+        wrong = [case["case"] for case in texts["look_alikes"] if detect(error_of(case), False)]
+        rows.append(
+            {
+                "part": "recognition",
+                "detector": name,
+                "n_recognised": len(found),
+                "n_texts": len(catalogue),
+                "n_look_alikes_taken": len(wrong),
+                "n_look_alikes": len(texts["look_alikes"]),
+                "missed": [case["case"] for case in catalogue if case["case"] not in found],
+                "look_alikes_taken": wrong,
+            }
+        )
+        print(f"{name:28} {len(found):2} of {len(catalogue)}, {len(wrong)} look-alikes taken for one")
+    return rows
+
+
+def detectors() -> dict[str, Callable[[BaseException, bool], bool]]:
+    """Return ours, the bare type, and those of the peers that are installed."""
+    found: dict[str, Callable[[BaseException, bool], bool]] = {
+        # Only ours looks at the device's memory where a text has two meanings.
+        "torchfast": lambda error, is_full: classify(error, memory_is_short=lambda: is_full) is not None,
+        "except OutOfMemoryError": lambda error, _: isinstance(error, torch.OutOfMemoryError),
+    }
+    for name, (module, function) in PEERS.items():
+        try:
+            detect = getattr(importlib.import_module(module), function)
+        except (ImportError, RuntimeError) as error:
+            print(f"{name:28} left out: {error}")
+            continue
+        found[name] = _answer(name, detect)
+    return found
+
+
+def _answer(name: str, detect: Callable[[Any], Any]) -> Callable[[BaseException, bool], bool]:
+    if name == "timm":
+        return lambda error, _: isinstance(error, RuntimeError) and bool(detect(str(error)))
+    if name == "stormlog":
+        return lambda error, _: bool(detect(error).is_oom)
+    return lambda error, _: bool(detect(error))
+
+
+def error_of(case: dict[str, Any]) -> BaseException:
+    """Return the error of a case."""
+    name: str = case["type"]
+    if name.startswith("torch."):
+        kind = operator.attrgetter(name.removeprefix("torch."))(torch)
+    else:
+        kind = getattr(builtins, name)
+    error: BaseException = kind(case["text"])
+    return error
+
+
+# --- faults -----------------------------------------------------------------------------------------------
+
+
+def faults() -> list[dict[str, Any]]:
+    """Inject a fault at every operator of every step of six trainings, and count those that leave a trace."""
+    gc.freeze()  # what exists by now is not walked after each fault
+    rows = []
+    for name in oom_faults.TRAININGS:
+        expected = oom_faults.run_bare(name)
+        for phase, copy in ((None, True), ("forward", False), ("backward", False)):
+            n_faults = n_wrong = 0
+            start_s = time.perf_counter()
+            for step in range(oom_faults.N_STEPS):
+                n_operators = oom_faults.n_operators(name, step=step, phase=phase)
+                n_faults += n_operators
+                for at in range(n_operators):
+                    injection = inject_oom(at, phase=phase)  # type: ignore[arg-type]  # one of the above
+                    state = oom_faults.run_guarded(name, injection, copy=copy, step=step)
+                    is_wrong = oom_faults.differences(state, expected) > 0 or injection.n_failures != 1
+                    n_wrong += is_wrong
+            what = f"{phase or 'whole step'}, {'with' if copy else 'without'} a copy"
+            rows.append(_row(name, what, n_faults, n_wrong, time.perf_counter() - start_s))
+    print(
+        f"{sum(row['n_faults'] for row in rows)} faults, {sum(row['n_wrong'] for row in rows)} left a trace"
+    )
+    return rows
+
+
+def _row(name: str, what: str, n_faults: int, n_wrong: int, seconds: float) -> dict[str, Any]:
+    print(f"{name:14} {what:20} {n_faults:5} faults, {n_wrong} left a trace, {seconds:.0f} s")
+    return {"part": "faults", "training": name, "what": what, "n_faults": n_faults, "n_wrong": n_wrong}
+
+
+# --- overhead ---------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A ResNet-50 in training, and the ways to take a step of it."""
+
+    def __init__(self) -> None:
+        import timm
+
+        torch.manual_seed(0)
+        self.model: torch.nn.Module = (
+            timm.create_model("resnet50").cuda().to(memory_format=torch.channels_last)
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        images = torch.randn(16, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+        self.batch = (images, torch.arange(16, device="cuda"))
+
+    def step(self, parts: Iterable[Any]) -> None:
+        """Take one step with these parts of the batch."""
+        for (part, labels), weight in parts:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(self.model(part), labels)
+            (loss * weight).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def bare(self) -> None:
+        """Step without any guard."""
+        self.step([(self.batch, 1.0)])
+
+    def guarded(self) -> None:
+        """Step in a block."""
+        with oom_guard():
+            self.bare()
+
+    def in_steps(self) -> None:
+        """Step in the guard's steps, which measure its peak."""
+        for _ in oom_guard().steps([self.batch]):
+            self.bare()
+
+    def retried(self, *, copy: bool) -> Callable[[], None]:
+        """Return a step under a retry."""
+        retry = oom_guard().retry(model=self.model, optimizer=self.optimizer, copy=copy)
+
+        def run() -> None:
+            for attempt in retry.attempts(self.batch):
+                with attempt:
+                    self.step(attempt)
+
+        return run
+
+    def copy_bytes(self) -> int:
+        """Return what a copy of parameters and optimizer state takes."""
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if t is not None]
+        return sum(t.nbytes for t in [*self.model.parameters(), *moments])
+
+
+def overhead() -> list[dict[str, Any]]:
+    """Time a ResNet-50 step bare, in the guard's steps, and under a retry without and with a copy."""
+    training = Training()
+    ways: dict[str, Callable[[], None]] = {
+        "bare": training.bare,
+        "with oom_guard()": training.guarded,
+        "guard.steps": training.in_steps,
+        "retry": training.retried(copy=False),
+        "retry, copy=True": training.retried(copy=True),
+    }
+    samples_ms: dict[str, list[float]] = {way: [] for way in ways}
+    for run in ways.values():
+        record.times_ms(run, n_samples=1, n_steps=10, n_warmup=5)
+    for _ in range(15):  # in turn, so that a drift of the clocks hits all alike
+        for way, run in ways.items():
+            samples_ms[way] += record.times_ms(run, n_samples=1, n_steps=10, n_warmup=0)
+    rows: list[dict[str, Any]] = []
+    for way, samples in samples_ms.items():
+        ratio = record.median(samples) / record.median(samples_ms["bare"])
+        rows.append(
+            {"way": way, "median_ms": record.median(samples), "ratio": round(ratio, 4), "samples_ms": samples}
+        )
+        print(f"{way:20} {record.median(samples):8.3f} ms  x {ratio:.4f}")
+    return [*rows, {"way": "copy", "copy_bytes": training.copy_bytes()}, entering()]
+
+
+def entering() -> dict[str, Any]:
+    """Time `with oom_guard():` by itself, in a function with a dozen variables."""
+    tensors = [torch.zeros(1) for _ in range(6)]
+    a, b, c, d, e, f = tensors  # the guard notes what the names of this function are bound to
+    n_times, samples_us = 20_000, []
+    for _ in range(7):
+        start_s = time.perf_counter()
+        for _ in range(n_times):
+            with oom_guard():
+                pass
+        samples_us.append((time.perf_counter() - start_s) / n_times * 1e6)
+    del a, b, c, d, e, f
+    print(f"with oom_guard(): {record.median(samples_us)} µs")
+    return {"way": "entering", "median_us": record.median(samples_us), "samples_us": samples_us}
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "recognition": recognition,
+    "faults": faults,
+    "overhead": overhead,
+}
+PROTOCOL = (
+    "recognition: each detector's own answer to each text. faults: every operator of each of three "
+    "steps, one at a "
+    "time, on a CPU in float32, the state afterwards compared bit for bit. overhead: ResNet-50, "
+    "batch 16, bfloat16 "
+    "autocast, channels_last, SGD with momentum; 15 samples of 10 steps of each way in turn."
+)
+
+
+def main() -> None:
+    """Run the parts that were asked for, or all that this machine can run, and write the result file."""
+    asked = sys.argv[1:] or [part for part in PARTS if part != "overhead" or torch.cuda.is_available()]
+    for part in asked:
+        print(record.write(f"oom_guard_{part}", PROTOCOL, PARTS[part]()))
+
+
+if __name__ == "__main__":
+    main()
