@@ -8,6 +8,7 @@ Polling `nvidia-smi` is left out: a fork of 10 to 20 ms is no contest.
 """
 
 import functools
+import random
 import sys
 import threading
 import time
@@ -21,15 +22,17 @@ from torch import nn
 
 from torchfast import VRAMMonitor
 from torchfast._memory import allocator_stats, driver_memory
+from torchfast._monitor import probe
 
 DEVICE = torch.device("cuda", 0)
 PROTOCOL = (
-    "Costs: the median over 300 calls 5 ms apart, as a sampling thread makes them, so that every source is "
-    "due; idle, and right after 20 matrix products of 4096 were queued. "
-    "Steps: 15 rounds in which every variant takes its turn, each the mean of as many steps as take about "
-    "150 ms; the ratio is the median over rounds of variant to no monitor in the same round."
+    "Costs: the median of 2,000 calls back to back, every source due at each (hot); of 300 calls 5 ms apart, as "
+    "a sampling thread makes them (cold); of 300 right after 20 matrix products of 4096 were queued (busy). "
+    "Steps: 15 rounds in which every variant takes its turn, in an order drawn anew, each the mean of as many "
+    "steps as take about 150 ms. The ratio is the median over rounds of variant to no monitor in the same "
+    "round; how far the second no monitor is from 1 says how much of it is noise."
 )
-N_CALLS, N_ROUNDS = 300, 15
+N_ROUNDS = 15
 
 
 def main() -> None:
@@ -77,25 +80,29 @@ def costs() -> Iterator[dict[str, Any]]:
             "memory_stats()": lambda: torch.cuda.memory_stats(DEVICE),
             "three memory_stats() calls": three_calls,
         }
+        # Back to back, a source would otherwise answer from its last reading: it may take 1 % of the time.
+        probe._SHARE = float("inf")
         for name, call in calls.items():
-            for state in ("idle", "busy"):
-                samples = sorted(time_calls(call, busy=state == "busy"))
+            for state, n_calls, rest_s in (("hot", 2000, 0.0), ("cold", 300, 0.005), ("busy", 300, 0.005)):
+                samples = sorted(time_calls(call, n_calls, rest_s, busy=state == "busy"))
                 yield {
                     "kind": "cost",
                     "what": name,
-                    "gpu": state,
+                    "state": state,
                     "median_us": record.median(samples),
                     "p99_us": float(f"{samples[int(0.99 * len(samples))]:.4g}"),
                 }
+        probe._SHARE = 0.01
 
 
-def time_calls(call: Callable[[], object], *, busy: bool) -> list[float]:
+def time_calls(call: Callable[[], object], n_calls: int, rest_s: float, *, busy: bool) -> list[float]:
     """Return the time of each call in µs."""
     matrix = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
     samples = []
-    for _ in range(N_CALLS):
-        torch.cuda.synchronize()
-        time.sleep(0.005)
+    for _ in range(n_calls):
+        if rest_s:
+            torch.cuda.synchronize()
+            time.sleep(rest_s)
         if busy:
             for _ in range(20):
                 matrix @ matrix
@@ -161,7 +168,8 @@ def one_round(step: Callable[[VRAMMonitor | None], None], n_steps: int) -> Itera
         "three memory_stats() calls, 100 a second": (polling(three_calls, 0.01), False),
         "no monitor, again": (nullcontext(), False),
     }
-    for name, (watching, with_phases) in variants.items():
+    shuffled = random.sample(list(variants.items()), len(variants))
+    for name, (watching, with_phases) in shuffled:
         with ExitStack() as stack:
             watcher = stack.enter_context(watching)
             vram = watcher if with_phases else None

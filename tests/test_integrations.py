@@ -60,6 +60,25 @@ class TestLooks:
         (peak,) = [rect for rect in root.iter("rect") if rect.get("fill") == "currentColor"]
         assert peak.get("x") == "8.000%"
 
+    def test_the_peak_is_on_the_timeline_though_no_sample_saw_it(self) -> None:
+        """The scale reaches up to the exact peak, which lies above every sample."""
+        gpu = FakeGPU()
+        gpu.others_bytes = 0
+        with gpu.monitor() as vram:
+            gpu.allocate(4000)
+            gpu.allocate(-4000)
+        (svg,) = [e for e in ET.fromstring(vram._repr_html_()).iter("svg") if e.get("viewBox")]  # noqa: S314
+        (dashed,) = [line for line in svg.iter("line") if line.get("stroke-dasharray")]
+        assert 0 < float(str(dashed.get("y1"))) < 178
+
+    def test_a_finished_run_is_shown_as_it_was(self) -> None:
+        """A notebook's output, shown again after the run, is that of the run's end."""
+        gpu = FakeGPU()
+        with gpu.monitor() as vram:
+            gpu.allocate(100)
+        gpu.allocate(5000)
+        assert "tensors 100 B" in vram._repr_html_()
+
     def test_the_gauge_takes_a_record_from_elsewhere(self) -> None:
         """A status that went through JSON, as from a training in another process, gives the same gauge."""
         status = finished().status()

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from tests.fake_gpu import FakeGPU
 from torchfast import VRAMMonitor, VRAMSample
+from torchfast._bytes import MIB
 from torchfast._memory import host_memory
 from torchfast._monitor import probe as probe_module
 from torchfast._monitor.history import History
 from torchfast._monitor.probe import Probe, Source, probe_of
-from torchfast._nvml import Unknown, own_memory
+from torchfast._nvml import Unknown, _pids_are_ours, shares
 
 
 def test_a_sample_tells_all_parts_and_they_add_up() -> None:
@@ -83,6 +84,7 @@ def test_nested_phases_have_exact_peaks_and_full_names() -> None:
             assert vram.peak.allocated_bytes == 600
         with vram.phase("step"):
             gpu.allocate(10)
+    assert vram.sample().phase is None
     assert list(vram.phases) == ["step", "step/forward"]
     step, inner = vram.phases.values()
     assert (step.n_times, step.peak_allocated_bytes, step.kept_bytes) == (2, 600, 10)
@@ -144,6 +146,25 @@ def test_two_monitors_and_a_guard_at_once() -> None:
         gpu.allocate(200)
     assert (one.peak.allocated_bytes, two.peak.allocated_bytes) == (900, 100)
     assert not one.peak.is_lower_bound
+
+
+def test_a_phase_adds_up_over_its_times() -> None:
+    """Times, seconds and the doubt about a peak are summed over all the times a phase was open."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram:
+        for is_disturbed in (True, False):
+            with vram.phase("forward"):
+                gpu.now_s += 2
+                gpu.allocate(100)
+                gpu.allocate(-100)
+                vram.sample()
+                if is_disturbed:
+                    gpu.reset()
+            assert vram.sample().phase is None
+    assert vram.phases["forward"].total_s == 4
+    assert vram.phases["forward"].n_times == 2
+    assert vram.phases["forward"].is_lower_bound
+    assert "≥ 100 B" in str(vram)
 
 
 def test_a_second_run_starts_afresh() -> None:
@@ -298,6 +319,25 @@ def test_a_driver_that_hangs_does_not_stop_the_training(monkeypatch: pytest.Monk
     assert forward.peak_allocated_bytes == vram.peak.allocated_bytes == 100
 
 
+def test_a_monitor_that_is_collected_by_its_own_thread() -> None:
+    """The garbage collector may drop a monitor while its thread runs: the thread does not wait for itself."""
+    gpu = FakeGPU()
+    closed = threading.Event()
+    clock = gpu.clock
+
+    def close_within() -> float:
+        if threading.current_thread().name == "torchfast-vram-monitor" and not closed.is_set():
+            assert vram._stop is not None
+            vram._stop()
+            closed.set()
+        return clock()
+
+    vram = gpu.monitor(interval_s=0.001, _clock=close_within)
+    with vram:
+        assert closed.wait(30)
+    assert vram.errors == ()
+
+
 def test_a_phase_closed_by_another_thread() -> None:
     """A phase that one thread opened and another closed, as a generator's may be, is out of the way."""
     gpu = FakeGPU()
@@ -325,6 +365,27 @@ def test_a_slow_source_is_asked_less_often() -> None:
         stale = vram._run.sample(fresh=False)
     assert 10 <= n_reads <= 13
     assert stale.sources["free"].startswith("driver, read ")
+
+
+def test_a_source_that_recovers_is_trusted_again() -> None:
+    """After a good reading the next failure begins anew with 2 s; while it fails, there is no value."""
+    gpu = FakeGPU()
+    asked: list[float] = []
+    good = [False, True, False, True]
+
+    def sometimes() -> int:
+        asked.append(gpu.now_s)
+        if not good[len(asked) - 1]:
+            raise OSError("no")
+        return 5
+
+    source = Source("flickering", sometimes)
+    values = []
+    for second in (0, 1, 2, 3, 4, 5):
+        gpu.now_s = second
+        values.append(source.get(gpu.clock, fresh=False))
+    assert asked == [0, 2, 3, 5]
+    assert values == [None, None, 5, None, None, 5]
 
 
 def test_a_failing_source_is_asked_less_and_less() -> None:
@@ -358,6 +419,9 @@ def test_history_is_bounded_and_keeps_the_extremes(values: list[int], max_spans:
     spans = history.spans
     assert len(spans) <= max_spans
     assert sum(span.n_samples for span in spans) == len(values)
+    *full, last = [span.n_samples for span in spans]
+    assert len(set(full)) <= 1  # the resolution is the same all along
+    assert last <= max([last, *full])
     assert max(span.high.tensors_bytes or 0 for span in spans) == max(values)
     assert min(span.low.tensors_bytes or 0 for span in spans) == min(values)
     assert max(span.high.free_bytes or 0 for span in spans) == 10**7 - 800 - 2 * min(values)
@@ -479,12 +543,18 @@ class TestWhoHoldsWhat:
         """Where this process sees the PIDs that NVML lists, its own entry is its own."""
         monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: True)
         monkeypatch.setattr("os.getpid", lambda: 7)
-        assert own_memory({7: 100, 8: 900}, 60) == 100
+        assert shares({7: 100, 8: 900, 9: 50}, 1060, 60) == (100, 950, "")
 
     def test_alone_on_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A single process on the list is this one, by whatever PID: we hold memory there."""
         monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
-        assert own_memory({4711: 100}, 60) == 100
+        assert shares({4711: 100}, 100 + 9 * MIB, 60) == (100, 0, "")
+
+    def test_somebody_who_is_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where more is used than is listed, by more than a driver takes, the others are unknown."""
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
+        why = "NVML does not list all that use this GPU"
+        assert shares({4711: 100}, 100 + 300 * MIB, 60) == (100, None, why)
 
     @pytest.mark.parametrize(
         ("listed", "why"),
@@ -501,8 +571,55 @@ class TestWhoHoldsWhat:
         """Where it cannot be told which process is ours, the reason is given and no number."""
         monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
         with pytest.raises(Unknown) as unknown:
-            own_memory(listed, 60)
+            shares(listed, 500, 60)
         assert str(unknown.value) == why
+
+
+@pytest.mark.parametrize(
+    ("namespace", "listed", "ours"),
+    [
+        ("pid:[4026531836]", [7, 1], True),
+        ("pid:[4026531836]", [1], False),
+        ("pid:[4026531836]", [7, 999_999_999], False),
+        ("pid:[4026532259]", [7, 1], False),
+        (None, [7, 1], False),
+    ],
+)
+def test_whether_the_pids_are_ours(
+    namespace: str | None, listed: list[int], *, ours: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PIDs are ours in the host's namespace only, if ours is listed, and if all that are listed are here."""
+    for pid in (1, 7):
+        (tmp_path / str(pid)).mkdir()
+    (tmp_path / "self" / "ns").mkdir(parents=True)
+    if namespace is not None:
+        (tmp_path / "self" / "ns" / "pid").symlink_to(namespace)
+    monkeypatch.setattr("torchfast._nvml._PROC", tmp_path)
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    assert _pids_are_ours(dict.fromkeys(listed)) is ours
+
+
+@pytest.mark.parametrize(
+    ("backend", "setting", "why"),
+    [
+        ("native", "", ""),
+        ("native", "max_split_size_mb:64", ""),
+        ("native", "expandable_segments:True", "with expandable_segments the allocator does not count it"),
+        ("cudaMallocAsync", "", "the cudaMallocAsync allocator does not count it"),
+    ],
+)
+def test_fragments_that_the_allocator_does_not_count(
+    backend: str, setting: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch does not count fragments, they are None and not zero, and the cache holds them."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    gpu = FakeGPU()
+    gpu.allocate(1000)
+    sample = gpu.monitor().sample()
+    assert (sample.fragmented_bytes, sample.cached_bytes) == ((None, 1000) if why else (200, 800))
+    assert sample.sources["fragmented"] == (f"not known: {why}" if why else "allocator")
 
 
 class FakeDevice:
@@ -511,22 +628,19 @@ class FakeDevice:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gpu = FakeGPU()
         self.gpu.allocate(1000)
-        self.listed: dict[int, int | None] = {1: 2300}
+        self.listed: dict[int, int | None] = {1: 2300, 2: 500}
         self.moves: list[int] = []
         monkeypatch.setattr(probe_module, "ledger_of", lambda _: self.gpu.ledger)
         monkeypatch.setattr(probe_module, "driver_memory", lambda _: self.gpu._driver())
         monkeypatch.setattr(probe_module, "Nvml", lambda _: self)
-        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda _: False)
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        monkeypatch.setattr("torchfast._nvml._pids_are_ours", lambda pids: 1 in pids)
 
     def used_by_process(self) -> dict[int, int | None]:
         """Return the list of processes; meanwhile the training may take memory."""
         if self.moves:
             self.gpu.allocate(self.moves.pop())
         return self.listed
-
-    def used_bytes(self) -> int:
-        """Return what all processes hold."""
-        return 2800
 
     def sample(self) -> VRAMSample:
         """Sample through the real combination of sources."""
@@ -543,11 +657,21 @@ def test_outside_and_others_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_cannot_be_told_apart_is_given_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where NVML cannot name this process, outside and others are None, and their sum is still known."""
     device = FakeDevice(monkeypatch)
-    device.listed = {1: 100, 2: 2200}
+    device.listed = {3: 100, 2: 2200}
     sample = device.sample()
     assert (sample.not_pytorch_bytes, sample.outside_bytes, sample.others_bytes) == (800, None, None)
     assert sample.sources["others"].startswith("not known: NVML names processes by PIDs of the host")
     assert "not PyTorch 800 B" in repr(sample)
+
+
+def test_others_alone_may_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process can be known where the others are not; then only theirs is None, with the reason."""
+    device = FakeDevice(monkeypatch)
+    device.gpu.total_bytes, device.gpu.others_bytes = 10**12, 10**9
+    sample = device.sample()
+    assert (sample.outside_bytes, sample.others_bytes) == (300, None)
+    assert sample.sources["others"] == "not known: NVML does not list all that use this GPU"
+    assert sample.sources["outside"] == "the CUDA driver and NVML"
 
 
 def test_a_training_that_allocates_meanwhile_is_not_taken_for_somebody_else(

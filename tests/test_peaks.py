@@ -106,6 +106,19 @@ def test_foreign_reset_makes_the_peak_a_lower_bound() -> None:
     assert not later.is_lower_bound
 
 
+def test_a_reset_that_only_another_peak_betrays() -> None:
+    """A reset after which the allocated bytes rise past their peak still shows in a peak that fell."""
+    fake, ledger = new()
+    with PeakScope(ledger) as scope:
+        stats = fake.read()
+        assert stats is not None
+        ledger._read = lambda: stats._replace(peak_allocated_bytes=10, peak_inactive_split_bytes=9)
+        ledger.read()
+        ledger._read = lambda: stats._replace(peak_allocated_bytes=20, peak_inactive_split_bytes=8)
+    assert scope.is_lower_bound
+    assert scope.peak_allocated_bytes == 20
+
+
 def test_what_comes_and_goes_while_a_scope_opens_is_not_missed_silently() -> None:
     """What is taken and returned between reading and resetting may be the peak: the open scopes say so."""
     fake, ledger = new()

@@ -205,11 +205,13 @@ def test_looking_makes_no_context() -> None:
 
 
 def test_nvml_finds_the_same_gpu(device: torch.device) -> None:
-    """NVML's device, found by UUID, uses as much as the driver says, but for what the driver keeps."""
+    """NVML's device, found by UUID, lists what the driver says is used, but for a little of the driver's."""
     try:
         nvml = Nvml(device)
     except Unknown as unknown:
         pytest.skip(f"NVML is not to be had here: {unknown}")
     driver = driver_memory(device)
     assert driver is not None
-    assert abs(nvml.used_bytes() - (driver.total_bytes - driver.free_bytes)) < 1024 * MIB
+    listed = nvml.used_by_process()
+    assert sum(n_bytes or 0 for n_bytes in listed.values()) <= driver.total_bytes - driver.free_bytes
+    assert max(n_bytes or 0 for n_bytes in listed.values()) >= torch.cuda.memory_reserved(device)

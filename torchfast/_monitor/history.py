@@ -1,9 +1,10 @@
 """A bounded history that forgets no extreme."""
 
 import dataclasses
+import operator
 from typing import Any
 
-from torchfast._monitor.sample import VRAMSample, highest, lowest
+from torchfast._monitor.sample import VRAMSample
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +29,51 @@ class VRAMSpan:
         return self.high.total_bytes - self.low.free_bytes
 
 
+# The numbers of a sample, in the order of the tuples below.
+_NUMBERS = tuple(
+    field.name
+    for field in dataclasses.fields(VRAMSample)
+    if field.name not in ("time_s", "device", "phase", "sources")
+)
+_numbers_of = operator.attrgetter(*_NUMBERS)
+_TENSORS = _NUMBERS.index("tensors_bytes")
+Numbers = tuple[int | None, ...]
+
+
+class _Span:
+    """A span in the making: plain tuples, since two records a sample would cost more than the reading."""
+
+    __slots__ = ("end_s", "fullest", "high", "low", "n_samples", "start_s")
+
+    def __init__(self, sample: VRAMSample) -> None:
+        self.start_s = self.end_s = sample.time_s
+        self.n_samples = 1
+        self.fullest = sample
+        self.low: Numbers = _numbers_of(sample)
+        self.high = self.low
+
+    def take(self, other: "_Span") -> None:
+        """Take in the span that follows."""
+        if (other.high[_TENSORS] or 0) > (self.high[_TENSORS] or 0):
+            self.fullest = other.fullest
+        self.end_s = other.end_s
+        self.n_samples += other.n_samples
+        self.low = tuple(map(_lower, self.low, other.low))
+        self.high = tuple(map(_higher, self.high, other.high))
+
+    def finished(self) -> VRAMSpan:
+        """Return it as a record."""
+        low: dict[str, Any] = dict(zip(_NUMBERS, self.low, strict=True))
+        high: dict[str, Any] = dict(zip(_NUMBERS, self.high, strict=True))
+        return VRAMSpan(
+            self.start_s,
+            self.end_s,
+            self.n_samples,
+            dataclasses.replace(self.fullest, time_s=self.start_s, **low),
+            dataclasses.replace(self.fullest, time_s=self.start_s, **high),
+        )
+
+
 class History:
     """Spans of time, each of one sample at first.
 
@@ -38,46 +84,33 @@ class History:
     def __init__(self, max_spans: int) -> None:
         self._max_spans = max_spans
         self._n_per_span = 1
-        self._spans: list[VRAMSpan] = []
+        self._spans: list[_Span] = []
 
     def add(self, sample: VRAMSample) -> None:
         """Append a sample; the last span takes it in until it holds as many as the others."""
-        span = VRAMSpan(sample.time_s, sample.time_s, 1, sample, sample)
+        span = _Span(sample)
         if self._spans and self._spans[-1].n_samples < self._n_per_span:
-            self._spans[-1] = _merge(self._spans[-1], span)
+            self._spans[-1].take(span)
             return
         if len(self._spans) >= self._max_spans:
-            even = self._spans if len(self._spans) % 2 == 0 else self._spans[:-1]
-            merged = [_merge(*pair) for pair in zip(even[::2], even[1::2], strict=True)]
-            self._spans = merged + self._spans[len(even) :]
-            self._n_per_span *= 2
+            self._halve()
         self._spans.append(span)
 
     @property
     def spans(self) -> tuple[VRAMSpan, ...]:
         """The spans, oldest first."""
-        return tuple(self._spans)
+        return tuple(span.finished() for span in self._spans)
+
+    def _halve(self) -> None:
+        for first, second in zip(self._spans[::2], self._spans[1::2], strict=False):
+            first.take(second)
+        self._spans = self._spans[::2]
+        self._n_per_span *= 2
 
 
-_NUMBERS = tuple(
-    field.name
-    for field in dataclasses.fields(VRAMSample)
-    if field.name not in ("time_s", "device", "phase", "sources")
-)
+def _lower(one: int | None, two: int | None) -> int | None:
+    return two if one is None else one if two is None or one < two else two
 
 
-def _merge(one: VRAMSpan, two: VRAMSpan) -> VRAMSpan:
-    fuller = max(one.high, two.high, key=lambda sample: sample.tensors_bytes or 0)
-    low: dict[str, Any] = {
-        name: lowest((getattr(one.low, name), getattr(two.low, name))) for name in _NUMBERS
-    }
-    high: dict[str, Any] = {
-        name: highest((getattr(one.high, name), getattr(two.high, name))) for name in _NUMBERS
-    }
-    return VRAMSpan(
-        one.start_s,
-        two.end_s,
-        one.n_samples + two.n_samples,
-        dataclasses.replace(fuller, time_s=one.start_s, **low),
-        dataclasses.replace(fuller, time_s=one.start_s, **high),
-    )
+def _higher(one: int | None, two: int | None) -> int | None:
+    return two if one is None else one if two is None or one > two else two

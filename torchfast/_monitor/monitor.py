@@ -214,7 +214,7 @@ class VRAMMonitor:
 
     def __repr__(self) -> str:
         state = "running" if self.is_running else "not running"
-        return f"VRAMMonitor({self.device}, {state}, {len(self.history)} spans of history, {self.peak!r})"
+        return f"VRAMMonitor({self.device}, {state}, {self.peak!r})"
 
     def __str__(self) -> str:
         from torchfast._monitor.text import report

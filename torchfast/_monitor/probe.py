@@ -16,7 +16,7 @@ from torchfast._memory import (
     ledger_of,
 )
 from torchfast._monitor.sample import VRAMSample
-from torchfast._nvml import Nvml, Unknown, own_memory
+from torchfast._nvml import Nvml, Unknown, shares
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -35,7 +35,7 @@ class Rest(NamedTuple):
     not_pytorch_bytes: int
     outside_bytes: int | None
     others_bytes: int | None
-    why_not_apart: str
+    why: str
 
 
 class Source(Generic[T]):
@@ -147,17 +147,18 @@ class Probe:
         allocator, driver = self._allocator.origin(now_s), self._driver.origin(now_s)
         rest, host = self._rest.origin(now_s), self._host.origin(now_s)
         splits = allocator if self._counts_splits else f"not known: {self._why_no_splits}"
-        apart = rest
-        if self._rest.value is not None and self._rest.value.outside_bytes is None:
-            apart = f"not known: {self._rest.value.why_not_apart}"
+        outside = others = rest
+        if self._rest.value is not None and self._rest.value.why:
+            others = f"not known: {self._rest.value.why}"
+            outside = others if self._rest.value.outside_bytes is None else rest
         return {
             "total": driver,
             "free": driver,
             "tensors": allocator,
             "cached": allocator,
             "fragmented": splits,
-            "outside": apart,
-            "others": apart,
+            "outside": outside,
+            "others": others,
             "not_pytorch": rest,
             "host": host,
         }
@@ -218,22 +219,21 @@ class _RestReader:
         reserved_bytes = self._allocator().reserved_bytes
         for _ in range(3):
             driver = self._driver()
-            try:
-                own_bytes, others_bytes, why = *self._apart(reserved_bytes), ""
-            except Unknown as unknown:
-                own_bytes, others_bytes, why = None, None, str(unknown)
+            used_bytes = driver.total_bytes - driver.free_bytes
+            outside_bytes, others_bytes, why = self._apart(used_bytes, reserved_bytes)
             before_bytes, reserved_bytes = reserved_bytes, self._allocator().reserved_bytes
             if reserved_bytes == before_bytes:
-                used_bytes = driver.total_bytes - driver.free_bytes
-                outside_bytes = None if own_bytes is None else own_bytes - reserved_bytes
                 return Rest(max(0, used_bytes - reserved_bytes), outside_bytes, others_bytes, why)
         raise Unknown("PyTorch took or gave back memory each time while it was read")
 
-    def _apart(self, reserved_bytes: int) -> tuple[int, int]:
-        if self._nvml is None:
-            self._nvml = Nvml(self._device)
-        own_bytes = own_memory(self._nvml.used_by_process(), reserved_bytes)
-        return own_bytes, max(0, self._nvml.used_bytes() - own_bytes)
+    def _apart(self, used_bytes: int, reserved_bytes: int) -> tuple[int | None, int | None, str]:
+        try:
+            if self._nvml is None:
+                self._nvml = Nvml(self._device)
+            own = shares(self._nvml.used_by_process(), used_bytes, reserved_bytes)
+        except Unknown as unknown:
+            return None, None, str(unknown)
+        return own.own_bytes - reserved_bytes, own.others_bytes, own.why
 
 
 def _why_unread(device: torch.device) -> str:

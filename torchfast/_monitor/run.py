@@ -76,7 +76,8 @@ class Run:
 
     def spans(self) -> tuple[VRAMSpan, ...]:
         """The history so far."""
-        return self._history.spans
+        with self._sample_lock:
+            return self._history.spans
 
     def peak(self) -> VRAMPeak:
         """The highest values so far."""

@@ -130,11 +130,6 @@ def size(n_bytes: int | None) -> str:
     return "unknown" if n_bytes is None else format_bytes(n_bytes)
 
 
-def lowest(values: Iterable[int | None]) -> int | None:
-    """Return the smallest known value, None if none is known."""
-    return min((value for value in values if value is not None), default=None)
-
-
 def highest(values: Iterable[int | None]) -> int | None:
     """Return the largest known value, None if none is known."""
     return max((value for value in values if value is not None), default=None)
