@@ -1,6 +1,7 @@
 """What an estimate says: sums that add up, a table, a picture, a plot, a snapshot, one line for the log."""
 
 import pickle
+import pickletools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -238,6 +239,17 @@ def test_the_snapshot_says_who_allocated() -> None:
     entry = next(entry for entry in history if entry["frames"][0]["name"] == "aten.addmm")
     assert entry["frames"][0]["filename"] == "layers.0"
     assert entry["frames"][1]["name"] == "step 1 forward"
+    assert entry["category"] == "activations"
+
+
+def test_the_snapshot_is_in_a_format_that_the_viewer_reads(tmp_path: Path) -> None:
+    """The viewer in the browser reads pickles up to protocol 4, of plain containers, numbers and text."""
+    estimate().save_snapshot(tmp_path / "step.pickle")
+    codes = {
+        code.name: value for code, value, _ in pickletools.genops((tmp_path / "step.pickle").read_bytes())
+    }
+    assert codes["PROTO"] == 4
+    assert not {"GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "LONG4"} & set(codes)
 
 
 # --- GPUs --------------------------------------------------------------------------------------------------

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchfast._bytes import MIB
+from torchfast._estimate.text import LINES
 
 if TYPE_CHECKING:
     from torchfast._estimate.events import Note
     from torchfast._estimate.report import VRAMEstimate
 
 _SMALL_SEGMENT = 2 * MIB
+_VIEWERS_PROTOCOL = 4  # the newest that the viewer's own reader of pickles knows; Python 3.14 writes 5
 Frames = list[dict[str, Any]]
 
 
 def save_snapshot(estimate: "VRAMEstimate", path: str | Path) -> None:
     """Write the snapshot; see `VRAMEstimate.save_snapshot`."""
-    Path(path).write_bytes(pickle.dumps(snapshot(estimate)))
+    Path(path).write_bytes(pickle.dumps(snapshot(estimate), protocol=_VIEWERS_PROTOCOL))
 
 
 def snapshot(estimate: "VRAMEstimate") -> dict[str, Any]:
@@ -56,7 +58,8 @@ def _history(estimate: "VRAMEstimate", frames: list[Frames]) -> Iterator[dict[st
             segment = next(log, None)
         if event.size_bytes:
             sizes[event.block] = event.size_bytes
-            yield {"action": "alloc", "addr": address, "size": event.size_bytes, **common}
+            line = LINES[estimate._trace.category(event)]  # the viewer colours by it, with a legend
+            yield {"action": "alloc", "addr": address, "size": event.size_bytes, "category": line, **common}
         else:
             freed = {"addr": address, "size": sizes.pop(event.block), **common}
             yield {"action": "free_requested", **freed}
