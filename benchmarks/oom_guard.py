@@ -11,12 +11,14 @@ with a run without. `overhead` needs a GPU.
 import builtins
 import gc
 import importlib
+import importlib.util
 import json
 import operator
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import record
@@ -29,16 +31,16 @@ from torchfast import inject_oom, oom_guard
 from torchfast._oom_errors import classify
 
 TEXTS = Path(__file__).parents[1] / "tests" / "oom_texts.json"
+# Where each peer keeps its detector: package, file, function.
 PEERS = {
-    "accelerate": ("accelerate.utils.memory", "should_reduce_batch_size"),
-    "lightning": ("pytorch_lightning.utilities.memory", "is_oom_error"),
-    "stormlog": ("stormlog.oom_flight_recorder", "classify_oom_exception"),
-    "timm": ("timm.utils", "check_batch_size_retry"),
-    "toma": ("toma", "should_reduce_batch_size"),
-    "torch-max-mem": ("torch_max_mem.api", "is_oom_error"),
-    "torchtnt": ("torchtnt.utils.oom", "is_out_of_memory_error"),
+    "accelerate": ("accelerate", "utils/memory.py", "should_reduce_batch_size"),
+    "lightning": ("pytorch_lightning", "utilities/memory.py", "is_oom_error"),
+    "stormlog": ("stormlog", "oom_flight_recorder.py", "classify_oom_exception"),
+    "timm": ("timm", "utils/decay_batch.py", "check_batch_size_retry"),
+    "toma": ("toma", "__init__.py", "should_reduce_batch_size"),
+    "torch-max-mem": ("torch_max_mem", "api.py", "is_oom_error"),
+    "torchtnt": ("torchtnt", "utils/oom.py", "is_out_of_memory_error"),
 }
-Detector = Callable[[BaseException], bool]
 
 
 def recognition() -> list[dict[str, Any]]:
@@ -72,14 +74,32 @@ def detectors() -> dict[str, Callable[[BaseException, bool], bool]]:
         "torchfast": lambda error, is_full: classify(error, memory_is_short=lambda: is_full) is not None,
         "except OutOfMemoryError": lambda error, _: isinstance(error, torch.OutOfMemoryError),
     }
-    for name, (module, function) in PEERS.items():
+    for name, (package, path, function) in PEERS.items():
         try:
-            detect = getattr(importlib.import_module(module), function)
+            detect = getattr(_load(package, path), function)
         except (ImportError, RuntimeError) as error:
             print(f"{name:28} left out: {error}")
             continue
         found[name] = _answer(name, detect)
     return found
+
+
+def _load(package: str, path: str) -> ModuleType:
+    """Import a file of a package, by itself where it can do without the rest."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ImportError("not installed")
+    spec = importlib.util.spec_from_file_location(f"_{package}_alone", Path(found.origin).parent / path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no {path} in {package}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        dotted = f"{package}.{path.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+        module = importlib.import_module(dotted)
+    return module
 
 
 def _answer(name: str, detect: Callable[[Any], Any]) -> Callable[[BaseException, bool], bool]:
