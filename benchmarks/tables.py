@@ -57,6 +57,45 @@ def distillation(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _source(result), ""])
 
 
+def oom_guard_recognition(result: dict[str, Any]) -> str:
+    """Render what each detector recognises, the best first."""
+    rows = sorted(result["rows"], key=lambda row: (-row["n_recognised"], row["n_look_alikes_taken"]))
+    lines = ["| detector | errors recognised | look-alikes taken for one |", "|---|---:|---:|"]
+    for row in rows:
+        found = f"{row['n_recognised']} of {row['n_texts']}"
+        taken = f"{row['n_look_alikes_taken']} of {row['n_look_alikes']}"
+        lines.append(f"| {row['detector']} | {found} | {taken} |")
+    return "\n".join([*lines, ""])
+
+
+def oom_guard_faults(result: dict[str, Any]) -> str:
+    """Render how many faults were injected into each training, and how many left a trace."""
+    lines = ["| training | faults in | faults | left a trace |", "|---|---|---:|---:|"]
+    lines += [
+        f"| {row['training']} | {row['what']} | {row['n_faults']:,} | {row['n_wrong']} |"
+        for row in result["rows"]
+    ]
+    n_faults, n_wrong = (sum(row[key] for row in result["rows"]) for key in ("n_faults", "n_wrong"))
+    return "\n".join([*lines, f"| all | | {n_faults:,} | {n_wrong} |", ""])
+
+
+def oom_guard_overhead(result: dict[str, Any]) -> str:
+    """Render what the guard costs while nothing fails."""
+    rows = {row["way"]: row for row in result["rows"]}
+    lines = ["| a ResNet-50 step | ms | against bare |", "|---|---:|---:|"]
+    lines += [
+        f"| {way} | {row['median_ms']:.4g} | {row['ratio']:.3f} |"
+        for way, row in rows.items()
+        if "ratio" in row
+    ]
+    copy_mib = rows["copy"]["copy_bytes"] / 2**20
+    more = (
+        f"`with oom_guard():` by itself takes {rows['entering']['median_us']:.2g} µs; "
+        f"the copy takes {copy_mib:.0f} MiB here."
+    )
+    return "\n".join([*lines, "", more, "", _source(result), ""])
+
+
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
@@ -74,7 +113,12 @@ def _put(page: Path, text: str) -> bool:
     return True
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"distillation": distillation}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "distillation": distillation,
+    "oom_guard_faults": oom_guard_faults,
+    "oom_guard_overhead": oom_guard_overhead,
+    "oom_guard_recognition": oom_guard_recognition,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())
