@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -315,6 +316,26 @@ def test_copies_keep_the_layout_and_follow_by_value() -> None:
         average.update_parameters(model)  # the first update copies
         for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("channels_last_batch", [True, False])
+def test_ddp_around_a_converted_model(tmp_path: Path, channels_last_batch: bool) -> None:  # noqa: FBT001 -- parametrized
+    """Converted first and wrapped then, gradients lie like DDP's buckets: it has nothing to warn of."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = small_net()
+        plain = copy.deepcopy(model)
+        wrapped = nn.parallel.DistributedDataParallel(to_channels_last(model), gradient_as_bucket_view=True)
+        optimizer = OPTIMIZERS["adamw"](wrapped.parameters())
+        images = torch.randn(2, 3, 8, 8)
+        for _ in range(2):
+            train(wrapped, optimizer, [to_channels_last(images, enabled=channels_last_batch)])
+        expected = train(plain, OPTIMIZERS["adamw"](plain.parameters()), [images] * 2)
+    finally:
+        dist.destroy_process_group()
+    assert is_channels_last(model)
+    torch.testing.assert_close(model(images), plain(images), rtol=1e-3, atol=1e-4)
+    assert expected.isfinite().all()
 
 
 # --- batches ---------------------------------------------------------------------------------------------

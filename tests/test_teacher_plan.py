@@ -1,5 +1,7 @@
 """The teacher's plan: the fastest way that gives the same outputs, and eager where it does not apply."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -212,6 +214,21 @@ def test_a_compiled_module_serves_the_shape_it_was_made_for(monkeypatch: pytest.
     torch.testing.assert_close(teacher(x[:2]), module(x[:2]))
     torch.testing.assert_close(teacher(x, twice=True), module(x, twice=True))
     assert len(compiled_calls) == n_calls + 1
+
+
+def test_a_teacher_that_is_dropped_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing keeps a planned teacher alive: its memory is free without a garbage collection."""
+    clock(monkeypatch, eager=2, fold=1)
+    teacher = GPUTeacher(trained(Block()), "cpu", plan=["fold"], features=["norm1"])
+    teacher(torch.randn(4, 4, 6, 6))
+    assert parts_of(teacher) == ("fold",)
+    weight = weakref.ref(teacher.module.get_parameter("conv2.weight"))
+    gc.disable()
+    try:
+        del teacher
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_features_leave_their_modules_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:

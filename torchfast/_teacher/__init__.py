@@ -171,7 +171,7 @@ class GPUTeacher:
         self.chunk_size = chunk_size
         self._image_ranks = placing.image_ranks
         self._own = frozenset(id(tensor) for tensor in tensors_of(module))
-        self._taps: Taps | None = None
+        self._eager = partial(_run, module, None)
         self._planner: Planner | None = None
 
     def _choose(self, features: Sequence[str], plan: str | Collection[str], *, outputs: bool) -> None:
@@ -181,7 +181,8 @@ class GPUTeacher:
                 "outputs=False was asked for without features=, so the teacher would return nothing. "
                 'Name modules inside it, as in features=("layer3",), or leave outputs=True.'
             )
-        self._taps = Taps(self.module, names, outputs=outputs) if names else None
+        taps = Taps(self.module, names, outputs=outputs) if names else None
+        self._eager = partial(_run, self.module, taps)
         parts = _parts(plan) - ({"compile"} if names else set())  # taps would cut a compiled graph in pieces
         self._planner = Planner(self.module, self._eager, self.device, parts, names) if parts else None
 
@@ -208,11 +209,6 @@ class GPUTeacher:
                     stacklevel=2,
                 )
             return self._released(outputs, inputs)
-
-    def _eager(self, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        args, kwargs = inputs
-        forward = partial(self.module, *args, **kwargs)
-        return forward() if self._taps is None else self._taps.run(forward)
 
     def _ready(self, inputs: T, place: torch.device) -> T:
         """Return the inputs in that place, in the teacher's type and layout."""
@@ -252,6 +248,12 @@ class GPUTeacher:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_weights, (self.device, self.dtype)
+
+
+def _run(module: nn.Module, taps: Taps | None, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = inputs
+    forward = partial(module, *args, **kwargs)
+    return forward() if taps is None else taps.run(forward)
 
 
 class _LeftOut(nn.Module):

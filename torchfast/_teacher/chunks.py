@@ -102,6 +102,6 @@ def _check_samples_are_independent(forward: Forward, inputs: Any, size: int | No
 
 def _cannot_split(reason: str) -> RuntimeError:
     return RuntimeError(
-        f"the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it {reason}. "
-        "Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
+        "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: "
+        f"it {reason}. Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
     )
