@@ -2,13 +2,14 @@
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchfast import OutOfMemoryError, oom_guard
+from torchfast import OutOfMemoryError, _holders, inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
 
 pytestmark = pytest.mark.cuda
@@ -147,3 +148,151 @@ def test_failure_does_not_disturb_later_kernels(small_gpu: torch.device) -> None
     assert guard.report is not None
     assert guard.report.record.kind in ("impossible", "device")
     assert (ones * 3).sum().item() == 3000
+
+
+# --- trying again -----------------------------------------------------------------------------------------
+
+
+def losses_of(
+    device: torch.device, limit_bytes: int | None, *, n_steps: int = 6, **options: Any
+) -> list[float]:
+    """Train at an effective batch of 64 under a limit, and return the loss of each step."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.manual_seed(0)
+    net = small_net(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    retry = oom_guard().retry(model=net, optimizer=optimizer, **options)
+    if limit_bytes is not None:
+        torch.cuda.set_per_process_memory_fraction(limit_bytes / total, device)
+    losses = []
+    for step in range(n_steps):
+        generator = torch.Generator(device=device).manual_seed(step)
+        images = torch.randn(64, 3, 64, 64, device=device, generator=generator)
+        labels = torch.arange(64, device=device) % 10
+        for attempt in retry.attempts((images, labels)):
+            with attempt:
+                loss_sum = 0.0
+                for (part, targets), weight in attempt:
+                    loss = F.cross_entropy(net(part), targets) * weight
+                    loss.backward()
+                    loss_sum += loss.item()
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(loss_sum)
+    if limit_bytes is not None:
+        assert retry.micro_batch_size is not None
+        assert retry.micro_batch_size < 64
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return losses
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_too_large_a_batch_trains_with_the_same_loss(copy: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+    """A batch of 64 that does not fit is trained in parts, with the losses of a card where it fits."""
+    device = torch.device("cuda", 0)
+    free = losses_of(device, None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    limited = losses_of(device, 160 * MIB, copy=copy)
+    assert limited == pytest.approx(free, rel=1e-4)
+
+
+def test_same_size_succeeds_once_memory_is_back(small_gpu: torch.device) -> None:
+    """A step that failed because something else held memory runs at its full size once that is let go."""
+    net = small_net(small_gpu)
+
+    class Hoarder:
+        held: torch.Tensor | None = None
+
+        def release_memory(self) -> None:
+            self.held = None
+
+    hoarder = Hoarder()
+    hoarder.held = torch.empty(LIMIT_BYTES * 9 // 10, dtype=torch.uint8, device=small_gpu)
+    _holders.register(hoarder)
+    retry = oom_guard().retry(model=net)
+    for attempt in retry.attempts(torch.randn(256, 3, 64, 64, device=small_gpu)):
+        with attempt:
+            for images, weight in attempt:
+                (net(images).mean() * weight).backward()
+    assert (attempt.number, attempt.size, retry.micro_batch_size) == (2, 256, None)
+
+
+def test_optimizer_is_tried_before_it_begins(small_gpu: torch.device) -> None:
+    """Where AdamW's state does not fit, the step fails before it has changed a parameter."""
+    model = nn.Linear(8192, 8192, bias=False, device=small_gpu)  # 256 MiB; with its gradient 512
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = model.weight.detach().clone().cpu()
+    ballast = torch.empty(LIMIT_BYTES // 2, dtype=torch.uint8, device=small_gpu)
+    retry = oom_guard().retry(model=model, optimizer=optimizer)
+
+    def step() -> None:
+        for attempt in retry.attempts(torch.ones(1, 8192, device=small_gpu)):
+            with attempt:
+                for part, weight in attempt:
+                    (model(part).sum() * weight).backward()
+                optimizer.step()
+
+    with pytest.raises(OutOfMemoryError) as caught:
+        step()
+    assert caught.value.report is not None
+    assert "had begun to change" not in str(caught.value)
+    assert torch.equal(model.weight.detach().cpu(), before)
+    assert len(optimizer.state) == 0
+    assert model.weight.grad is None
+    del ballast, caught
+    gc.collect()
+    step()
+    assert not torch.equal(model.weight.detach().cpu(), before)
+
+
+def test_inference_in_chunks(small_gpu: torch.device) -> None:
+    """A batch that does not fit is answered in chunks, with the whole batch's outputs."""
+    net = small_net(small_gpu).eval()
+    images = torch.randn(3072, 3, 64, 64, device=small_gpu)
+    guard = oom_guard()
+    predict = guard.chunked(net)
+    with torch.no_grad():
+        answers = predict(images)
+        expected = torch.cat([net(chunk) for chunk in images.split(256)])
+    assert guard.report is not None
+    torch.testing.assert_close(answers, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_random_state_of_the_gpu_comes_back(small_gpu: torch.device) -> None:
+    """Dropout on the GPU draws the same mask when the step is tried again."""
+    masks = []
+    dropout = nn.Dropout(0.5)
+    for attempt in oom_guard().retry(model=dropout).attempts(torch.ones(1000, device=small_gpu)):
+        with attempt:
+            for part, _ in attempt:
+                masks.append(dropout(part).cpu())
+            if attempt.number == 1:
+                torch.empty(4 * LIMIT_BYTES, dtype=torch.uint8, device=small_gpu)
+    assert len(masks) == 2
+    assert torch.equal(masks[0], masks[1])
+
+
+def test_faults_in_the_gpus_backward_thread(small_gpu: torch.device) -> None:
+    """Injected into the backward pass, which runs in another thread there, a fault leaves no trace."""
+
+    def gradients(injection: inject_oom) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = small_net(small_gpu)
+        images = torch.randn(8, 3, 64, 64, device=small_gpu)
+        for attempt in oom_guard().retry(model=net).attempts(images):
+            with attempt, injection:
+                for part, weight in attempt:
+                    (net(part).square().mean() * weight).backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    torch.backends.cudnn.deterministic = True
+    try:
+        counting = inject_oom(times=0, phase="backward")
+        expected = gradients(counting)
+        for at in range(0, counting.n_operators, 5):
+            injection = inject_oom(at, phase="backward")
+            assert all(map(torch.equal, gradients(injection), expected))
+            assert injection.n_failures == 1
+    finally:
+        torch.backends.cudnn.deterministic = False
