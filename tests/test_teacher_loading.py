@@ -75,6 +75,27 @@ def test_a_loaded_teacher_computes_what_was_saved(
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_a_teacher_loads_without_recording_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is built and while it is filled, autograd is off; and the caller's mode is as before."""
+    _, path = saved(tmp_path, ".safetensors")
+    modes: list[bool] = []
+    place = Placing.place
+
+    def watched(self: Any, target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        modes.append(torch.is_grad_enabled())
+        return place(self, target, values)
+
+    def factory() -> Tied:
+        modes.append(torch.is_grad_enabled())
+        return Tied()
+
+    monkeypatch.setattr(Placing, "place", watched)
+    GPUTeacher.from_checkpoint(factory, path, "cpu")
+    assert len(modes) > 5
+    assert not any(modes)
+    assert torch.is_grad_enabled()
+
+
 def test_loading_leaves_random_numbers_as_they_were(tmp_path: Path) -> None:
     """The run's random numbers go on as if no teacher had been built."""
     _, path = saved(tmp_path, ".pt")

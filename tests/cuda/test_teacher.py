@@ -268,6 +268,7 @@ def test_the_students_training_goes_on_beside_a_graph(monkeypatch: pytest.Monkey
         optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
         for _ in range(5):
             targets = teacher(images)
+            assert teacher.device.type == targets.device.type == "cuda"
             loss = nn.functional.mse_loss(student(images), targets.float())
             loss.backward()
             optimizer.step()

@@ -65,9 +65,10 @@ def loaded(module: nn.Module, paths: Sequence[Path], placing: Placing, /) -> nn.
                 )
         placed: dict[int, torch.Tensor] = {}
         try:
-            for tensor in tensors_of(module):
-                source = sources.get(id(tensor))
-                placed[id(tensor)] = placing.place(tensor, tensor if source is None else source.read())
+            with torch.no_grad():
+                for tensor in tensors_of(module):
+                    source = sources.get(id(tensor))
+                    placed[id(tensor)] = placing.place(tensor, tensor if source is None else source.read())
         except RuntimeError as error:
             error.add_note(what_it_needs(module, placing))
             raise
