@@ -13,7 +13,6 @@ class HostTransport:
     def __init__(self) -> None:
         self.n_sent = 0
         self.n_delivered = 0
-        self.n_discarded = 0
         self.n_evicted = 0
         self.sending_fails_at: int | None = None
         self.delivery_fails_once = False
@@ -55,7 +54,5 @@ class HostTransport:
         assert parcel
         self.n_evicted += 1
 
-    def discard(self, parcel: Any) -> None:
-        """Count."""
-        assert parcel
-        self.n_discarded += 1
+    def fence(self) -> None:
+        """Nothing is under way."""

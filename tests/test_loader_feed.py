@@ -54,10 +54,10 @@ def test_an_empty_source_ends_at_once() -> None:
 def test_no_more_than_depth_batches_are_sent_ahead(depth: int) -> None:
     """However fast the loader, depth batches are sent beyond the one in the consumer's hands."""
     epoch, transport, feed = open_feed(range(100), depth)
-    until(lambda: feed._work.ready.qsize() == depth)
+    until(lambda: len(feed._work.ready) == depth)
     for taken in range(1, 6):
         next(epoch)
-        until(lambda: feed._work.ready.qsize() == depth)
+        until(lambda: len(feed._work.ready) == depth)
         assert transport.n_sent == taken + depth
 
 
@@ -118,7 +118,7 @@ def test_released_batches_keep_their_order() -> None:
     """Batches that were brought back to the host are handed out in their turn."""
     epoch, transport, feed = open_feed(range(10), depth=3)
     assert next(epoch) == 0
-    until(lambda: feed._work.ready.qsize() == 3)
+    until(lambda: len(feed._work.ready) == 3)
     epoch.release_memory()
     assert transport.n_evicted == 3
     assert list(epoch) == list(range(1, 10))
@@ -135,13 +135,12 @@ def test_an_epoch_that_nobody_holds_ends_its_thread() -> None:
         finally:
             closed.set()
 
-    epoch, transport, _ = open_feed(source())
+    epoch, _, feed = open_feed(source())
     next(epoch)
-    del _
+    del feed
     del epoch
     assert closed.is_set()
     assert copying_threads() == 0
-    assert transport.n_discarded <= 2
 
 
 def test_an_epoch_in_a_cycle_is_collected() -> None:

@@ -96,7 +96,7 @@ def test_state_follows_delivery_not_loading() -> None:
     epoch: Epoch[int] = Epoch(feed, None, owner=None)
     assert epoch.state() == {"n_made": 0}
     assert [next(epoch), next(epoch)] == [1, 2]
-    while feed._work.ready.qsize() < 3:
+    while len(feed._work.ready) < 3:
         threading.Event().wait(0.001)
     assert epoch.state() == {"n_made": 2}
     state = epoch.state()

@@ -300,7 +300,7 @@ def test_evicted_batches_come_back_whole() -> None:
     batches = iter(loader)
     assert (next(batches) == 0).all()
     feed: Any = batches._feed
-    while feed._work.ready.qsize() < 3:
+    while len(feed._work.ready) < 3:
         threading.Event().wait(0.001)
     held = torch.cuda.memory_allocated()
     assert _holders.release_all() >= 1

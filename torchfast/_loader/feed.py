@@ -4,7 +4,6 @@ import contextvars
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -39,7 +38,6 @@ class ThreadedFeed:
         """The loader's state as of the batch handed out last."""
         transport.begin(tally)
         self._work = Work(source, transport, tally, snapshot, begin_again)
-        self._waiting: deque[Arrival] = deque()
         self._n_owed = 1
         self._process = os.getpid()
         for _ in range(depth):
@@ -68,18 +66,16 @@ class ThreadedFeed:
         self._transport.follow()
         # First of all: nothing that this step enqueues should delay the copy that goes there.
         blank = self._transport.blank() if self._n_owed else None
-        arrival: Arrival | None = None
-        must_wait = False
+        work = self._work
+        must_wait = not work.ready
         try:
-            must_wait = not self._waiting and self._work.ready.empty()
             if must_wait:
                 self._grant(blank)
             began_s = time.perf_counter()
-            arrival = self._waiting.popleft() if self._waiting else self._work.ready.get()
+            work.wait_for_arrival()
             waited_s = time.perf_counter() - began_s
-            batch = self._delivered(arrival)
+            batch = self._delivered()
         finally:
-            arrival = None  # an error's traceback must not keep the batch
             if not must_wait:
                 # Last of all: it wakes the thread, which would take the GIL from us in between.
                 self._grant(blank)
@@ -98,32 +94,42 @@ class ThreadedFeed:
             self._n_owed -= 1
             self._work.permits.put(blank)
 
-    def _delivered(self, arrival: Arrival) -> Any:
-        if arrival.is_end:
-            self.state = arrival.state
+    def _delivered(self) -> Any:
+        """Hand out what arrived first. It leaves the line only then: an interrupt loses and frees nothing."""
+        ready = self._work.ready
+        if ready[0].is_end:
+            self.state = ready.popleft().state
             self.is_between_passes = self.goes_on
             raise StopIteration
-        if arrival.error is not None:
+        error = ready[0].error
+        if error is not None:
             self._n_owed += 1
+            ready.popleft()
             try:
-                raise arrival.error
+                raise error
             finally:
-                del arrival  # the error's traceback holds this frame
+                del error  # its traceback holds this frame
         try:
-            batch = self._transport.deliver(arrival.parcel)
+            batch = self._transport.deliver(ready[0].parcel)
         except torch.OutOfMemoryError:
-            self._waiting.appendleft(arrival)  # once there is room, the same batch again
+            raise  # once there is room, the same batch again
+        except Exception:
+            self._transport.fence()
+            ready.popleft()
+            self._n_owed += 1
             raise
         self._n_owed += 1
-        self.state = arrival.state
+        self.state = ready.popleft().state
         return batch
 
     def release_memory(self) -> None:
         """Bring what is ready back to the host, and take back the memory set aside for what is not."""
-        self._waiting.extend(_drain(self._work.ready))
-        for arrival in self._waiting:
-            if arrival.parcel is not None:
-                self._transport.evict(arrival.parcel)
+        self._transport.fence()
+        # By index: the thread may append meanwhile.
+        for index in range(len(self._work.ready)):
+            parcel = self._work.ready[index].parcel
+            if parcel is not None:
+                self._transport.evict(parcel)
         for _ in _drain(self._work.permits):
             self._work.permits.put(None)
 
@@ -137,13 +143,10 @@ class ThreadedFeed:
         # The collector may run this in the very thread that it ends, which cannot wait for itself.
         if self._thread is not threading.current_thread():
             self._thread.join()
-        self._waiting.extend(_drain(self._work.ready))
-        for arrival in self._waiting:
-            if arrival.parcel is not None:
-                self._transport.discard(arrival.parcel)
-        self._waiting.clear()
+        self._transport.fence()
+        self._work.ready.clear()
         _drain(self._work.permits)
-        self._work.ready.put(Arrival(error=closed_error()))  # for a take() that another thread is waiting in
+        self._work.arrive(Arrival(error=closed_error()))  # for a take() that another thread is waiting in
 
 
 def _drain(queue: SimpleQueue[Any]) -> list[Any]:

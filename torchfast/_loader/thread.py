@@ -6,6 +6,7 @@ its feed, and that ends the thread.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +24,7 @@ class Transport(Protocol):
     def blank(self) -> Any: ...
     def deliver(self, parcel: Any) -> Any: ...
     def evict(self, parcel: Any) -> None: ...
-    def discard(self, parcel: Any) -> None: ...
+    def fence(self) -> None: ...
     def enter_thread(self) -> None: ...
     def settle(self) -> None: ...
     def send(self, batch: Any, blank: Any) -> Any: ...
@@ -59,7 +60,8 @@ class Work:
         self.tally = tally
         self.transport = transport
         self.snapshot = snapshot
-        self.ready: SimpleQueue[Arrival] = SimpleQueue()
+        self.ready: deque[Arrival] = deque()
+        self._has_arrived = threading.Event()
         self.permits: SimpleQueue[Any] = SimpleQueue()
         self.entered = threading.Event()
         self.stopped = False
@@ -74,11 +76,26 @@ class Work:
             while not self.stopped and self.step():
                 pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is taken
-            self.ready.put(Arrival(error=error))
-            self.ready.put(Arrival(is_end=True))
+            self.arrive(Arrival(error=error))
+            self.arrive(Arrival(is_end=True))
         finally:
+            if self.stopped:
+                # By the collector, in this very thread: what was sent since has nobody to wait for it.
+                self.transport.fence()
             self.entered.set()
             del self.source
+
+    def arrive(self, arrival: Arrival) -> None:
+        """Put something in line for the consumer."""
+        self.ready.append(arrival)
+        self._has_arrived.set()
+
+    def wait_for_arrival(self) -> None:
+        """Sleep until something is in line."""
+        while not self.ready:
+            self._has_arrived.clear()
+            if not self.ready:
+                self._has_arrived.wait()
 
     def step(self) -> bool:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
@@ -89,7 +106,7 @@ class Work:
                 batch = next(self.source)
             state = self.snapshot()
         except StopIteration:
-            self.ready.put(Arrival(is_end=True, state=self.snapshot()))
+            self.arrive(Arrival(is_end=True, state=self.snapshot()))
             if self.begin_again is None:
                 return False
             self.source = self.begin_again()
@@ -104,7 +121,7 @@ class Work:
             parcel = self.transport.send(batch, permit)
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed(error)
-        self.ready.put(Arrival(parcel, state=state))
+        self.arrive(Arrival(parcel, state=state))
         return True
 
     def _permitted(self) -> Any:
@@ -112,7 +129,7 @@ class Work:
         return Stop if self.stopped else permit
 
     def _failed(self, error: BaseException) -> bool:
-        self.ready.put(Arrival(error=error))
+        self.arrive(Arrival(error=error))
         return True
 
 

@@ -81,6 +81,7 @@ class CudaTransport:
         self._borrows = borrows
         self._copy_stream = torch.cuda.Stream(device)
         self._consumer = torch.cuda.current_stream(device)
+        self._owners: dict[int, torch.cuda.Stream] = {}
         self._asked = torch.cuda.Event(enable_timing=True)
         self._tally = Tally()
         self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
@@ -162,11 +163,6 @@ class CudaTransport:
         parcel.batch = _map_leaves(to_host, parcel.batch)
         parcel.blank, parcel.copied, parcel.ready, parcel.has_late = None, None, [], True
 
-    def discard(self, parcel: Parcel) -> None:
-        """Let go of a batch that nobody will see; its memory stays untouched until the copy is over."""
-        for event in parcel.ready:
-            (self._consumer if parcel.blank is None else parcel.blank.stream).wait_event(event)
-
     # In the copying thread.
 
     def enter_thread(self) -> None:
@@ -203,9 +199,13 @@ class CudaTransport:
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
-        copied = self._copy(leaves, plan, blank)
+        try:
+            copied = self._copy(leaves, plan, blank)
+            parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
+        except BaseException:
+            self.fence()
+            raise
         ready.append(copied[1])
-        parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
         parcel.copied = copied
         return parcel
 
@@ -214,16 +214,11 @@ class CudaTransport:
         self._copy_stream.wait_event(blank.gate)
         began = _record(self._copy_stream)
         with torch.cuda.stream(self._copy_stream):
-            try:
-                buffers = iter(blank.buffers)
-                if plan.small:
-                    self._copy_small(leaves, plan, next(buffers))
-                for index, buffer in zip(plan.large, buffers, strict=True):
-                    leaves[index] = self._copy_large(leaves[index], buffer)
-            except BaseException:
-                # What was already enqueued still writes: nobody else may get that memory before it is over.
-                blank.stream.wait_stream(self._copy_stream)
-                raise
+            buffers = iter(blank.buffers)
+            if plan.small:
+                self._copy_small(leaves, plan, next(buffers))
+            for index, buffer in zip(plan.large, buffers, strict=True):
+                leaves[index] = self._copy_large(leaves[index], buffer)
             return began, _record(self._copy_stream)
 
     def _copy_small(self, leaves: list[Any], plan: Plan, buffer: torch.Tensor) -> None:
@@ -283,11 +278,21 @@ class CudaTransport:
 
     # In either.
 
+    def fence(self) -> None:
+        """Let the streams that own memory wait for all copies so far: then memory may be let go unseen.
+
+        What was handed out has been waited for. Anything else that is dropped while its copy is under way
+        would give the allocator memory that is still to be written.
+        """
+        for stream in list(self._owners.values()):
+            stream.wait_stream(self._copy_stream)
+
     def _allocate(self, sizes_bytes: tuple[int, ...], stream: torch.cuda.Stream) -> Blank:
         """Allocate on `stream`, which is current, and set the gate there."""
         # Tensors made in inference mode could never be saved for a backward.
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
             buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
+        self._owners[stream.stream_id] = stream
         return Blank(buffers, stream, _record(stream))
 
 
