@@ -26,11 +26,12 @@ from torchfast._monitor import probe
 
 DEVICE = torch.device("cuda", 0)
 PROTOCOL = (
-    "Costs: the median of 2,000 calls back to back, every source due at each (hot); of 300 calls 5 ms apart, as "
-    "a sampling thread makes them (cold); of 300 right after 20 matrix products of 4096 were queued (busy). "
-    "Steps: 15 rounds in which every variant takes its turn, in an order drawn anew, each the mean of as many "
-    "steps as take about 150 ms. The ratio is the median over rounds of variant to no monitor in the same "
-    "round; how far the second no monitor is from 1 says how much of it is noise."
+    "Costs: the median of 2,000 calls back to back, every source due at each (hot); of 300 calls 5 ms "
+    "apart, as a sampling thread makes them (cold); of 300 right after 20 matrix products of 4096 were "
+    "queued (busy). Steps: 15 rounds in which every variant takes its turn, in an order drawn anew, "
+    "each the mean of as many steps as take about 150 ms. The ratio is the median over rounds of "
+    "variant to no monitor in the same round; how far the second no monitor is from 1 says how much of "
+    "it is noise."
 )
 N_ROUNDS = 15
 

@@ -78,6 +78,7 @@ class TestLooks:
             gpu.allocate(100)
         gpu.allocate(5000)
         assert "tensors 100 B" in vram._repr_html_()
+        assert "4.98 KiB" not in vram._repr_html_()
 
     def test_the_gauge_takes_a_record_from_elsewhere(self) -> None:
         """A status that went through JSON, as from a training in another process, gives the same gauge."""

@@ -427,6 +427,20 @@ def test_history_is_bounded_and_keeps_the_extremes(values: list[int], max_spans:
     assert max(span.high.free_bytes or 0 for span in spans) == 10**7 - 800 - 2 * min(values)
     edges = [edge for span in spans for edge in (span.start_s, span.end_s)]
     assert edges == sorted(edges)
+    assert (edges[0], edges[-1]) == (1.0, len(values))
+
+
+def test_a_merged_span_tells_the_phase_of_its_most_tensors() -> None:
+    """When samples become one span, its phase is that in which the most was allocated."""
+    gpu = FakeGPU()
+    history = History(2)
+    with gpu.monitor() as vram:
+        for name, n_bytes in (("low", 5), ("high", 50), ("middle", 20), ("last", 10)):
+            with vram.phase(name):
+                gpu.allocate(n_bytes - gpu.current)
+                history.add(vram.sample())
+    assert [span.high.phase for span in history.spans] == ["high", "middle"]
+    assert [span.n_samples for span in history.spans] == [2, 2]
 
 
 def test_the_peak_of_the_device_survives_the_merging() -> None:
