@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from torchfast._teacher.placing import Placing, assembled, tensors_of, what_it_needs
+from torchfast._teacher.placing import Placing, assembled, tensors_of, told_what_it_needs
 
 Path = str | PathLike[str]
 
@@ -64,14 +64,10 @@ def loaded(module: nn.Module, paths: Sequence[Path], placing: Placing, /) -> nn.
                     "meta device. Have the factory compute it from numbers instead of from parameters."
                 )
         placed: dict[int, torch.Tensor] = {}
-        try:
-            with torch.no_grad():
-                for tensor in tensors_of(module):
-                    source = sources.get(id(tensor))
-                    placed[id(tensor)] = placing.place(tensor, tensor if source is None else source.read())
-        except RuntimeError as error:
-            error.add_note(what_it_needs(module, placing))
-            raise
+        with torch.no_grad(), told_what_it_needs(module, placing):
+            for tensor in tensors_of(module):
+                source = sources.get(id(tensor))
+                placed[id(tensor)] = placing.place(tensor, tensor if source is None else source.read())
     return assembled(module, placed)
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchfast._bytes import format_bytes
 from torchfast._layout import channels_last_format, convolutions, stored_weight
+from torchfast._oom_errors import classify
 
 M = TypeVar("M", bound=nn.Module)
 HALVES = (torch.float16, torch.bfloat16)
@@ -64,11 +66,8 @@ def frozen_copy(module: M, placing: Placing, /) -> M:
 
     Peaks at the copy plus one tensor on the device, and one tensor on the host.
     """
-    try:
+    with told_what_it_needs(module, placing):
         placed = {id(tensor): placing.place(tensor, tensor) for tensor in tensors_of(module)}
-    except RuntimeError as error:
-        error.add_note(what_it_needs(module, placing))
-        raise
     return assembled(module, placed)
 
 
@@ -103,8 +102,18 @@ def main_dtype(module: nn.Module, /) -> torch.dtype:
     return sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
 
 
-def what_it_needs(module: nn.Module, placing: Placing, /) -> str:
-    """Say how much memory a module takes in its place, and what would take less."""
+@contextmanager
+def told_what_it_needs(module: nn.Module, placing: Placing, /) -> Iterator[None]:
+    """Have an out-of-memory error say how much the whole teacher takes, and what would take less."""
+    try:
+        yield
+    except Exception as error:  # out of memory comes in many types
+        if classify(error) is not None:
+            error.add_note(_what_it_needs(module, placing))
+        raise
+
+
+def _what_it_needs(module: nn.Module, placing: Placing) -> str:
     floats, others = Counter[torch.dtype](), 0
     for tensor in tensors_of(module):
         if tensor.is_floating_point():
