@@ -15,7 +15,10 @@ class HostTransport:
         self.n_delivered = 0
         self.n_evicted = 0
         self.sending_fails_at: int | None = None
+        self.n_fences = 0
         self.delivery_fails_once = False
+        self.delivery_is_interrupted_once = False
+        self.delivery_breaks_once = False
 
     def begin(self, tally: Tally) -> None:
         """Begin a pass."""
@@ -46,6 +49,12 @@ class HostTransport:
         if self.delivery_fails_once:
             self.delivery_fails_once = False
             raise torch.OutOfMemoryError
+        if self.delivery_is_interrupted_once:
+            self.delivery_is_interrupted_once = False
+            raise KeyboardInterrupt
+        if self.delivery_breaks_once:
+            self.delivery_breaks_once = False
+            raise ConnectionError("cannot be moved")
         self.n_delivered += 1
         return parcel[0]
 
@@ -55,4 +64,5 @@ class HostTransport:
         self.n_evicted += 1
 
     def fence(self) -> None:
-        """Nothing is under way."""
+        """Count."""
+        self.n_fences += 1

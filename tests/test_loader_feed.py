@@ -114,6 +114,35 @@ def test_a_batch_that_found_no_room_is_not_lost() -> None:
     assert list(epoch) == [0, 1, 2]
 
 
+def test_an_interrupt_loses_no_batch() -> None:
+    """A keyboard interrupt while a batch is handed out leaves it in line, with its memory."""
+    epoch, transport, _ = open_feed(range(3))
+    transport.delivery_is_interrupted_once = True
+    with pytest.raises(KeyboardInterrupt):
+        next(epoch)
+    assert list(epoch) == [0, 1, 2]
+
+
+def test_a_batch_that_cannot_be_moved_is_passed_over_after_its_error() -> None:
+    """An error of a batch's own `.to` is raised once, behind a fence, and the pass goes on."""
+    epoch, transport, _ = open_feed(range(3))
+    transport.delivery_breaks_once = True
+    with pytest.raises(ConnectionError):
+        next(epoch)
+    assert transport.n_fences == 1
+    assert list(epoch) == [1, 2]
+
+
+def test_what_is_dropped_is_fenced_first() -> None:
+    """Closing a pass with copies under way makes the owners of their memory wait for them."""
+    epoch, transport, feed = open_feed(range(9))
+    next(epoch)
+    until(lambda: len(feed._work.ready) == 2)
+    epoch.close()
+    assert transport.n_fences >= 1
+    assert copying_threads() == 0
+
+
 def test_released_batches_keep_their_order() -> None:
     """Batches that were brought back to the host are handed out in their turn."""
     epoch, transport, feed = open_feed(range(10), depth=3)
