@@ -410,12 +410,12 @@ def test_history_is_bounded_and_keeps_the_extremes(values: list[int], max_spans:
     """However many samples come, the spans stay few, in order, and lose neither lowest nor highest value."""
     gpu = FakeGPU()
     gpu.total_bytes = 10**7
-    vram = gpu.monitor()
     history = History(max_spans)
-    for value in values:
-        gpu.now_s += 1
-        gpu.allocate(value - gpu.current)
-        history.add(vram.sample())
+    with gpu.monitor() as vram:
+        for value in values:
+            gpu.now_s += 1
+            gpu.allocate(value - gpu.current)
+            history.add(vram.sample())
     spans = history.spans
     assert len(spans) <= max_spans
     assert sum(span.n_samples for span in spans) == len(values)
