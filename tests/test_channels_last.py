@@ -231,6 +231,23 @@ def test_training_agrees_in_float64(model: nn.Sequential, optimizer: str, n_step
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_training_agrees_where_2d_and_3d_are_mixed(optimizer: str) -> None:
+    """The same holds for a model of clips, with 3-d and 2-d convolutions and computed weights."""
+    model = Clips().double()
+    parametrizations.weight_norm(model.look)
+    plain = copy.deepcopy(model)
+    here, there = OPTIMIZERS[optimizer](model.parameters()), OPTIMIZERS[optimizer](plain.parameters())
+    batches = [torch.randn(2, 3, 4, 6, 6, dtype=torch.float64) for _ in range(4)]
+    train(model, here, batches[:2])
+    train(plain, there, batches[:2])
+    to_channels_last(model, optimizer=here)
+    outputs = train(model, here, to_channels_last(batches, rank_5=True))
+    torch.testing.assert_close(outputs, train(plain, there, batches), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad"])
 def test_fused_steps_are_wrong_without_the_optimizer(optimizer: str) -> None:
     """What `optimizer=` is for: a fused optimizer whose state lies otherwise than its parameters errs.
