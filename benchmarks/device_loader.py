@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check()
     for name in arguments.parts:
-        subject = "device_loader" if name == "workloads" else f"device_loader_{name}"
+        subject = "device_loader" if name == "workloads" else f"loader_{name}"
         path = record.write(subject, PROTOCOL, list(shown(parts[name](arguments.n_samples))))
         print(f"written: {path}")
 

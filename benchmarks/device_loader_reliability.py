@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--n-batches", type=int, default=1_000_000)
     n_batches = parser.parse_args().n_batches
     rows = list(itertools.chain(races(), campaign(n_batches)))
-    path = record.write("device_loader_reliability", PROTOCOL, rows)
+    path = record.write("loader_reliability", PROTOCOL, rows)
     print(f"written: {path}")
 
 

@@ -96,6 +96,31 @@ def oom_guard_overhead(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", more, "", _source(result), ""])
 
 
+def device_loader(result: dict[str, Any]) -> str:
+    """Render the workloads: the floor, the fastest peer, torchfast, and how much of the transfer it hid."""
+    lines = ["| step, source | resident | best peer | torchfast | hidden |", "|---|---:|---|---:|---:|"]
+    for what in dict.fromkeys((row["workload"], row["source"]) for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if (row["workload"], row["source"]) == what}
+        resident, ours = rows.pop("resident"), rows.pop("torchfast")
+        best = min(rows.values(), key=lambda row: row["step_ms"])
+        lines.append(
+            f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
+            f"| {best['step_ms']:.4g} ms ({best['peer']}) "
+            f"| {ours['step_ms']:.4g} ms | {max(0.0, ours['overlap_efficiency']):.0%} |"
+        )
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def loader_reliability(result: dict[str, Any]) -> str:
+    """Render how many numbered batches were handed out, and how many were wrong."""
+    lines = ["| loader | batches | source | handed out | wrong |", "|---|---|---|---:|---:|"]
+    lines += [
+        f"| {row['peer']} | {row['shape']} | {row['source']} | {row['n_batches']:,} | {row['n_wrong']:,} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", _source(result), ""])
+
+
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
@@ -114,6 +139,8 @@ def _put(page: Path, text: str) -> bool:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "device_loader": device_loader,
+    "loader_reliability": loader_reliability,
     "distillation": distillation,
     "oom_guard_faults": oom_guard_faults,
     "oom_guard_overhead": oom_guard_overhead,
