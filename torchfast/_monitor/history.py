@@ -89,17 +89,20 @@ class History:
     def add(self, sample: VRAMSample) -> None:
         """Append a sample; the last span takes it in until it holds as many as the others."""
         span = _Span(sample)
-        if self._spans and self._spans[-1].n_samples < self._n_per_span:
-            self._spans[-1].take(span)
-            return
-        if len(self._spans) >= self._max_spans:
+        if len(self._spans) == self._max_spans and not self._last_has_room():
             self._halve()
-        self._spans.append(span)
+        if self._last_has_room():
+            self._spans[-1].take(span)
+        else:
+            self._spans.append(span)
 
     @property
     def spans(self) -> tuple[VRAMSpan, ...]:
         """The spans, oldest first."""
         return tuple(span.finished() for span in self._spans)
+
+    def _last_has_room(self) -> bool:
+        return bool(self._spans) and self._spans[-1].n_samples < self._n_per_span
 
     def _halve(self) -> None:
         for first, second in zip(self._spans[::2], self._spans[1::2], strict=False):
