@@ -17,6 +17,7 @@ from torchfast import OutOfMemoryError, inject_oom, oom_guard
 from torchfast._batch import batch_size, split
 from torchfast._memory import AllocatorStats
 from torchfast._oom.sizes import Sizes
+from torchfast._oom.thrash import Thrash
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -391,7 +392,7 @@ def test_thrash_goes_down_a_size_before_the_crash(monkeypatch: pytest.MonkeyPatc
     n_flushes = iter([0, 1, 2, 2, 2])
     blank = AllocatorStats(*[0] * len(AllocatorStats._fields))
     monkeypatch.setattr(
-        "torchfast._oom.thrash.allocator_stats", lambda _: blank._replace(n_alloc_retries=next(n_flushes))
+        "torchfast._oom.retry.allocator_stats", lambda _: blank._replace(n_alloc_retries=next(n_flushes))
     )
     retry = oom_guard().retry(model=nn.Linear(1, 1))
     assert sizes_tried(8, 100, retry) == [8]
@@ -399,6 +400,15 @@ def test_thrash_goes_down_a_size_before_the_crash(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(UserWarning, match="in 2 steps running"):
         assert sizes_tried(8, 100, retry) == [8]
     assert sizes_tried(8, 100, retry) == [4]
+
+
+def test_steps_tell_of_thrash_once() -> None:
+    """A count that rises in two steps running is told once, a single rise or an old count is not."""
+    thrash, device = Thrash(), torch.device("cuda", 0)
+    assert [thrash.has_risen(n, device) for n in (7, 7, 8, 8, 9)] == [False] * 5
+    with pytest.warns(UserWarning, match="cuda:0 is so full") as warned:
+        assert [thrash.has_risen(n, device) for n in (10, 11, 12)] == [True, False, True]
+    assert len(warned) == 1
 
 
 # --- inference --------------------------------------------------------------------------------------------

@@ -125,7 +125,9 @@ def _current_phase() -> str | None:
 
 
 def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+    # Without this private function the backward pass is still known by its frames on the CPU.
+    task_id = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+    return bool(task_id() != -1)
 
 
 def _text(func: Any, args: Any) -> str:

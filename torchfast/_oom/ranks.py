@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchfast._oom.transaction import copy_all
+
 Place = tuple[torch.dtype, torch.device]
 _BUCKET_BYTES = 25 * 2**20
 
@@ -145,9 +147,9 @@ class DDPRanks(Ranks):
             pieces = flat.split([t.numel() for t in bucket])
             views = [piece.view(t.shape) for piece, t in zip(pieces, bucket, strict=True)]
             with torch.no_grad():
-                torch._foreach_copy_(views, [t.detach() for t in bucket])
+                copy_all(views, bucket)
                 yield flat
-                torch._foreach_copy_([t.detach() for t in bucket], views)
+                copy_all(bucket, views)
 
     def _vote(
         self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool, has_gradient: list[bool]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeV
 from torch import nn
 
 from torchfast import _batch
+from torchfast._memory import allocator_stats
 from torchfast._oom import frames, layers, work
 from torchfast._oom.ranks import Outcome, PeerRanOutOfMemoryError, Ranks
 from torchfast._oom.release import clean_up
@@ -137,7 +138,9 @@ class Retry:
             self._sizes.shrink(size)
 
     def _thrashes(self) -> bool:
-        return self._thrash.has_risen(self._guard._device())
+        device = self._guard._device()
+        stats = allocator_stats(device)
+        return stats is not None and self._thrash.has_risen(stats.n_alloc_retries, device)
 
     def _refusal(self, size: int) -> str | None:
         """Say why a batch must not be worked on in parts of `size`, if so."""

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 
 from torchfast._bytes import format_bytes
-from torchfast._memory import AllocatorStats, PeakScope, allocator_stats, driver_memory, peak_scope
+from torchfast._memory import AllocatorStats, allocator_stats, driver_memory, peak_scope
 from torchfast._oom import work
+from torchfast._oom.thrash import Thrash
 
 T = TypeVar("T")
 
@@ -61,11 +62,12 @@ class StepLog:
         self.start: AllocatorStats | None = None
         self.first_start_bytes: int | None = None
         self.n_steps = 0
+        self.thrash = Thrash()
         self._needs: dict[int, tuple[int, int]] = {}  # batch size: base and peak, the largest of each
 
     def step(self, n_samples: int | None, device: torch.device, /) -> "_Step":
         """Return a context around one step with a batch of `n_samples`."""
-        return _Step(self, n_samples, peak_scope(device))
+        return _Step(self, n_samples, device)
 
     def worked(self, n_samples: int, base_bytes: int, peak_bytes: int, /) -> None:
         """Note that a step of `n_samples` began at `base_bytes` and got by with `peak_bytes`."""
@@ -106,8 +108,9 @@ class StepLog:
 class _Step(AbstractContextManager["_Step", None]):
     """One step: while it runs the log knows its size; when it ends well the log keeps its peak."""
 
-    def __init__(self, log: StepLog, n_samples: int | None, scope: PeakScope) -> None:
-        self._log, self._n_samples, self._scope = log, n_samples, scope
+    def __init__(self, log: StepLog, n_samples: int | None, device: torch.device) -> None:
+        self._log, self._n_samples, self._device = log, n_samples, device
+        self._scope = peak_scope(device)
 
     def __enter__(self) -> Self:
         log = self._log
@@ -125,6 +128,8 @@ class _Step(AbstractContextManager["_Step", None]):
         peak, start = self._scope.peak_allocated_bytes, self._scope.start
         if error is None and peak is not None and start is not None and self._n_samples:
             self._log.worked(self._n_samples, start.allocated_bytes, peak)
+        if self._scope.end is not None:
+            self._log.thrash.has_risen(self._scope.end.n_alloc_retries, self._device)
 
 
 def suggest(

@@ -129,25 +129,31 @@ class _Copies:
             for t, c in zip(tensors, self._copies, strict=True)
         )
         if fits:
-            _copy_all(self._copies, tensors)
+            copy_all(self._copies, tensors)
         else:
             self._copies = [t.detach().clone() for t in tensors]
 
     @torch.no_grad()
     def put_back(self, tensors: Sequence[torch.Tensor]) -> None:
         """Write the copies into the tensors."""
-        _copy_all(tensors, self._copies)
+        copy_all(tensors, self._copies)
 
 
-def _copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy each source into its target: a few kernels for all of them instead of one for each."""
     groups: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         into, from_ = groups.setdefault((target.dtype, target.device), ([], []))
         into.append(target.detach())
-        from_.append(source)
+        from_.append(source.detach())
+    copy = getattr(torch, "_foreach_copy_", _copy_one_by_one)
     for into, from_ in groups.values():
-        torch._foreach_copy_(into, from_)
+        copy(into, from_)
+
+
+def _copy_one_by_one(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------
@@ -263,22 +269,30 @@ def _restore_random(states: list[tuple[Callable[[Any], Any], Any]]) -> None:
 # --- the gradient scaler ---------------------------------------------------------------------------------
 
 
+_SCALER_TENSORS = ("_scale", "_growth_tracker")
+
+
 def _scaler_state(scaler: Any) -> State | None:
-    """Return the scaler's state; its own `state_dict` would wait for the GPU."""
+    """Return the scaler's state: from private attributes, as its own `state_dict` would wait for the GPU."""
     if scaler is None:
         return None
+    if not hasattr(scaler, "_per_optimizer_states"):
+        return {"public": scaler.state_dict()}
     stages = {key: {**stage} for key, stage in scaler._per_optimizer_states.items()}
     for stage in stages.values():
         stage["found_inf_per_device"] = dict(stage["found_inf_per_device"])
-    tensors = {name: getattr(scaler, name) for name in ("_scale", "_growth_tracker")}
+    tensors = {name: getattr(scaler, name) for name in _SCALER_TENSORS}
     return {"stages": stages, **{k: None if t is None else t.clone() for k, t in tensors.items()}}
 
 
 def _restore_scaler(scaler: Any, state: State | None) -> None:
     if state is None:
         return
+    if "public" in state:
+        scaler.load_state_dict(state["public"])
+        return
     scaler._per_optimizer_states.clear()
     scaler._per_optimizer_states.update(state["stages"])
-    for name in ("_scale", "_growth_tracker"):
+    for name in _SCALER_TENSORS:
         copy = state[name]
         setattr(scaler, name, None if copy is None else copy.clone())
