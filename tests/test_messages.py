@@ -18,11 +18,21 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.fake_gpu import FakeGPU
-from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, estimate_vram, oom_guard, to_channels_last
+from torchfast import (
+    DeviceLoader,
+    GPUTeacher,
+    OutOfMemoryError,
+    VRAMMonitor,
+    estimate_vram,
+    inject_oom,
+    oom_guard,
+    to_channels_last,
+)
 from torchfast._device import resolve_device
 from torchfast._estimate import calibrate
 from torchfast._estimate.gpus import GPU_NAMES, resolve_gpu
 from torchfast._estimate.settings import AllocatorSettings
+from torchfast._oom.thrash import Thrash
 from torchfast.integrations._repeat import repeating
 
 
@@ -558,7 +568,8 @@ def test_a_plan_that_nobody_knows() -> None:
         GPUTeacher(nn.Linear(2, 2), "cpu", plan="fast")
     assert text_of(error) == (
         "plan='fast' was asked for, which is no way to run a teacher. "
-        'Choose "eager", "auto", or some of \'fold\', \'compile\', \'graph\', as in plan=("fold", "graph").'
+        "Choose \"eager\", \"auto\", or some of 'plain', 'fold', 'compile', 'graph', "
+        'as in plan=("fold", "graph").'
     )
 
 
@@ -1025,6 +1036,136 @@ def test_oom_guard_on_a_generator() -> None:
     assert text_of(error) == (
         "oom_guard was put on batches, which is a generator: its body runs in pieces, between which "
         "other code runs. Use `with oom_guard():` inside it."
+    )
+
+
+def reason_for_no_further_try(model: nn.Module, n_samples: int = 8, **options: Any) -> str:
+    """Return the last line of the error of a step that cannot be saved."""
+    retry = oom_guard().retry(model=model, **options)
+    batch = torch.zeros(n_samples, 4)
+    with pytest.raises(OutOfMemoryError) as error, inject_oom(above=0, times=None):
+        retry(lambda attempt: [part + 1 for part, _ in attempt])(batch)
+    return text_of(error).splitlines()[-1]
+
+
+def test_reasons_for_no_further_try() -> None:
+    """A step that is given up says why there was no further try."""
+    assert reason_for_no_further_try(nn.Linear(1, 1), 1) == "Even one sample at a time does not fit."
+    assert reason_for_no_further_try(nn.Linear(1, 1), split="never") == (
+        'Working in parts was switched off (split="never").'
+    )
+    assert reason_for_no_further_try(nn.BatchNorm1d(4)) == (
+        "The batch was not worked on in parts: BatchNorm1d sees the whole batch in training, so "
+        "parts would give "
+        'another gradient. guard.retry(split="always") allows that; eval() or group norm avoids it.'
+    )
+
+
+def test_failure_in_an_optimizer_without_a_copy() -> None:
+    """A step of the optimizer that failed half-way says what would have saved it."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    retry = oom_guard().retry(model=model, optimizer=optimizer)
+
+    @retry
+    def step(attempt: Any) -> None:
+        for part, _ in attempt:
+            model(part).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(OutOfMemoryError) as error, inject_oom(3, phase="optimizer"):
+        step(torch.zeros(8, 4))
+    assert text_of(error) == (
+        "Out of memory on cuda:0 in the optimizer's step. What the step needs there does not depend "
+        "on the batch.\n"
+        "An optimizer with fused=True or foreach=False needs less at its peak than the default.\n"
+        "It was not tried again: the optimizer had begun to change parameters. "
+        "guard.retry(copy=True) keeps a copy of parameters and optimizer state, with which that can "
+        "be undone."
+    )
+
+
+def test_warning_of_layers_that_parts_change() -> None:
+    """Working in parts names the layers for which that makes a difference, once."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1))
+    retry = oom_guard().retry(model=model, split="always")
+    with pytest.warns(UserWarning, match="works in parts") as warned, inject_oom(above=4, times=None):
+        retry(lambda attempt: [part + 1 for part, _ in attempt])(torch.zeros(8, 4))
+    assert str(warned[0].message) == (
+        "oom_guard works in parts of at most 4 samples, and the gradient is not exactly that of the "
+        "whole batch: "
+        "1 (BatchNorm1d) sees 4 samples at a time instead of all; 2 (Dropout) draws other random "
+        "numbers than for the whole batch."
+    )
+
+
+def test_warning_of_a_device_that_is_nearly_full() -> None:
+    """A device on which the allocator flushes its cache step after step is warned of."""
+    thrash = Thrash()
+    with pytest.warns(UserWarning, match="so full") as warned:
+        assert [thrash.has_risen(n, torch.device("cuda", 1)) for n in (0, 1, 2)][-1]
+    assert str(warned[0].message) == (
+        "cuda:1 is so full that PyTorch gave its whole cache back and asked for memory anew in 2 "
+        "steps running, which is slow. A batch smaller by a tenth would run faster."
+    )
+
+
+def test_attempt_that_was_not_entered() -> None:
+    """Forgetting the context around a step is told."""
+    with pytest.raises(RuntimeError, match="not entered") as error:
+        list(oom_guard().retry(model=nn.Linear(1, 1)).attempts(torch.zeros(2)))
+    assert text_of(error) == (
+        "an attempt of retry.attempts(...) was not entered: write `with attempt:` around the step, "
+        "or the same step would be offered for ever."
+    )
+
+
+def test_retry_with_an_unknown_split() -> None:
+    """What may be worked on in parts is one of three words."""
+    with pytest.raises(ValueError, match="split") as error:
+        oom_guard().retry(model=nn.Linear(1, 1), split=cast(Any, "auto"))
+    assert text_of(error) == (
+        "split='auto' was given to oom_guard; it says when a batch may be worked on in parts: \"safe\", "
+        '"always" or "never".'
+    )
+
+
+def test_injection_into_an_unknown_phase() -> None:
+    """A step has three phases."""
+    with pytest.raises(ValueError, match="phase") as error:
+        inject_oom(phase=cast(Any, "loss"))
+    assert text_of(error) == (
+        'phase=\'loss\' was given to inject_oom; a step has the phases "forward", "backward" and '
+        '"optimizer". Leave it out to count operators of all three.'
+    )
+
+
+def test_chunks_whose_rows_are_no_samples() -> None:
+    """Outputs that cannot be put together are refused with their shape."""
+    predict = oom_guard().chunked(torch.sum)
+    with pytest.raises(ValueError, match="one row") as error, inject_oom(above=4, times=None):
+        predict(torch.zeros(8))
+    assert text_of(error) == (
+        "a chunked function must return tensors with one row for each of its 4 samples, so that the "
+        "rows of several "
+        "chunks can be put together; it returned a tensor of shape (). Return values for each "
+        "sample, and reduce them outside."
+    )
+
+
+class FSDPModule(nn.Linear):
+    """Has the name by which a sharded module is known."""
+
+
+def test_retry_of_a_sharded_model() -> None:
+    """Where the forward pass is made of collectives, a retry is refused."""
+    with pytest.raises(ValueError, match="FSDPModule") as error:
+        oom_guard().retry(model=FSDPModule(1, 1))
+    assert text_of(error) == (
+        "guard.retry cannot be used with FSDPModule: its forward pass is made of collectives, and a "
+        "rank that ran "
+        "out of memory would leave the others waiting for ever. Use oom_guard without retry: it "
+        "explains the error and names a batch size to restart with."
     )
 
 
