@@ -635,8 +635,9 @@ def test_a_teacher_that_cannot_be_split() -> None:
     with pytest.raises(RuntimeError, match="cannot run in parts") as error:
         GPUTeacher(Total(1), "cpu")(torch.arange(4.0)[:, None])
     assert text_of(error) == (
-        "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it returns "
-        "an output of shape () for 1 samples. Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
+        "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it "
+        "returns an output of shape () for 1 samples. "
+        "Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
     )
 
 

@@ -56,7 +56,7 @@ def trained(module: nn.Module) -> nn.Module:
 
 def clock(monkeypatch: pytest.MonkeyPatch, **times_ms: float) -> list[str]:
     """Have each way of running take a given time, in the order in which they are tried."""
-    order = [times_ms[name] for name in ("eager", "fold", "compile") if name in times_ms]
+    order = [times_ms[name] for name in ("eager", "plain", "fold", "compile") if name in times_ms]
     tried: list[str] = []
 
     def time_ms(run: Callable[[], Any], _device: torch.device) -> float:
@@ -148,6 +148,32 @@ def test_a_part_is_kept_if_it_is_faster(
     assert repr(teacher).endswith(f"{'fold' if parts else 'eager'})")
 
 
+def test_the_plain_layout_is_taken_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where channels_last loses, weights and images are laid out plainly, and folding goes on top."""
+    clock(monkeypatch, eager=3, plain=2, fold=1)
+    module = trained(Block())
+    teacher = GPUTeacher(module, "cpu", plan=["plain", "fold"])
+    x = torch.randn(4, 4, 6, 6)
+    for batch in (x, x, x[:1]):
+        torch.testing.assert_close(teacher(batch), module.eval()(batch), rtol=1e-4, atol=1e-5)
+        assert teacher(batch).is_contiguous()
+    assert parts_of(teacher) == ("plain", "fold")
+    assert teacher.module.get_parameter("conv1.weight").is_contiguous()
+
+
+def test_without_channels_last_there_is_no_layout_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is plain already does not try that, and one that loses by plain stays channels_last."""
+    clock(monkeypatch, eager=1)
+    teacher = GPUTeacher(trained(Block()), "cpu", plan=["plain"], channels_last=False)
+    teacher(torch.randn(4, 4, 6, 6))
+    assert teacher.plan == planning.TeacherPlan((), {"eager": 1})
+    clock(monkeypatch, eager=1, plain=2)
+    teacher = GPUTeacher(trained(Block()), "cpu", plan=["plain"])
+    teacher(torch.randn(4, 4, 6, 6))
+    weight = teacher.module.get_parameter("conv1.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class ReadsItsConvolution(Block):
     """A block that reads a convolution's output beside its batch norm: folding would change it."""
 
@@ -235,7 +261,7 @@ def test_features_leave_their_modules_unfolded(monkeypatch: pytest.MonkeyPatch) 
     """A convolution or norm that is asked for as a feature keeps its own output."""
     clock(monkeypatch, eager=2, fold=1)
     module = trained(Block())
-    teacher = GPUTeacher(module, "cpu", plan="auto", features=["conv1"])
+    teacher = GPUTeacher(module, "cpu", plan=["fold"], features=["conv1"])
     x = torch.randn(4, 4, 6, 6)
     outputs, features = teacher(x)
     assert parts_of(teacher) == ("fold",)

@@ -55,9 +55,10 @@ class GPUTeacher:
         features: names of modules inside the teacher, as in `named_modules()`. A call then returns a
             `TeacherOutputs` of the outputs and a dict of what these modules return, in their first call.
         outputs: False gives the features alone; the forward stops after the last one.
-        plan: "eager" runs the module as it is. "auto" looks for something faster in the first call: batch
-            norms folded into convolutions ("fold"), `torch.compile` ("compile") and a CUDA graph ("graph"),
-            or those of them that are named, as in plan=("fold", "graph"). Each is timed, compared with the
+        plan: "eager" runs the module as it is. "auto" looks for something faster in the first call: the plain
+            layout instead of channels_last ("plain"), batch norms folded into convolutions ("fold"),
+            `torch.compile` ("compile") and a CUDA graph ("graph"), or those of them that are named, as in
+            plan=("fold", "graph"). Each is timed, compared with the
             module's own outputs, and kept only if they stay the same up to rounding. Compiling may take a
             minute. Batches of other shapes run without "compile" and "graph".
 
@@ -167,9 +168,9 @@ class GPUTeacher:
     def _set_up(self, module: nn.Module, placing: Placing, chunk_size: int | None) -> None:
         self.module = module
         self.device = placing.device
+        self._placing = placing
         self.dtype = placing.dtype or main_dtype(module)
         self.chunk_size = chunk_size
-        self._image_ranks = placing.image_ranks
         self._own = frozenset(id(tensor) for tensor in tensors_of(module))
         self._eager = partial(_run, module, None)
         self._planner: Planner | None = None
@@ -184,7 +185,8 @@ class GPUTeacher:
         taps = Taps(self.module, names, outputs=outputs) if names else None
         self._eager = partial(_run, self.module, taps)
         parts = _parts(plan) - ({"compile"} if names else set())  # taps would cut a compiled graph in pieces
-        self._planner = Planner(self.module, self._eager, self.device, parts, names) if parts else None
+        if parts:
+            self._planner = Planner(self.module, self._eager, self._placing, parts, names)
 
     @property
     def plan(self) -> TeacherPlan | None:
@@ -220,7 +222,7 @@ class GPUTeacher:
             return leaf.to(place)
         dtype = self.dtype if leaf.is_floating_point() else None
         moved = leaf.to(device=place, dtype=dtype, non_blocking=True)
-        if moved.dim() in self._image_ranks and _layout.is_image(moved, rank_5=True):
+        if moved.dim() in self._placing.image_ranks and _layout.is_image(moved, rank_5=True):
             return _layout.to_channels_last_tensor(moved)
         return moved
 
@@ -235,7 +237,7 @@ class GPUTeacher:
 
     def __repr__(self) -> str:
         """Say what is taught by, where and in which type."""
-        layout = ", channels_last" if self._image_ranks else ""
+        layout = ", channels_last" if self._placing.image_ranks else ""
         chunks = "" if self.chunk_size is None else f", {self.chunk_size} samples at a time"
         plan = "" if self.plan is None else f", {'+'.join(self.plan.parts) or 'eager'}"
         return f"GPUTeacher({type(self.module).__name__}, {self.device}, {self.dtype}{layout}{chunks}{plan})"

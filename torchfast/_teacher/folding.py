@@ -64,18 +64,22 @@ def pairs_of(module: nn.Module, run: Run, keep: Collection[str], /) -> list[Pair
 def fold(module: nn.Module, pairs: Collection[Pair], /) -> Callable[[], None]:
     """Fold the pairs in place, and return what undoes it."""
     undo: list[Callable[[], None]] = []
-    for convolution, norm, name in pairs:
-        parent_name, _, child = name.rpartition(".")
-        parent = module.get_submodule(parent_name)
-        undo.append(partial(_set, convolution, convolution._parameters.get("weight"), convolution.bias))
-        undo.append(partial(setattr, parent, child, norm))
-        _set(convolution, *_folded(convolution, norm))
-        setattr(parent, child, _rest_of(norm))
 
     def unfold() -> None:
         for step in undo:
             step()
 
+    try:
+        for convolution, norm, name in pairs:
+            parent_name, _, child = name.rpartition(".")
+            parent = module.get_submodule(parent_name)
+            undo.append(partial(_set, convolution, convolution._parameters.get("weight"), convolution.bias))
+            undo.append(partial(setattr, parent, child, norm))
+            _set(convolution, *_folded(convolution, norm))
+            setattr(parent, child, _rest_of(norm))
+    except BaseException:
+        unfold()
+        raise
     return unfold
 
 

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from torchfast import _layout
 from torchfast._teacher.closeness import Forward, differs
 from torchfast._teacher.folding import fold, pairs_of
+from torchfast._teacher.placing import Placing
 from torchfast._timing import time_ms
 from torchfast._tree import flatten, map_tensors, tensors
 
-PARTS = ("fold", "compile", "graph")
+PARTS = ("plain", "fold", "compile", "graph")
 MIN_GAIN = 0.03
 """What a further part has to gain: less is within the noise of a clock."""
 
@@ -26,8 +28,9 @@ class TeacherPlan:
     """How a teacher runs its first batch's shape, and what else was tried; `str` says it in a sentence.
 
     Attributes:
-        parts: of "fold" (batch norms folded into convolutions), "compile" (`torch.compile`) and "graph" (a
-            CUDA graph), those in use; empty for the plain module.
+        parts: of "plain" (the plain layout instead of channels_last), "fold" (batch norms folded into
+            convolutions), "compile" (`torch.compile`) and "graph" (a CUDA graph), those in use; empty for the
+            module as it is.
         times_ms: the time of a forward pass, by what was tried: "eager", "fold", "fold+graph" and so on.
         rejected: why others are not in use, though they may be faster.
     """
@@ -51,17 +54,18 @@ class Planner:
         self,
         module: nn.Module,
         eager: Forward,
-        device: torch.device,
+        placing: Placing,
         allowed: Collection[str],
         kept: Collection[str],
     ) -> None:
         self.plan: TeacherPlan | None = None
-        self._module, self._eager, self._device = module, eager, device
+        self._module, self._eager = module, eager
+        self._device, self._image_ranks = placing.device, placing.image_ranks
         self._allowed, self._kept = allowed, kept
         self._fast: Forward | None = None
         self._signature: Any = None
+        self._is_plain = False
         self._unfold: Callable[[], None] | None = None
-        self._compiled: dict[bool, Forward] = {}
 
     def __call__(self, inputs: Any, /) -> Any:
         """Return the outputs for these inputs."""
@@ -71,7 +75,7 @@ class Planner:
             self._signature = signature
         if self._fast is not None and _equal(signature, self._signature):
             return self._fast(inputs)
-        return self._eager(inputs)
+        return self._as_laid_out(self._eager)(inputs)
 
     def _make(self, inputs: Any) -> None:
         expected = self._eager(inputs)
@@ -94,6 +98,7 @@ class Planner:
                 rejected[_name(parts)] = reason
             elif times[_name(parts)] < times[_name(best)] * (1 - MIN_GAIN):
                 best = parts
+        run = None  # a graph's memory is free before the next one takes its own
         best = _agreed(best)
         self._fast = self._built(best, inputs)
         self.plan = TeacherPlan(best, times, rejected)
@@ -101,12 +106,37 @@ class Planner:
 
     def _built(self, parts: Collection[str], inputs: Any) -> Forward | None:
         """Return the forward made of these parts, or None where a part has nothing to do."""
-        if not self._fold("fold" in parts, inputs):
+        if not self._lay_out("plain" in parts) or not self._fold("fold" in parts, inputs):
             return None
-        run = self._eager
-        if "compile" in parts:
-            run = self._compiled.setdefault("fold" in parts, _compiled(self._module))
+        run = self._as_laid_out(_compiled(self._module) if "compile" in parts else self._eager)
         return _captured(run, inputs, self._device) if "graph" in parts else run
+
+    def _as_laid_out(self, run: Forward) -> Forward:
+        """Return `run` with the images among its inputs in the layout of the weights."""
+        if not self._is_plain:
+            return run
+
+        def lay_out(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.contiguous() if tensor.dim() in self._image_ranks else tensor
+
+        return lambda inputs: run(map_tensors(lay_out, inputs))
+
+    def _lay_out(self, plain: bool) -> bool:  # noqa: FBT001 -- private
+        """Bring the convolutions' weights into a layout; False if there is none to leave."""
+        if plain == self._is_plain:
+            return True
+        if not self._image_ranks:
+            return False
+        if self._unfold is not None:
+            self._unfold()
+            self._unfold = None
+        for _, convolution in _layout.convolutions(self._module):
+            weight = _layout.stored_weight(convolution)
+            if weight is not None:
+                old = weight.detach()
+                weight.data = old.contiguous() if plain else _layout.to_channels_last_tensor(old)
+        self._is_plain = plain
+        return True
 
     def _fold(self, wanted: bool, inputs: Any) -> bool:  # noqa: FBT001 -- private
         """Bring the module into the folded or unfolded state; False if there is nothing to fold."""
@@ -114,7 +144,7 @@ class Planner:
             self._unfold()
             self._unfold = None
         if wanted and self._unfold is None:
-            pairs = pairs_of(self._module, lambda: self._eager(inputs), self._kept)
+            pairs = pairs_of(self._module, partial(self._eager, inputs), self._kept)
             if not pairs:
                 return False
             self._unfold = fold(self._module, pairs)
