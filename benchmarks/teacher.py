@@ -57,7 +57,7 @@ def main() -> None:
         print(record.write("teacher_loading", PROTOCOL_OF_LOADING, loadings()))
     if "forward" in options.parts:
         rows = [row for batch_size in options.batch_sizes for row in forwards_and_steps(batch_size)]
-        print(record.write("teacher", PROTOCOL, rows))
+        print(record.write("teacher_forward", PROTOCOL, rows))
 
 
 # --- forward, fidelity, step -----------------------------------------------------------------------------
