@@ -121,6 +121,63 @@ def loader_reliability(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _source(result), ""])
 
 
+def monitor(result: dict[str, Any]) -> str:
+    """Render what one call costs, and what a training step does beside each way of watching."""
+    costs = {(row["what"], row["state"]): row["median_us"] for row in result["rows"] if row["kind"] == "cost"}
+    lines = ["| µs a call | hot | cold | busy |", "|---|---:|---:|---:|"]
+    for what in dict.fromkeys(what for what, _ in costs):
+        cells = [f"{costs[what, state]:.3g}" for state in ("hot", "cold", "busy")]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    steps = {(row["what"], row["workload"]): row for row in result["rows"] if row["kind"] == "step"}
+    workloads = list(dict.fromkeys(workload for _, workload in steps))
+    lines += ["", f"| beside a training step | {' | '.join(workloads)} |", "|---|" + "---:|" * len(workloads)]
+    for what in dict.fromkeys(what for what, _ in steps):
+        ratios = [f"{steps[what, workload]['ratio']:.3f}" for workload in workloads]
+        lines.append(f"| {what} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def teacher_forward(result: dict[str, Any]) -> str:
+    """Render the ways to run a teacher: alone, in a distillation step, and how far outputs move."""
+    lines = [
+        "| teacher | batch | alone | a step | efficiency | outputs move by |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['name']} | {row['batch_size']} | {row['median_ms']:.4g} ms | {row['step_median_ms']:.4g} ms "
+        f"| {row['efficiency']:.2f} | {row['largest_move']:.1%} |"
+        for row in result["rows"]
+    ]
+    floors = {row["batch_size"]: row["step_without_teacher_ms"] for row in result["rows"]}
+    floor = ", ".join(f"{ms:.4g} ms at batch {size}" for size, ms in floors.items())
+    return "\n".join([*lines, "", f"Without a teacher a step takes {floor}.", "", _source(result), ""])
+
+
+def teacher_loading(result: dict[str, Any]) -> str:
+    """Render what loading a teacher takes at most."""
+    lines = ["| from | with | device peak | host peak | time |", "|---|---|---:|---:|---:|"]
+    lines += [
+        f"| .{row['suffix']} | {row['name']} | {row['device_peak_bytes'] / 2**20:.0f} MiB "
+        f"| {row['host_peak_bytes'] / 2**20:.0f} MiB | {row['seconds']:.2f} s |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def channels_last(result: dict[str, Any]) -> str:
+    """Render both layouts of each model, and what was chosen."""
+    lines = ["| model | plain | channels_last | speed-up | kept |", "|---|---:|---:|---:|---|"]
+    lines += [
+        f"| {row['name']} | {row['plain_ms']:.4g} ms | {row['channels_last_ms']:.4g} ms | {row['always']:.2f} "
+        f"| {'channels_last' if row['is_chosen'] else 'plain'} |"
+        for row in result["rows"]
+    ]
+    scores = result["scores"]
+    mean = f"Geometric mean of the speed-up: {scores['always_geomean']:.2f} with channels_last always, "
+    mean += f"{scores['chosen_geomean']:.2f} as chosen, {scores['best_geomean']:.2f} at best."
+    return "\n".join([*lines, "", mean, "", _source(result), ""])
+
+
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
@@ -139,12 +196,16 @@ def _put(page: Path, text: str) -> bool:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "channels_last": channels_last,
     "device_loader": device_loader,
     "loader_reliability": loader_reliability,
     "distillation": distillation,
+    "monitor": monitor,
     "oom_guard_faults": oom_guard_faults,
     "oom_guard_overhead": oom_guard_overhead,
     "oom_guard_recognition": oom_guard_recognition,
+    "teacher_forward": teacher_forward,
+    "teacher_loading": teacher_loading,
 }
 
 if __name__ == "__main__":
