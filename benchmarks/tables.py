@@ -168,8 +168,8 @@ def channels_last(result: dict[str, Any]) -> str:
     """Render both layouts of each model, and what was chosen."""
     lines = ["| model | plain | channels_last | speed-up | kept |", "|---|---:|---:|---:|---|"]
     lines += [
-        f"| {row['name']} | {row['plain_ms']:.4g} ms | {row['channels_last_ms']:.4g} ms | {row['always']:.2f} "
-        f"| {'channels_last' if row['is_chosen'] else 'plain'} |"
+        f"| {row['name']} | {row['plain_ms']:.4g} ms | {row['channels_last_ms']:.4g} ms "
+        f"| {row['always']:.2f} | {'channels_last' if row['is_chosen'] else 'plain'} |"
         for row in result["rows"]
     ]
     scores = result["scores"]
