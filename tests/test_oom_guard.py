@@ -5,6 +5,7 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -454,6 +455,51 @@ def test_names_of_a_module_let_go() -> None:
     assert names["hidden"] is None
     assert names["alive"]() is None
     assert names["before"] is not None
+
+
+def test_last_uncaught_error_lets_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier failure that an interactive session keeps for its debugger is let go at the next one."""
+    references: list[weakref.ref[torch.Tensor]] = []
+
+    def layer() -> None:
+        hidden = torch.zeros(4)
+        references.append(weakref.ref(hidden))
+        run_out(hidden)
+
+    with pytest.raises(torch.OutOfMemoryError) as unguarded:
+        layer()
+    name = "last_exc" if sys.version_info >= (3, 12) else "last_value"
+    monkeypatch.setattr(sys, name, unguarded.value, raising=False)
+    assert references[0]() is not None
+    with oom_guard(reraise=False):
+        run_out()
+    assert references[0]() is None
+
+
+def test_failures_in_a_notebook_let_go() -> None:
+    """IPython keeps the last error; neither a guarded nor an earlier bare failure keeps tensors in it."""
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    try:
+        shell.run_cell("import torch, weakref\nfrom torchfast import oom_guard")
+        shell.run_cell(
+            "def layer(images):\n"
+            "    hidden = images * 2\n"
+            "    alive.append(weakref.ref(hidden))\n"
+            "    raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+            "alive = []"
+        )
+        bare = shell.run_cell("layer(torch.zeros(4))")
+        guarded = shell.run_cell(
+            "with oom_guard():\n    images = torch.zeros(4)\n    alive.append(weakref.ref(images))\n "
+            "   layer(images)"
+        )
+        assert isinstance(bare.error_in_exec, torch.OutOfMemoryError)
+        assert isinstance(guarded.error_in_exec, OutOfMemoryError)
+        del bare
+        assert [reference() is None for reference in shell.user_ns["alive"]] == [True] * 3
+        assert shell.user_ns["images"] is None
+    finally:
+        type(shell).clear_instance()
 
 
 def test_keep_frames_keeps_everything() -> None:
