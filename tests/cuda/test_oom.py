@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests import oom_ranks
 from torchfast import OutOfMemoryError, _holders, inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
 
@@ -296,3 +298,12 @@ def test_faults_in_the_gpus_backward_thread(small_gpu: torch.device) -> None:
             assert injection.n_failures == 1
     finally:
         torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.gpus(2)
+def test_two_gpus_agree(tmp_path: Path) -> None:
+    """Over NCCL, faults on one rank at random operators leave both with the weights of no fault."""
+    first, second = oom_ranks.run_ranks(tmp_path, ["faulty", "clean"], backend="nccl")
+    assert oom_ranks.same(first["faulty"], second["faulty"])
+    for one, other in zip(first["faulty"], first["clean"], strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,173 @@
+"""What two ranks do in the tests of several ranks: training steps in which one of them runs out of memory."""
+
+import gc
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchfast import OutOfMemoryError, inject_oom, oom_guard
+
+N_RANKS = 2
+N_SAMPLES = 8
+N_FAULTS = int(os.environ.get("TORCHFAST_RANK_FAULTS", "25"))
+
+
+def small_net() -> nn.Sequential:
+    """Return a net with a buffer and, at the end, a parameter that is never used."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.2), nn.ReLU(), nn.Linear(8, 3))
+    net.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    return net
+
+
+def batch_of(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the batch of a rank at a step."""
+    generator = torch.Generator("cpu").manual_seed(100 * step + rank)
+    samples = torch.randn(N_SAMPLES, 6, generator=generator, device="cpu")
+    labels = torch.randint(3, (N_SAMPLES,), generator=generator, device="cpu")
+    return samples.to(torch.get_default_device()), labels.to(torch.get_default_device())
+
+
+def run_ranks(folder: Path, names: list[str], backend: str = "gloo") -> list[dict[str, Any]]:
+    """Return what each rank got from the work of these names, done by two processes in a group."""
+    spawn(in_group, args=(str(folder), names, backend), nprocs=N_RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(N_RANKS)]
+
+
+def in_group(rank: int, folder: str, names: list[str], backend: str) -> None:
+    """Join the group, do all the work, and leave the results in a file."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what is imported by now is not walked after each fault
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=N_RANKS)
+    torch.save({name: WORK[name](rank) for name in names}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(
+    rank: int, n_steps: int, fault: Callable[[int], inject_oom], *, sync_by: str = "retry"
+) -> list[torch.Tensor]:
+    """Train for some steps with a fault in each, and return the state at the end."""
+    model = DistributedDataParallel(small_net(), find_unused_parameters=sync_by == "ddp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    retry = oom_guard().retry(model=model, optimizer=optimizer, copy=True, timeout_s=20)
+    for step in range(n_steps):
+        batch = batch_of(step, rank)
+        if sync_by == "ddp":
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            continue
+        injection = fault(step)
+        for attempt in retry.attempts(batch):
+            with attempt, injection:
+                for (samples, labels), weight in attempt:
+                    (F.cross_entropy(model(samples), labels) * weight).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return [t.cpu() for t in model.module.state_dict().values()]
+
+
+def no_fault(_: int) -> inject_oom:
+    """Return an injection that only counts."""
+    return inject_oom(times=0)
+
+
+def random_fault(step: int) -> inject_oom:
+    """Return a fault on one rank at a random operator of a random phase: the same choice on both ranks."""
+    chance = random.Random(step)  # noqa: S311 -- reproducible, not secret
+    phase, n_operators = chance.choice([("forward", 12), ("backward", 30), ("optimizer", 8)])
+    return inject_oom(
+        chance.randrange(n_operators),
+        phase=cast(Any, phase),
+        rank=chance.randrange(N_RANKS),
+    )
+
+
+def same(state: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Tell whether two states are bit for bit the same."""
+    return all(torch.equal(one, two) for one, two in zip(state, other, strict=True))
+
+
+def parameters_of(state: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parameters of a state."""
+    names = list(small_net().state_dict())
+    kept = dict(small_net().named_parameters())
+    return [tensor for name, tensor in zip(names, state, strict=True) if name in kept]
+
+
+def work_split(rank: int) -> tuple[int, int]:
+    """Run out of memory for large parts on rank 1 only, and return the sizes that were tried last."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    retry = oom_guard().retry(model=model, timeout_s=20)
+    with inject_oom(above=3, times=None, rank=1):
+        for attempt in retry.attempts(batch_of(0, rank)):
+            with attempt:
+                for (samples, labels), weight in attempt:
+                    (F.cross_entropy(model(samples), labels) * weight).backward()
+    return attempt.number, attempt.size
+
+
+def work_bug(rank: int) -> str:
+    """Fail with a bug on rank 1, and return what each rank sees."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    retry = oom_guard().retry(model=model, timeout_s=20)
+    try:
+        for attempt in retry.attempts(batch_of(0, rank)):
+            with attempt:
+                for (samples, labels), weight in attempt:
+                    (F.cross_entropy(model(samples), labels + 100 * rank) * weight).backward()
+    except Exception as error:  # noqa: BLE001 -- whatever it is
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def work_hopeless(rank: int) -> str:
+    """Run out of memory in rank 1's optimizer without a copy, and return what each rank sees."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    retry = oom_guard().retry(model=model, optimizer=optimizer, timeout_s=20)
+    try:
+        for attempt in retry.attempts(batch_of(0, rank)):
+            with attempt, inject_oom(2, phase="optimizer", rank=1):
+                for (samples, labels), weight in attempt:
+                    (F.cross_entropy(model(samples), labels) * weight).backward()
+                optimizer.step()
+    except (OutOfMemoryError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def work_unused(rank: int) -> list[torch.Tensor]:
+    """Use a parameter on rank 1 only, and return its gradient on each."""
+    model = DistributedDataParallel(small_net(), find_unused_parameters=True)
+    for attempt in oom_guard().retry(model=model, timeout_s=20).attempts(torch.ones(2, 6)):
+        with attempt:
+            for samples, _ in attempt:
+                (model(samples).sum() + rank * model.module.unused.sum()).backward()
+                if rank == 0:
+                    model.module.unused.grad = None
+    return [model.module.unused.grad]
+
+
+WORK: dict[str, Callable[[int], Any]] = {
+    "bare": lambda rank: train(rank, 4, no_fault, sync_by="ddp"),
+    "guarded": lambda rank: train(rank, 4, no_fault),
+    "faulty": lambda rank: train(rank, N_FAULTS, random_fault),
+    "clean": lambda rank: train(rank, N_FAULTS, no_fault),
+    "split": work_split,
+    "unused": work_unused,
+    "bug": work_bug,
+    "hopeless": work_hopeless,
+}
