@@ -149,6 +149,24 @@ def faults() -> list[dict[str, Any]]:
     return rows
 
 
+def splits(name: str) -> dict[str, Any]:
+    """Let parts of more than 4 samples fail at each operator; compare with a run that fits, in float64."""
+    start_s = time.perf_counter()
+    counting = inject_oom(times=0, above=4)
+    expected = oom_faults.run_split(name, counting)
+    n_operators = counting.n_operators // oom_faults.N_STEPS
+    n_wrong = 0
+    for at in range(n_operators):
+        injection = inject_oom(at, above=4, times=None)
+        state = oom_faults.run_split(name, injection)
+        is_close = all(
+            torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+            for one, other in zip(state, expected, strict=True)
+        )
+        n_wrong += not is_close or injection.n_failures != 2
+    return _row(name, "parts above 4 samples", n_operators, n_wrong, time.perf_counter() - start_s)
+
+
 def _row(name: str, what: str, n_faults: int, n_wrong: int, seconds: float) -> dict[str, Any]:
     print(f"{name:14} {what:20} {n_faults:5} faults, {n_wrong} left a trace, {seconds:.0f} s")
     return {"part": "faults", "training": name, "what": what, "n_faults": n_faults, "n_wrong": n_wrong}

@@ -109,6 +109,8 @@ def accumulation() -> Training:
 TRAININGS: dict[str, Callable[[], Training]] = {
     make.__name__: make for make in (cnn, transformer, rnn, amp, first_step, accumulation)
 }
+# Without dropout, those whose steps can be worked on in parts and come out the same.
+SPLITTABLE = ("transformer", "rnn", "first_step")
 FAILING_STEP = dict.fromkeys(TRAININGS, 1) | {"first_step": 0}
 
 
@@ -118,6 +120,16 @@ def begin(name: str) -> Training:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the global state is what the guard must restore
     return TRAININGS[name]()
+
+
+def without_dropout(training: Training) -> Training:
+    """Return the training with all dropout taken out."""
+    for module in training.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return training
 
 
 def loss_of(training: Training, part: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -198,6 +210,23 @@ def state_of(training: Training, losses: list[float]) -> list[Any]:
         *sources,
         *scaler,
     ]
+
+
+def run_split(name: str, injection: inject_oom) -> list[torch.Tensor]:
+    """Run a training without dropout under a retry, in float64, and return its losses and weights."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        training = without_dropout(begin(name))
+        retry = oom_guard().retry(model=training.model, optimizer=training.optimizer)
+        losses = []
+        for index, batch in enumerate(training.batches):
+            for attempt in retry.attempts(batch):
+                with attempt, injection:
+                    loss = take_step(training, iter(attempt), index)
+            losses.append(loss)
+        return [torch.tensor(losses), *training.model.state_dict().values()]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def differences(state: list[Any], other: list[Any]) -> int:

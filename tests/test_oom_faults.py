@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from tests import oom_faults as faults
 from torchfast import OutOfMemoryError, inject_oom
@@ -50,6 +51,18 @@ def test_fault_in_the_optimizer_without_a_copy(name: str) -> None:
             assert "the optimizer had begun to change parameters" in str(error)  # noqa: PT017 -- either may happen
         else:
             assert faults.differences(state, expected) == 0, at
+
+
+@pytest.mark.parametrize("name", faults.SPLITTABLE)
+def test_fault_at_any_operator_of_a_large_part(name: str) -> None:
+    """Where parts of more than 4 samples always fail, wherever they do, the training comes out the same."""
+    counting = inject_oom(times=0, above=4)
+    expected = faults.run_split(name, counting)
+    for at in range(hash_of(name) % STRIDE, counting.n_operators // faults.N_STEPS, STRIDE):
+        injection = inject_oom(at, above=4, times=None)
+        for one, other in zip(faults.run_split(name, injection), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+        assert injection.n_failures == 2  # whole, and whole again
 
 
 def hash_of(name: str) -> int:
