@@ -17,6 +17,7 @@ from torchfast._bytes import MIB
 from torchfast._memory import allocator_stats, driver_memory, peak_scope
 
 State = dict[str, Any]
+Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 class Subjects(NamedTuple):
@@ -99,12 +100,12 @@ class Transaction:
             parameter.grad = gradient
         for (slots, name), buffer in zip(self._slots, self._buffers, strict=True):
             slots[name] = buffer
-        self._buffer_copies.put_back(self._buffers)
+        self._buffer_copies.put_back()
         for optimizer, state in zip(self._subjects.optimizers, self._optimizers, strict=True):
             state.restore(optimizer)
         if self._copy:
-            self._parameter_copies.put_back(self._parameters)
-            self._moment_copies.put_back([t for state in self._optimizers for t in state.tensors])
+            self._parameter_copies.put_back()
+            self._moment_copies.put_back()
         _restore_scaler(self._subjects.scaler, self._scaler)
         _restore_random(self._random)
         self._has_step_begun = False
@@ -119,41 +120,50 @@ class _Copies:
     """Copies of tensors, in memory that is kept for the next time."""
 
     def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
+        self._groups: list[Pairs] = []
 
     @torch.no_grad()
-    def take(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy the tensors; the first time, and when they have changed shape, into new memory."""
-        fits = len(tensors) == len(self._copies) and all(
-            t.shape == c.shape and t.dtype == c.dtype and t.device == c.device
-            for t, c in zip(tensors, self._copies, strict=True)
-        )
-        if fits:
-            copy_all(self._copies, tensors)
-        else:
-            self._copies = [t.detach().clone() for t in tensors]
+    def take(self, tensors: list[torch.Tensor]) -> None:
+        """Copy the tensors: into new memory the first time, and when they are others or of other shapes."""
+        if list(map(id, tensors)) != list(map(id, self._tensors)) or not self._renew():
+            self._tensors, self._copies = tensors, [tensor.clone() for tensor in tensors]
+            self._groups = _grouped(self._copies, tensors)
 
     @torch.no_grad()
-    def put_back(self, tensors: Sequence[torch.Tensor]) -> None:
+    def put_back(self) -> None:
         """Write the copies into the tensors."""
-        copy_all(tensors, self._copies)
+        for copies, tensors in self._groups:
+            copy_all(tensors, copies)
+
+    def _renew(self) -> bool:
+        try:
+            for copies, tensors in self._groups:
+                copy_all(copies, tensors)
+        except RuntimeError:  # a tensor was resized in place
+            return False
+        return True
 
 
-def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target: a few kernels for all of them instead of one for each."""
-    groups: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        into, from_ = groups.setdefault((target.dtype, target.device), ([], []))
-        into.append(target.detach())
-        from_.append(source.detach())
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source into its target, all of one type on one device: few kernels instead of many."""
     copy = getattr(torch, "_foreach_copy_", _copy_one_by_one)
-    for into, from_ in groups.values():
-        copy(into, from_)
+    copy(targets, sources)
 
 
 def _copy_one_by_one(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+def _grouped(copies: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[Pairs]:
+    groups: dict[tuple[torch.dtype, torch.device], Pairs] = {}
+    for copy, tensor in zip(copies, tensors, strict=True):
+        pairs = groups.setdefault((tensor.dtype, tensor.device), ([], []))
+        pairs[0].append(copy)
+        pairs[1].append(tensor)
+    return list(groups.values())
 
 
 # --- the optimizer ---------------------------------------------------------------------------------------
