@@ -1,8 +1,8 @@
 """Values that are known on paper: those of integer tensors, and what follows from them.
 
 Masks, lengths, labels and positions decide which code a model runs and how large its tensors get. Their
-values are carried along on the host where all that they come from is known; those of floats are not, but for
-a handful of numbers.
+values are carried along on the host where all that they come from is known: never for what weights or images
+went into.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ import torch
 from torchfast._estimate.paper import META, PaperTensor
 
 _MOST_NUMBERS = 2**21  # 16 MiB of int64: masks and tokens, not images
-_MOST_FLOATS = 64
+_MOST_FLOATS = 2**20  # masks of numbers to add, and all that is made of constants
 
 
 def worth_keeping(tensor: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ def _follow_in_place(
 
 
 # Operators whose result has no values, and those that give a tensor new ones whatever it held.
-_UNSET = ("aten::empty", "aten::new_empty")
+_UNSET = ("aten::empty", "aten::new_empty", "aten::_cudnn")
 _OVERWRITES = ("aten::fill_", "aten::zero_", "aten::copy_")
 
 

@@ -122,6 +122,7 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
         for owner, attribute, value in [
             (common, "amp_definitely_not_available", lambda: False),
             (scalers, "amp_definitely_not_available", lambda: False),
+            (torch.backends.cudnn, "is_acceptable", lambda *_: False),  # flattening is recorder.merge's
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
             (torch.cuda, "device_count", lambda: 1),

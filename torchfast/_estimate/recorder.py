@@ -72,9 +72,12 @@ class Recorder(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator's meta kernel and record what it returns."""
+        return self.adopt(self.run_unrecorded(func, args, kwargs))
+
+    def run_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the operator's meta kernel: meta tensors come out."""
         with meta_kernels():
-            outputs = func(*args, **kwargs)
-        return self.adopt(outputs)
+            return func(*args, **kwargs)
 
     def adopt(self, outputs: Any) -> Any:
         """Make paper tensors of meta tensors, recording storages that are new."""
@@ -127,6 +130,13 @@ class Recorder(TorchDispatchMode):
     def free(self, block: int) -> None:
         """Record that a block was given back."""
         self.events.append(Event(block, 0, self._note(self.category)))
+
+    def merge(self, tensors: list[torch.Tensor]) -> None:
+        """Record that tensors were copied into one block and given back one by one."""
+        blocks = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        self.allocate(sum(blocks.values()))
+        for address in blocks:
+            self.free(self._live.pop(address).number)
 
     def stop(self) -> None:
         """Record nothing more: what is freed from now on is freed by taking things back."""

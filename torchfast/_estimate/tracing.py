@@ -139,11 +139,21 @@ class _Tracer:
                     for name, tensor in held.items():
                         if tensor is not None:
                             held[name] = self._paper(tensor)
+                if isinstance(module, nn.RNNBase):
+                    self._flatten(module)
             yield
         finally:
             for held, before in taken:
                 held.clear()
                 held.update(before)
+
+    def _flatten(self, module: nn.RNNBase) -> None:
+        """Do as `flatten_parameters` does once the module is on the GPU: weights move into one block."""
+        weights = [w for w in module._flat_weights if isinstance(w, torch.Tensor)]
+        papers = [self._papers[id(w)] for w in weights if id(w) in self._papers]
+        if papers and papers[0].dtype != torch.bfloat16:
+            self.recorder.merge(papers)
+        module._flat_weights = [self._papers.get(id(w), w) for w in module._flat_weights]
 
     def _assume_mode(self, model: nn.Module, *, training: bool) -> None:
         model.train(training)
@@ -196,8 +206,9 @@ def _told(plan: Plan) -> Iterator[None]:
             f"{tuple(t.shape)} {t.dtype}".replace("torch.", "") for t in _tree.tensors(plan.inputs)
         )
         what = "the given step" if plan.step is not None else f"{type(plan.model).__name__} on this batch"
+        first = (str(error).splitlines() or [""])[0]  # PyTorch adds its whole table of kernels to some
         raise ValueError(
-            f"estimate_vram could not run {what}: {type(error).__name__}: {error}\n"
+            f"estimate_vram could not run {what}: {type(error).__name__}: {first}\n"
             f"The batch holds {given or 'no tensors'}. A tensor is passed as model(x), a mapping as "
             "model(**batch), a tuple as model(*batch); with loss= a pair is (inputs, target). If the same "
             "call works outside of estimate_vram, please report it."

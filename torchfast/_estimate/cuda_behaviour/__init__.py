@@ -13,8 +13,12 @@ from torchfast._estimate.cuda_behaviour import (
     blas,
     composites,
     convolution,
+    indexing,
+    layouts,
+    losses,
     norms,
     optimizers,
+    recurrent,
     reductions,
     values,
 )
@@ -24,7 +28,14 @@ from torchfast._estimate.recorder import Rule
 
 # Rules by the operator's name without namespace and overload.
 _RULES: dict[str, Rule] = {
+    **layouts.RULES,
+    "_cudnn_rnn": recurrent.forward,
+    "_cudnn_rnn_backward": recurrent.backward,
+    "_cudnn_init_dropout_state": recurrent.dropout_state,
+    **losses.RULES,
+    "embedding_dense_backward": indexing.embedding_backward,
     "add": autograd.add,
+    **dict.fromkeys(autograd.IN_PLACE, autograd.in_place),
     "convolution": convolution.convolution,
     "convolution_backward": convolution.convolution_backward,
     "native_dropout": norms.native_dropout,
@@ -46,7 +57,14 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(optimizers.IN_PLACE, optimizers.nothing),
     **dict.fromkeys(blas.PRODUCTS, blas.matrix_product),
 }
-_COMPOSITES = {"dropout": composites.dropout, "batch_norm": composites.batch_norm}
+_COMPOSITES = {
+    "dropout": composites.dropout,
+    "batch_norm": composites.batch_norm,
+    "linear": composites.linear,
+    **recurrent.KERNELS,
+}
+# Operators that are taken apart where a backend has no kernel of its own: to have one is enough.
+_WHOLE = ("silu_backward", "mish_backward")
 
 
 def rule_for(func: Any) -> Rule | None:
@@ -68,7 +86,13 @@ def cuda_kernels(gpu: GPU) -> Iterator[None]:
         for name, kernel in kernels.items():
             for key in (f"Autograd{BACKEND}", BACKEND):
                 library.impl(name, kernel, key)
+        for name in _WHOLE:
+            library.impl(name, _never_run, BACKEND)
         with autocast.cuda_autocast():
             yield
     finally:
         library._destroy()
+
+
+def _never_run(*_: Any) -> None:
+    """Stand at the paper backend's key: the recorder answers before a call gets there."""

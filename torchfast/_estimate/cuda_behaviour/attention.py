@@ -260,6 +260,8 @@ def efficient_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     n_heads, n_rows, width = query.shape[0] * query.shape[1], query.shape[2], args[3].shape[3]
     numel_bytes, row_bytes = n_heads * n_rows * width * 4, n_heads * n_rows * 4
     outputs = recorder.run(func, args, kwargs)
+    dense = [] if grad_out.transpose(1, 2).is_contiguous() else [grad_out.numel() * grad_out.dtype.itemsize]
+    kept = [recorder.allocate(size, "workspace") for size in dense]
     copies = [
         recorder.allocate(numel_bytes, "workspace") for _ in range(2 if grad_out.dtype in _HALVES else 0)
     ]
@@ -270,6 +272,6 @@ def efficient_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     n_tiles = -(-n_rows // 64)
     tile_bytes = 64 * (-(-query.shape[3] // 64) * 64) * 4 + 16
     workspace = recorder.allocate(n_heads * n_tiles * tile_bytes, "workspace")
-    recorder.free(delta)
-    recorder.free(workspace)
+    for block in (delta, workspace, *kept):
+        recorder.free(block)
     return outputs

@@ -47,6 +47,7 @@ LOWER = (
     "rnn_relu_cell",
     "_scaled_dot_product_flash_attention",
     "scaled_dot_product_attention",
+    "_cudnn_rnn",
 )
 
 FP32 = (

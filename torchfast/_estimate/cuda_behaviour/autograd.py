@@ -4,20 +4,37 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.indexing import index_put_bytes
 from torchfast._estimate.recorder import Recorder
 
 
 def add(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an addition; autograd sums two gradients in place where it alone holds one of them.
+    """Run an addition; autograd sums two gradients in place where it alone holds the first.
 
     accumulate() in torch/csrc/autograd/input_buffer.cpp leaves tensor subclasses out, so that paper tensors
     would take memory for sums that take none on a GPU.
     """
-    if _in_backward_pass(recorder) and len(args) == 2 and not kwargs and _alike(*args):
-        for tensor in args:
-            if _held_by_autograd_alone(tensor):
-                return tensor
+    is_sum = _in_backward_pass(recorder) and len(args) == 2 and not kwargs and _alike(*args)
+    if is_sum and _held_by_autograd_alone(args[0]):
+        return args[0]
     return recorder.run(func, args, kwargs)
+
+
+def in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run what backward formulas do in place, but for tensor subclasses (FunctionsManual.cpp, torch 2.11).
+
+    The gradient of an indexing, for one, starts as zeros that nobody else holds, and is added to in place.
+    """
+    outputs = recorder.run_unrecorded(func, args, kwargs)
+    if func._schema.name == "aten::index_put":
+        with recorder.scratch(*index_put_bytes(args)):
+            pass
+    if _in_backward_pass(recorder) and _held_by_autograd_alone(args[0]) and outputs.dtype == args[0].dtype:
+        return args[0]
+    return recorder.adopt(outputs)
+
+
+IN_PLACE = ("index_put", "scatter_add", "scatter", "index_add", "index_copy", "masked_scatter", "index_fill")
 
 
 def _in_backward_pass(recorder: Recorder) -> bool:

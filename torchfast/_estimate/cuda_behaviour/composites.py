@@ -49,3 +49,14 @@ def _cudnn_takes(
     if running_mean is None and not training:
         return False
     return input.shape[0] <= (880_801 if training else 65_535)
+
+
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:  # noqa: A002 - as above
+    """Add the bias in place where it cannot be fused (Linear.cpp, torch 2.11)."""
+    if bias is not None and input.dim() > 1 and input.is_contiguous():
+        flat = aten.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
+        return flat if input.dim() == 2 else flat.view(*input.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    if bias is not None and input.dim() == 2:
+        return aten.addmm(bias, input, weight.t())  # type: ignore[no-any-return]
+    output: torch.Tensor = aten.matmul(input, weight.t())
+    return output if bias is None else output.add_(bias)

@@ -1,11 +1,11 @@
 """Convolutions: the copies that PyTorch makes around cuDNN, and cuDNN's workspaces.
 
 No source tells how much workspace cuDNN takes: it tries to pick the fastest of its kernels, and most of what
-they take is the input, the output or the weight in another layout, padded to whole vectors of channels.
-So the rule is a sweep (`convolution_sweep.csv`: 2-d, 1-d and 3-d convolutions of common networks, random batch
-sizes, types and layouts, measured on an H200 with torch 2.11 and cuDNN 9.19): a convolution takes which of the
-three the most alike measured ones took, in its own sizes, and what they took beside. See
-docs/decisions/0030-convolution-workspaces.md for how far that is off.
+they take is the input, the output or the weight in another layout, padded to whole vectors of channels. So
+the rule is a sweep (`convolution_sweep.csv`: convolutions of common networks, random batch sizes, types and
+layouts, measured on an H200 with torch 2.11 and cuDNN 9.19): a convolution takes which of the three the most
+alike measured ones took, in its own sizes, and what they took beside. How far that is off is in
+docs/decisions/0030-convolution-workspaces.md.
 """
 
 import math
@@ -28,7 +28,7 @@ _SLACK = 1200  # kernels take up to so many bytes beside their copies
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What of a convolution decides its workspace; a transposed one is described as what it is the reverse of."""
+    """What of a convolution decides its workspace; a transposed one is described by what it reverses."""
 
     itemsize: int
     channels_last: bool
@@ -71,7 +71,7 @@ class Shape:
     def features(self) -> list[float]:
         """Numbers whose distance says how alike two convolutions of a kind are, weighted."""
         n_positions = math.prod(self.size_out)
-        alignment = 2 if n_positions % 8 == 0 else 1 if n_positions % 4 == 0 else 0.5 if n_positions % 2 == 0 else 0
+        alignment = next(value for step, value in _ALIGNMENTS if n_positions % step == 0)
         return [
             0.5 * math.log2(self.batch * n_positions),
             0.3 * math.log2(self.batch),
@@ -83,6 +83,9 @@ class Shape:
             2.0 * (max(self.dilation) > 1),
             1.0 * (self.kernel[-1] != self.kernel[0]),
         ]
+
+
+_ALIGNMENTS = ((8, 2.0), (4, 1.0), (2, 0.5), (1, 0.0))
 
 
 def workspace_bytes(shape: Shape, direction: int) -> int:
@@ -100,7 +103,7 @@ def workspace_bytes(shape: Shape, direction: int) -> int:
 
 _SMALL_BYTES = 2**23
 
-# Which of input, output and weight are copied; and "partial": a gradient of the weight in fp32 for each sample.
+# Which of input, output and weight are copied; "partial" is an fp32 gradient of the weight for each sample.
 _COPIES = ("", "iow", "io", "iw", "ow", "i", "o", "w")
 
 
@@ -121,6 +124,7 @@ def _taken_apart(shape: Shape, taken: int) -> tuple[str, int]:
     return min(((c, r) for c, r in rests.items() if r >= 0 and c != "partial"), key=lambda pair: pair[1])
 
 
+Options = tuple[Sequence[int], Sequence[int], bool, int]  # stride, dilation, transposed, groups
 Measured = tuple[Shape, tuple[int, int, int]]
 
 
@@ -178,7 +182,7 @@ def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
     with recorder.scratch(*_copies(memory_format, tensor, weight)):
         output = recorder.run(func, (tensor, weight, None, *args[3:]), kwargs)
         if tensor.dim() > 2 and output.numel():
-            shape = _shape(tensor, output, weight, stride, dilation, groups, transposed=transposed)
+            shape = _shape(tensor, output, weight, (stride, dilation, transposed, groups))
             with recorder.scratch(workspace_bytes(shape, _DATA if transposed else _FORWARD)):
                 pass
     del bias  # added in place
@@ -190,7 +194,7 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
     del func, kwargs
     gradient, tensor, weight, _, stride, _, dilation, transposed, _, groups, wanted = args
     memory_format = _memory_format(tensor, weight)
-    shape = _shape(tensor, gradient, weight, stride, dilation, groups, transposed=transposed)
+    shape = _shape(tensor, gradient, weight, (stride, dilation, transposed, groups))
     found: list[torch.Tensor | None] = [None, None, None]
     with recorder.scratch(*_copies(memory_format, gradient, tensor, weight)):
         directions = (_FORWARD if transposed else _DATA, _WEIGHT)
@@ -223,9 +227,7 @@ def _suggests(tensor: torch.Tensor, last: torch.memory_format) -> bool:
 
 def _copies(memory_format: torch.memory_format, *tensors: torch.Tensor) -> list[int]:
     """Return the bytes of the copies of those operands that are not dense in the layout."""
-    return [
-        t.numel() * t.dtype.itemsize for t in tensors if not t.is_contiguous(memory_format=memory_format)
-    ]
+    return [t.numel() * t.dtype.itemsize for t in tensors if not t.is_contiguous(memory_format=memory_format)]
 
 
 def _empty_like(recorder: Recorder, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
@@ -233,16 +235,8 @@ def _empty_like(recorder: Recorder, like: torch.Tensor, memory_format: torch.mem
     return recorder.new(like.shape, like.dtype, stride)
 
 
-def _shape(
-    tensor: torch.Tensor,
-    output: torch.Tensor,
-    weight: torch.Tensor,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    transposed: bool,
-) -> Shape:
+def _shape(tensor: torch.Tensor, output: torch.Tensor, weight: torch.Tensor, options: Options) -> Shape:
+    stride, dilation, transposed, groups = options
     if transposed:
         tensor, output = output, tensor
     return Shape(

@@ -26,6 +26,9 @@ def reduction(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     if not isinstance(tensor, torch.Tensor) or not isinstance(result, torch.Tensor):
         return outputs
     dims = _reduced_dims(func, args, kwargs)
+    if func._schema.name in _CONVERTING and not tensor.is_floating_point() and tensor.dtype != result.dtype:
+        with recorder.scratch(tensor.numel() * result.dtype.itemsize):
+            return outputs
     with recorder.scratch(
         *scratch_bytes(tensor, dims, _accumulator_bytes(func, tensor, result), recorder.gpu)
     ):
@@ -141,6 +144,10 @@ def _reduced_dims(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(n_dims))
     return [d % max(n_dims, 1) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+
+
+# Sums of integers are taken of a copy in the type of the result (make_reduction in ReduceOpsUtils.h).
+_CONVERTING = ("aten::sum", "aten::prod", "aten::mean")
 
 
 def _accumulator_bytes(func: Any, tensor: torch.Tensor, result: torch.Tensor) -> int:

@@ -1,0 +1,49 @@
+"""Scatter by sorting: the backward passes of embeddings and of indexing, and index_put with accumulation."""
+
+from typing import Any
+
+import torch
+
+from torchfast._estimate.recorder import Recorder
+
+_INDEX_BYTES = 8
+_SMALL_EMBEDDING = 3072  # up to so many indices one kernel does it without sorting
+_ROWS_A_THREAD = 10
+
+
+def embedding_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the backward pass of an embedding (Embedding.cu, EmbeddingBackwardKernel.cu, torch 2.11).
+
+    Indices are sorted; each run of equal ones is a segment, summed in parts of ten rows in fp32. Memory is
+    taken for as many segments as there can be.
+    """
+    gradient, indices, n_rows = args[0], args[1], args[2]
+    n, width = indices.numel(), gradient.shape[-1]
+    if n <= _SMALL_EMBEDDING:
+        return recorder.run(func, args, kwargs)
+    column = n * _INDEX_BYTES
+    copy = () if indices.is_contiguous() else (column,)
+    with recorder.scratch(*copy, column, column):  # indices, sorted indices, where they came from
+        with recorder.scratch(column, 2 * column + _SORT_BYTES):
+            pass
+        outputs = recorder.run(func, args, kwargs)
+        n_segments = min(n, n_rows)
+        n_parts = n // _ROWS_A_THREAD + n_segments
+        sums = n_parts * width * max(4, gradient.dtype.itemsize)
+        offsets = n_segments * _INDEX_BYTES
+        with recorder.scratch(column, offsets, offsets, n_parts * _INDEX_BYTES, sums):
+            return outputs
+
+
+_SORT_BYTES = 20_000
+
+
+def index_put_bytes(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return what an accumulating index_put takes: sorted indices, and its values made contiguous."""
+    accumulate = len(args) > 3 and args[3]
+    if not accumulate:
+        return ()
+    indices = [i for i in args[1] if i is not None]
+    n = torch.broadcast_shapes(*(i.shape for i in indices)).numel() if indices else 0
+    column = n * _INDEX_BYTES
+    return column, args[2].numel() * args[2].dtype.itemsize, column, column, column

@@ -1,0 +1,93 @@
+"""Operators whose CUDA kernels first make their inputs contiguous, and what they take beside."""
+
+from typing import Any
+
+import torch
+
+from torchfast._estimate.recorder import Recorder, Rule
+
+
+def contiguous_first(*positions: int) -> Rule:
+    """Return the rule of an operator that copies these arguments where they are not contiguous."""
+
+    def rule(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with recorder.scratch(*(size for i in positions if i < len(args) for size in copy_bytes(args[i]))):
+            return recorder.run(func, args, kwargs)
+
+    return rule
+
+
+def copy_bytes(tensor: Any) -> tuple[int, ...]:
+    """Return the size of a contiguous copy, or nothing where there is none to make."""
+    if not isinstance(tensor, torch.Tensor) or tensor.is_contiguous():
+        return ()
+    return (tensor.numel() * tensor.dtype.itemsize,)
+
+
+def suggested_first(position: int) -> Rule:
+    """Return the rule of an operator that copies an argument that is dense in neither layout."""
+
+    def rule(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[position]
+        dense = tensor.is_contiguous() or (
+            tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        )
+        with recorder.scratch(*(() if dense else copy_bytes(tensor))):
+            return recorder.run(func, args, kwargs)
+
+    return rule
+
+
+def copied_after_output(position: int) -> Rule:
+    """Return the rule of an operator that copies an argument once its output is there."""
+
+    def rule(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outputs = recorder.run(func, args, kwargs)
+        tensor = args[position]
+        last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+        is_dense = tensor.dim() > 3 and tensor.is_contiguous(memory_format=last)
+        with recorder.scratch(*(() if is_dense else copy_bytes(tensor))):
+            return outputs
+
+    return rule
+
+
+def roll(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Roll along one dimension after the other, each into a tensor of its own (TensorTransformations.cu)."""
+    tensor = args[0]
+    n_dims = len(args[2]) if len(args) > 2 else 1
+    size_bytes = tensor.numel() * tensor.dtype.itemsize
+    with recorder.scratch(*(copy_bytes(tensor) if n_dims == 1 else (size_bytes,))):
+        return recorder.run(func, args, kwargs)
+
+
+def softmax_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Multiply gradient and output into a tensor of its own after the result is there (SoftMax.cu)."""
+    with recorder.scratch(*copy_bytes(args[0]), *copy_bytes(args[1])):
+        outputs = recorder.run(func, args, kwargs)
+        with recorder.scratch(args[0].numel() * args[0].dtype.itemsize):
+            return outputs
+
+
+# Which arguments the kernels of torch 2.11 make contiguous: aten/src/ATen/native/cuda/{layer_norm_kernel.cu,
+# SoftMax.cu, Embedding.cu, UpSample*.cu}.
+RULES: dict[str, Rule] = {
+    "native_layer_norm": contiguous_first(0),
+    "native_layer_norm_backward": contiguous_first(0, 1),
+    "native_group_norm": suggested_first(0),
+    "native_group_norm_backward": contiguous_first(0, 1),
+    "_log_softmax": contiguous_first(0),
+    "_softmax": contiguous_first(0),
+    "_log_softmax_backward_data": contiguous_first(0, 1),
+    "_softmax_backward_data": softmax_backward,
+    "embedding": contiguous_first(1),
+    "roll": roll,
+    "upsample_nearest1d_backward": copied_after_output(0),
+    "upsample_nearest2d_backward": copied_after_output(0),
+    "upsample_bilinear2d_backward": copied_after_output(0),
+    "upsample_bicubic2d_backward": copied_after_output(0),
+    "upsample_nearest3d_backward": copied_after_output(0),
+    "upsample_trilinear3d_backward": copied_after_output(0),
+    "avg_pool2d_backward": copied_after_output(0),
+    "max_pool2d_with_indices_backward": copied_after_output(0),
+}

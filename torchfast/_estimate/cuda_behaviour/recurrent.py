@@ -1,0 +1,212 @@
+"""Recurrent networks: cuDNN's kernels, its reserve that the backward pass needs, and its workspaces.
+
+The reserve is exact for 296 networks measured on an H200 (torch 2.11, cuDNN 9.19); the workspace is a fit to
+them, with a median error of 5 % (docs/decisions/0031-recurrent-workspaces.md).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torchfast._bytes import MIB
+from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
+from torchfast._estimate.paper import META
+from torchfast._estimate.recorder import Recorder
+
+aten = torch.ops.aten
+_RELU, _TANH, _LSTM, _GRU = range(4)
+
+
+def _over_batches(mode: int) -> Callable[..., Any]:
+    """Return `lstm.input` and its like: a dense batch of sequences."""
+
+    def kernel(input: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], *rest: Any) -> Any:  # noqa: A002 - aten's own name
+        has_biases, num_layers, dropout, train, bidirectional, batch_first = rest
+        states = hx if mode == _LSTM else (hx, None)
+        outputs = _cudnn(
+            input, states, params, mode, num_layers, dropout, train, bidirectional, batch_first, ()
+        )
+        del has_biases
+        return outputs[:3] if mode == _LSTM else outputs[:2]
+
+    return kernel
+
+
+def _over_packed(mode: int) -> Callable[..., Any]:
+    """Return `lstm.data` and its like: a packed batch of sequences."""
+
+    def kernel(
+        data: torch.Tensor, batch_sizes: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], *rest: Any
+    ) -> Any:
+        has_biases, num_layers, dropout, train, bidirectional = rest
+        states = hx if mode == _LSTM else (hx, None)
+        sizes = batch_sizes.tolist()
+        outputs = _cudnn(data, states, params, mode, num_layers, dropout, train, bidirectional, False, sizes)
+        del has_biases
+        return outputs[:3] if mode == _LSTM else outputs[:2]
+
+    return kernel
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    f"{name}.{overload}": make(mode)
+    for name, mode in (("lstm", _LSTM), ("gru", _GRU), ("rnn_tanh", _TANH), ("rnn_relu", _RELU))
+    for overload, make in (("input", _over_batches), ("data", _over_packed))
+}
+
+
+def _cudnn(  # noqa: PLR0913, PLR0917 - what the operator takes
+    input: torch.Tensor,  # noqa: A002 - aten's own name
+    states: Any,
+    params: Sequence[torch.Tensor],
+    mode: int,
+    num_layers: int,
+    dropout: float,
+    train: bool,  # noqa: FBT001 - as above
+    bidirectional: bool,  # noqa: FBT001 - as above
+    batch_first: bool,  # noqa: FBT001 - as above
+    batch_sizes: Sequence[int],
+) -> Any:
+    hx, cx = states
+    hidden = hx.shape[2]
+    n_weights = len(params) // (num_layers * (2 if bidirectional else 1))
+    state = None
+    if dropout and train:
+        state = aten._cudnn_init_dropout_state(dropout, train, 0, dtype=torch.uint8, device=META)
+    return aten._cudnn_rnn(
+        input,
+        params,
+        n_weights,
+        None,
+        hx,
+        cx,
+        mode,
+        hidden,
+        0,
+        num_layers,
+        batch_first,
+        dropout,
+        train,
+        bidirectional,
+        batch_sizes,
+        state,
+    )
+
+
+def dropout_state(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the random state of dropout between layers: 24 bytes a resident thread, made once and kept."""
+    del func, args, kwargs
+    if ("cuDNN dropout", "") not in recorder.kept:
+        gpu = recorder.gpu
+        size_bytes = 24 * gpu.n_multiprocessors * gpu.max_threads_per_multiprocessor
+        recorder.kept["cuDNN dropout", ""] = recorder.allocate(size_bytes, "workspace")
+    with recorder.unrecorded(8):
+        return recorder.new((1,), torch.int64)
+
+
+def forward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the forward pass: output and states, the workspace, and the reserve while the workspace is held."""
+    del func, kwargs
+    tensor, params, _, _, hx, cx, _, _, _, _, batch_first, _, train, bidirectional, batch_sizes, _ = args
+    directions = 2 if bidirectional else 1
+    shape = (*tensor.shape[:-1], hx.shape[2] * directions)
+    # Autocast lays its casts of the weights out for cuDNN by itself.
+    is_flat = _is_flat(tensor.dtype) or torch.is_autocast_enabled("cuda")
+    flat = None if is_flat else recorder.new((_numel(params),), tensor.dtype)
+    with recorder.scratch(*(copy_bytes(tensor.transpose(0, 1)) if batch_first and not batch_sizes else ())):
+        output = _sequence(recorder, shape, tensor.dtype, batch_first=batch_first and not batch_sizes)
+        hy = recorder.new(hx.shape, tensor.dtype)
+        cy = recorder.new(hx.shape, tensor.dtype) if cx is not None else recorder.new((0,), tensor.dtype)
+        with recorder.scratch(workspace_bytes(args)):
+            reserve = recorder.new((reserve_bytes(args) if train else 0,), torch.uint8)
+    if flat is None:
+        flat = recorder.new((0,), tensor.dtype)
+    return output, hy, cy, reserve, flat
+
+
+def backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the backward pass: first of data and states, then of the weights, into one flat tensor."""
+    del func, kwargs
+    tensor, params, _, _, hx, cx = args[:6]
+    grad_out, batch_first, wanted = args[7], args[14], args[-1]
+    forward_args = (tensor, params, None, None, hx, cx, *args[10:14], batch_first, *args[15:19], None)
+    workspace = workspace_bytes(forward_args)
+    first = batch_first and not args[18]
+    copy = copy_bytes(tensor.transpose(0, 1)) if first else ()
+    gradient = copy_bytes(grad_out.transpose(0, 1) if first else grad_out) if grad_out is not None else ()
+    with recorder.scratch(*copy, *gradient):
+        dx = _sequence(recorder, tuple(tensor.shape), tensor.dtype, batch_first=first)
+        dhx = recorder.new(hx.shape, hx.dtype)
+        dcx = recorder.new(hx.shape, hx.dtype) if cx is not None else None
+        with recorder.scratch(workspace):
+            pass
+    if not wanted[3]:
+        return dx, dhx, dcx, []
+    with recorder.scratch(*copy):
+        flat = recorder.new((_numel(params),), tensor.dtype)
+        with recorder.scratch(workspace):
+            pass
+    pieces, offset = [], 0
+    for weight in params:
+        pieces.append(
+            recorder.run(aten.as_strided.default, (flat, weight.shape, weight.stride(), offset), {})
+        )
+        offset += weight.numel()
+    return dx, dhx, dcx, pieces
+
+
+def reserve_bytes(args: tuple[Any, ...]) -> int:
+    """Return what the forward pass leaves for the backward pass."""
+    tensor, _, _, _, hx, _, mode, _, _, num_layers, batch_first, _, _, _, batch_sizes, _ = args
+    steps = _steps(tensor, hx, batch_first=batch_first, batch_sizes=batch_sizes)
+    width: int = hx.shape[0] // num_layers * hx.shape[2]  # of all directions
+    gates = {_LSTM: 5, _GRU: 6}.get(mode, 1)
+    size: int = tensor.dtype.itemsize
+    between: int = steps * width * (num_layers - 1)  # what one layer gives to the next
+    masks = between // 4 + 256 if args[11] and between else 0
+    own: int = steps * width * num_layers * gates
+    return (own + between) * size + masks
+
+
+def workspace_bytes(args: tuple[Any, ...]) -> int:
+    """Return what cuDNN takes while it runs."""
+    tensor, params, _, _, hx, _, mode, _, _, num_layers, batch_first, _, _, bidirectional, batch_sizes, _ = (
+        args
+    )
+    steps = _steps(tensor, hx, batch_first=batch_first, batch_sizes=batch_sizes)
+    size = tensor.dtype.itemsize
+    width = hx.shape[0] // num_layers * hx.shape[2]
+    by_output, by_layers = _FIT.get(mode, _FIT[_TANH])
+    output = steps * width * size
+    fixed = 8.5 * MIB * num_layers * (2 if bidirectional else 1)
+    return int(fixed + by_output * output + by_layers * output * num_layers + _numel(params) * size)
+
+
+# Multiples of the output's bytes, and of the output's of all layers.
+_FIT = {_LSTM: (6.4, 0.3), _GRU: (6.0, 0.0), _TANH: (4.8, 0.5), _RELU: (4.8, 0.5)}
+
+
+def _steps(tensor: torch.Tensor, hx: torch.Tensor, *, batch_first: bool, batch_sizes: Sequence[int]) -> int:
+    """Return the number of samples of all time steps together."""
+    del batch_first
+    return tensor.shape[0] if batch_sizes else tensor.shape[0] * tensor.shape[1] if hx.dim() == 3 else 1
+
+
+def _numel(params: Sequence[torch.Tensor]) -> int:
+    return sum(weight.numel() for weight in params)
+
+
+def _is_flat(dtype: torch.dtype) -> bool:
+    """Whether `flatten_parameters` has laid the weights out for cuDNN; it passes bfloat16 by."""
+    return dtype != torch.bfloat16
+
+
+def _sequence(
+    recorder: Recorder, shape: tuple[int, ...], dtype: torch.dtype, *, batch_first: bool
+) -> torch.Tensor:
+    """Return a new tensor that lies time first, whatever its first dimension is called."""
+    if not batch_first:
+        return recorder.new(shape, dtype)
+    n, _, width = shape
+    return recorder.new(shape, dtype, (width, n * width, 1))
