@@ -618,6 +618,26 @@ def test_a_teacher_that_does_not_fit_at_all() -> None:
         "The teacher does not fit even with one sample at a time. Smaller inputs, dtype=torch.bfloat16 or a "
         "smaller student beside it would help."
     )
+
+
+def test_a_teacher_that_changed_its_inputs() -> None:
+    """A pass that changed its inputs cannot be repeated on them."""
+
+    class Changing(OutOfMemory):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += 1
+            return super().forward(x)
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
+        GPUTeacher(Changing(1), "cpu")(torch.zeros(4, 1))
+    assert error.value.__notes__[0] == (
+        "The teacher had already changed its inputs in place, so it cannot be run on them again. "
+        "Change its forward to leave them as they are: x = x - mean instead of x -= mean."
+    )
+
+
+def test_a_teacher_without_a_batch_to_split() -> None:
+    """Without a tensor there is no batch to take a part of."""
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
         GPUTeacher(OutOfMemory(-1), "cpu")("abc")
     assert error.value.__notes__ == [

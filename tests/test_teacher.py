@@ -462,6 +462,22 @@ def test_objects_with_parts_of_the_batch_are_not_split() -> None:
     assert GPUTeacher(Caching(), "cpu")(torch.zeros(4, 3))["y"].shape == (4, 2)
 
 
+class Greedy(Hungry):
+    """A module that changes its input before it runs out of memory."""
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> Any:
+        """Normalise in place."""
+        x -= 1
+        return super().forward(x, **kwargs)
+
+
+def test_a_pass_that_changed_its_inputs_is_not_repeated() -> None:
+    """What the failed pass did to the inputs would be done twice: the error comes through."""
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
+        GPUTeacher(Greedy(2), "cpu", channels_last=False)(images(4))
+    assert "changed its inputs in place" in error.value.__notes__[0]
+
+
 def test_nothing_of_a_failed_pass_is_kept() -> None:
     """When the smaller pass runs, the tensors of the failed one are gone."""
     import weakref

@@ -174,6 +174,24 @@ def test_without_channels_last_there_is_no_layout_to_leave(monkeypatch: pytest.M
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class ChangesItsInput(Block):
+    """A block that normalises its input in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Halve the input for everybody."""
+        x *= 0.5
+        return super().forward(x)
+
+
+def test_a_teacher_that_changes_its_inputs_is_run_once() -> None:
+    """A plan would run it several times on the same batch: it stays eager, and the batch is changed once."""
+    teacher = GPUTeacher(ChangesItsInput().eval(), "cpu", plan="auto", channels_last=False)
+    x = torch.ones(2, 4, 6, 6)
+    teacher(x)
+    assert float(x.max()) == 0.5
+    assert teacher.plan == planning.TeacherPlan((), {}, {"all": "the teacher changes its inputs in place"})
+
+
 class ReadsItsConvolution(Block):
     """A block that reads a convolution's output beside its batch norm: folding would change it."""
 

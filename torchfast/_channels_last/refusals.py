@@ -139,7 +139,8 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module, changes: Changes) -
         )
 
 
-def check_state(optimizer: Optimizer, state: torch.Tensor) -> None:
+def check_state(optimizer: Optimizer, state: torch.Tensor, /) -> None:
+    """Refuse optimizer state whose values depend on where they lie."""
     if type(state) not in (torch.Tensor, nn.Parameter) or not state.is_floating_point():
         raise ValueError(
             f"{type(optimizer).__name__} keeps state as {type(state).__name__} of {state.dtype}, whose "
@@ -148,7 +149,7 @@ def check_state(optimizer: Optimizer, state: torch.Tensor) -> None:
         )
 
 
-def place(tensor: torch.Tensor) -> Hashable:
+def place(tensor: torch.Tensor, /) -> Hashable:
     """Return what two tensors have in common that are the same piece of memory."""
     address = _address(tensor)
     if address == 0:  # on `meta`, nothing is anywhere

@@ -58,9 +58,9 @@ class GPUTeacher:
         plan: "eager" runs the module as it is. "auto" looks for something faster in the first call: the plain
             layout instead of channels_last ("plain"), batch norms folded into convolutions ("fold"),
             `torch.compile` ("compile") and a CUDA graph ("graph"), or those of them that are named, as in
-            plan=("fold", "graph"). Each is timed, compared with the
-            module's own outputs, and kept only if they stay the same up to rounding. Compiling may take a
-            minute. Batches of other shapes run without "compile" and "graph".
+            plan=("fold", "graph"). Each is timed, compared with the module's own outputs, and kept only if
+            they stay the same up to rounding. Compiling may take a minute. Batches of other shapes run
+            without "compile" and "graph".
 
     Attributes:
         device: the device, with its index.

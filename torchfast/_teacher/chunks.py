@@ -6,7 +6,7 @@ import torch
 
 from torchfast._batch import batch_size, split
 from torchfast._oom_errors import classify
-from torchfast._teacher.closeness import Forward, differs
+from torchfast._teacher.closeness import Forward, differs, versions
 from torchfast._tree import flatten
 
 
@@ -17,7 +17,7 @@ def forward_in_memory(forward: Forward, inputs: Any, size: int | None, /) -> tup
     down to one. The error of that last attempt is raised.
     """
     n_samples = batch_size(inputs)
-    first_size = size
+    first_size, before = size, versions(inputs)
     while True:
         try:
             if size != first_size:
@@ -28,13 +28,19 @@ def forward_in_memory(forward: Forward, inputs: Any, size: int | None, /) -> tup
             if record is None or not record.retryable:
                 raise
             smaller = min(size or n_samples or 0, n_samples or 0) // 2
-            if smaller == 0:
-                error.add_note(_does_not_fit(n_samples))
+            if smaller == 0 or versions(inputs) != before:
+                error.add_note(_does_not_fit(n_samples) if smaller == 0 else _CHANGED)
                 raise
         # Only here, outside the except block, have the failed pass's frames let go of their tensors.
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         size = smaller
+
+
+_CHANGED = (
+    "The teacher had already changed its inputs in place, so it cannot be run on them again. "
+    "Change its forward to leave them as they are: x = x - mean instead of x -= mean."
+)
 
 
 def _does_not_fit(n_samples: int | None) -> str:

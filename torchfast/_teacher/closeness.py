@@ -14,6 +14,11 @@ Forward = Callable[[Any], Any]
 TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 0.005, torch.float64: 1e-6}
 
 
+def versions(inputs: Any, /) -> tuple[int, ...]:
+    """Return what changes when a tensor of these inputs is changed in place."""
+    return tuple(tensor._version for tensor in tensors(inputs))
+
+
 def differs(expected: Any, found: Any, /) -> str | None:
     """Say how the found outputs differ from the expected ones beyond rounding; None if they do not."""
     for ours, theirs in zip(tensors(expected), tensors(found), strict=True):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torchfast._tree import map_tensors, tensors
+from torchfast._teacher.closeness import versions
+from torchfast._tree import map_tensors
 
 
 class TeacherOutputs(NamedTuple):
@@ -66,7 +67,7 @@ class Taps:
                     f"the teacher's forward did not call {missing[0]!r}, which features= asks for, on these "
                     "inputs. Ask for a module that takes part in every forward."
                 )
-            changed = {name for name, (value, version) in found.items() if _version(value) != version}
+            changed = {name for name, (value, version) in found.items() if versions(value) != version}
             if not changed:
                 return TeacherOutputs(outputs, {name: found[name][0] for name in self._names})
             self._copied |= changed
@@ -75,13 +76,9 @@ class Taps:
         if name in self._found:
             return  # called again: the first call counts
         value = map_tensors(torch.clone, output) if name in self._copied else output
-        self._found[name] = value, _version(value)
+        self._found[name] = value, versions(value)
         if not self._outputs and len(self._found) == len(self._names):
             raise _EnoughError
-
-
-def _version(value: Any) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors(value))
 
 
 def _no_such_module(name: str, module: nn.Module) -> ValueError:
