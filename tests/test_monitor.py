@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.fake_gpu import FakeGPU
 from torchfast import VRAMMonitor, VRAMSample
 from torchfast._bytes import MIB
-from torchfast._memory import host_memory
+from torchfast._memory import AllocatorStats, host_memory
 from torchfast._monitor import probe as probe_module
 from torchfast._monitor.history import History
 from torchfast._monitor.probe import Probe, Source, probe_of
@@ -146,6 +146,21 @@ def test_two_monitors_and_a_guard_at_once() -> None:
         gpu.allocate(200)
     assert (one.peak.allocated_bytes, two.peak.allocated_bytes) == (900, 100)
     assert not one.peak.is_lower_bound
+
+
+def test_requested_bytes_that_the_allocator_does_not_count() -> None:
+    """The cudaMallocAsync allocator says that 0 bytes were requested while it has handed out many."""
+    gpu = FakeGPU()
+    counted = gpu.read
+
+    def read() -> AllocatorStats | None:
+        stats = counted()
+        return None if stats is None else stats._replace(requested_bytes=0, peak_requested_bytes=0)
+
+    gpu.ledger._read = read
+    with gpu.monitor() as vram:
+        gpu.allocate(70)
+    assert (vram.peak.allocated_bytes, vram.peak.requested_bytes) == (70, None)
 
 
 def test_a_phase_adds_up_over_its_times() -> None:

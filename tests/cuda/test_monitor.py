@@ -156,7 +156,6 @@ sys.stdin.read()
 def test_another_process_shows_as_other(device: torch.device) -> None:
     """A second process with 1 GiB is not counted as ours: others where that is known, else not PyTorch's."""
     with VRAMMonitor(device, interval_s=None) as vram:
-        before = vram.sample()
         other = subprocess.Popen(
             [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -164,10 +163,9 @@ def test_another_process_shows_as_other(device: torch.device) -> None:
         assert other.stdout.readline() == "held\n"
         during = vram.sample()
         other.communicate()
-    assert during.tensors_bytes == before.tensors_bytes
+    assert during.tensors_bytes == torch.cuda.memory_allocated(device)
     assert during.not_pytorch_bytes is not None
-    assert before.not_pytorch_bytes is not None
-    assert during.not_pytorch_bytes > before.not_pytorch_bytes
+    assert during.not_pytorch_bytes >= 1024 * MIB
     if during.others_bytes is not None:
         assert during.others_bytes >= 1024 * MIB
     else:

@@ -85,7 +85,7 @@ class Run:
         return VRAMPeak(
             allocated,
             reserved,
-            requested,
+            requested or (None if allocated else requested),  # cudaMallocAsync does not count it, and says 0
             is_lower_bound=self._scope.is_lower_bound,
             used_bytes=self._highest_used,
             host_process_bytes=self._highest_host,
