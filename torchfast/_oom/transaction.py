@@ -8,7 +8,7 @@ cheap to keep; the last need a copy, which is the user's to ask for.
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,7 +42,9 @@ class Transaction:
     def __init__(self, subjects: Subjects, *, copy: bool) -> None:
         self._subjects, self._copy = subjects, copy
         modules = list(dict.fromkeys(m for root in subjects.modules for m in root.modules()))
-        self._slots = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        self._slots: list[tuple[dict[str, Any], str]] = [
+            (m._buffers, name) for m in modules for name, buffer in m._buffers.items() if buffer is not None
+        ]
         in_modules = (p for m in modules for p in m._parameters.values() if p is not None)
         in_groups = (p for o in subjects.optimizers for g in o.param_groups for p in g["params"])
         self._parameters = list(dict.fromkeys([*in_modules, *in_groups]))
@@ -56,12 +58,12 @@ class Transaction:
     def begin(self) -> None:
         """Note the state that `roll_back` is to restore."""
         self._has_step_begun = False
-        self._buffers = [cast(torch.Tensor, slots[name]) for slots, name in self._slots]
+        self._buffers = [slots[name] for slots, name in self._slots]
         self._buffer_copies.take(self._buffers)
         self._random = _random_state(self._subjects.generators)
         self._scaler = _scaler_state(self._subjects.scaler)
         self._gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in self._parameters]
-        self._optimizers = [_optimizer_state(optimizer) for optimizer in self._subjects.optimizers]
+        self._optimizers = [_optimizer_state(o, copy=self._copy) for o in self._subjects.optimizers]
         if self._copy:
             self._parameter_copies.take(self._parameters)
             self._moment_copies.take([t for state in self._optimizers for t in state.tensors])
@@ -172,24 +174,29 @@ def _grouped(copies: list[torch.Tensor], tensors: list[torch.Tensor]) -> list[Pa
 class _OptimizerState(NamedTuple):
     """Which state an optimizer has: that which a failed step makes must go, or the next one trips over it."""
 
-    entries: dict[Any, State]
+    entries: dict[Any, State] | None
     groups: list[State]
     tensors: list[torch.Tensor]
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Restore settings, and, with a copy, which entries there are; values are restored apart."""
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(settings)
+        if self.entries is None:
+            return
         for key in list(optimizer.state):
             if key not in self.entries:
                 del optimizer.state[key]
         for key, before in self.entries.items():
             optimizer.state[key].clear()
             optimizer.state[key].update(before)
-        for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
-            group.update(settings)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> _OptimizerState:
-    entries = {key: dict(state) for key, state in optimizer.state.items()}
+def _optimizer_state(optimizer: torch.optim.Optimizer, *, copy: bool) -> _OptimizerState:
     groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    if not copy:  # then there is no way back once a step has begun, and before it nothing is made
+        return _OptimizerState(None, groups, [])
+    entries = {key: dict(state) for key, state in optimizer.state.items()}
     tensors = [v for state in entries.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return _OptimizerState(entries, groups, tensors)
 
