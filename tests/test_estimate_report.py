@@ -96,7 +96,7 @@ def test_the_safe_bound_holds_against_larger_workspaces() -> None:
             Event(e.block, e.size_bytes * (times if is_workspace[e.note] else 1), e.note)
             for e in trace.events
         ]
-        return Trace(events, trace.notes)
+        return Trace(events, trace.notes, optional=trace.optional)
 
     e, worse = (
         estimate_of(with_workspaces(times), gpu=resolve_gpu("H200"), subject=Subject("Made"))

@@ -18,10 +18,16 @@ from torchfast._estimate.settings import AllocatorSettings
 PLAIN = AllocatorSettings()
 
 
+def runs(batch_size: int, limit_bytes: int) -> bool:
+    """Say whether the made-up step runs with that batch."""
+    trace = traces.training(batch_size)
+    return fits_in(trace.events, PLAIN, limit_bytes, trace.optional)
+
+
 def up_to_the_first_failure(limit_bytes: int) -> int:
     """Return the last batch size before the first that does not fit; a larger one may fit again."""
     size = 0
-    while fits_in(traces.training(size + 1).events, PLAIN, limit_bytes):
+    while runs(size + 1, limit_bytes):
         size += 1
     return size
 
@@ -30,7 +36,7 @@ def up_to_the_first_failure(limit_bytes: int) -> int:
 def test_the_largest_batch_is_the_largest(limit: int) -> None:
     """The search finds a size that fits, and no less than trying one size after the other does, or 1 %."""
     found = traces.estimate().max_batch_size(limit_bytes=limit)
-    assert found.batch_size == 0 or fits_in(traces.training(found.batch_size).events, PLAIN, limit)
+    assert found.batch_size == 0 or runs(found.batch_size, limit)
     truth = up_to_the_first_failure(limit)
     assert found.batch_size >= truth - max(truth // 100, 1)
     assert found.n_traces <= 8
@@ -58,7 +64,7 @@ def test_streams_that_change_with_the_batch_are_searched_by_traces() -> None:
         del gpu, variant
         trace = traces.training(batch_size or 8)
         extra = [Event(10**6 + i, MIB, 0) for i in range(batch_size or 8)]
-        return dataclasses.replace(trace, events=[*extra, *trace.events])
+        return dataclasses.replace(trace, events=[*extra, *trace.events], optional=frozenset())
 
     e = dataclasses.replace(traces.estimate(), _trace=retrace(), _retrace=retrace)
     found = e.max_batch_size(limit_bytes=600 * MIB)
@@ -89,6 +95,20 @@ def test_fits_is_decided_by_replay() -> None:
     assert tight
     assert tight.n_retries > 0
     assert "cached memory is given back" in str(tight)
+
+
+def test_cudnn_does_without_a_workspace_that_it_cannot_get() -> None:
+    """A workspace for which there is no memory is left out; any other block is not."""
+    note = Note("step 1 forward", "conv", "aten.convolution", "workspace")
+    events = [Event(0, 40 * MIB, 0), Event(1, 90 * MIB, 0), Event(1, 0, 0), Event(2, 20 * MIB, 0)]
+    subject, gpu = Subject("Made"), resolve_gpu("T4")
+    strict = estimate_of(Trace(events, [note]), gpu=gpu, subject=subject)
+    lenient = estimate_of(Trace(events, [note], optional=frozenset({1})), gpu=gpu, subject=subject)
+    assert not strict.fits(limit_bytes=100 * MIB)
+    assert lenient.fits(limit_bytes=100 * MIB)
+    assert lenient.fits(limit_bytes=100 * MIB).peak_reserved_bytes == 60 * MIB
+    assert fits_in(events, PLAIN, 100 * MIB, {1})
+    assert not fits_in(events, PLAIN, 100 * MIB)
 
 
 def test_what_does_not_fit_says_where() -> None:

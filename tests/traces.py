@@ -54,8 +54,13 @@ def training(batch_size: int = 8, *, n_steps: int = 2, width: int = MIB) -> Trac
                 b.take(2 * (width + 4 * i), phase, "optimizer", "", "aten._foreach_add_")
         for gradient in gradients:
             b.give(gradient, phase)
+    optional = frozenset(e.block for e in b.events if b.notes[e.note].category == "workspace")
     return Trace(
-        b.events, b.notes, unmodelled=("a made-up <operator>",), assumptions=("a made-up assumption",)
+        b.events,
+        b.notes,
+        unmodelled=("a made-up <operator>",),
+        assumptions=("a made-up assumption",),
+        optional=optional,
     )
 
 

@@ -47,6 +47,8 @@ class Trace:
     categories: dict[int, str] = field(default_factory=dict)
     unmodelled: tuple[str, ...] = ()  # in words: what may need memory and is not in the events
     assumptions: tuple[str, ...] = ()  # in words: what the estimate took for granted
+    # Blocks that are done without where memory ends: cuDNN runs another kernel when it gets no workspace.
+    optional: frozenset[int] = frozenset()
 
     def category(self, event: Event) -> str:
         """Return what the block of an allocation is."""

@@ -40,6 +40,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.notes: list[Note] = []
         self.categories: dict[int, str] = {}
+        self.optional: set[int] = set()
         self.assumptions: dict[str, None] = {}  # an ordered set
         self.unmodelled: dict[str, None] = {}
         self.phase = ""
@@ -104,9 +105,11 @@ class Recorder(TorchDispatchMode):
         return self._adopt_tensor(shape)
 
     @contextmanager
-    def scratch(self, *sizes_bytes: int) -> Iterator[None]:
-        """Hold memory that an operator takes and gives back within one call."""
+    def scratch(self, *sizes_bytes: int, optional: bool = False) -> Iterator[None]:
+        """Hold memory that an operator takes and gives back within one call; `optional`: if it can get it."""
         blocks = [self.allocate(size, "workspace") for size in sizes_bytes if size > 0]
+        if optional:
+            self.optional.update(blocks)
         yield
         for block in reversed(blocks):
             self.free(block)

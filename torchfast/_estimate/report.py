@@ -302,15 +302,12 @@ def _safe_bytes(trace: Trace, settings: AllocatorSettings, done: Replay, context
     large again. Fragmentation hangs on addresses that the driver chooses, worth 0.04 % of what is reserved at
     most in 130 recorded runs; 1.5 % stands for that and for kernels that other library versions choose.
     """
-    fitted = {
-        i
-        for i, note in enumerate(trace.notes)
-        if note.category == "workspace" and "convolution" in note.operator
-    }
     reserved = done.peak_reserved_bytes
-    if fitted:
+    if trace.optional:
         larger = [
-            Event(event.block, event.size_bytes * 3 // 2, event.note) if event.note in fitted else event
+            Event(event.block, event.size_bytes * 3 // 2, event.note)
+            if event.block in trace.optional
+            else event
             for event in trace.events
         ]
         reserved = max(reserved, replay(larger, settings).peak_reserved_bytes)

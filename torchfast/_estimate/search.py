@@ -123,7 +123,7 @@ def fits(
     on = estimate.gpu if gpu is None else resolve_gpu(gpu)
     trace = trace_for(estimate, on)
     limit = room(trace, on) if limit_bytes is None else limit_bytes
-    done = replay(trace.events, estimate.settings, limit_bytes=limit)
+    done = replay(trace.events, estimate.settings, limit_bytes=limit, optional=trace.optional)
     if done.failed_at is None:
         return Fit(on, True, limit, done.peak_reserved_bytes, done.n_retries, "", 0)
     event = trace.events[done.failed_at]
@@ -192,7 +192,10 @@ def max_batch_size(
             traces[batch_size] = trace
         return traces[batch_size]
 
-    search = _Search(traced, lambda events: fits_in(events, estimate.settings, limit))
+    def runs(events: list[Event], optional: frozenset[int]) -> bool:
+        return fits_in(events, estimate.settings, limit, optional)
+
+    search = _Search(traced, runs)
     best = search.run(given)
     tried = tuple(sorted(search.known.items()))
     return BatchSize(best, limit, len(traces), tried)
@@ -201,7 +204,9 @@ def max_batch_size(
 class _Search:
     """Narrows the largest batch down with traces; in between, replays sizes fitted over the nearest two."""
 
-    def __init__(self, traced: Callable[[int], Trace], runs: "Callable[[list[Event]], bool]") -> None:
+    def __init__(
+        self, traced: Callable[[int], Trace], runs: Callable[[list[Event], frozenset[int]], bool]
+    ) -> None:
         self._traced = traced
         self._runs = runs
         self.known: dict[int, bool] = {}  # batch size: does it fit, by a trace of its own
@@ -219,7 +224,8 @@ class _Search:
 
     def _confirm(self, batch_size: int) -> None:
         if batch_size not in self.known:
-            self.known[batch_size] = self._runs(self._traced(batch_size).events)
+            trace = self._traced(batch_size)
+            self.known[batch_size] = self._runs(trace.events, trace.optional)
 
     def _largest_fitting(self) -> int:
         return max((size for size, fit in self.known.items() if fit), default=0)
@@ -240,11 +246,11 @@ class _Search:
             return low * 2 if high is None else (low + high) // 2
         if high is None:
             high = max(2 * low, 2)
-            while high < _MAX_BATCH and self._runs(fitted.events(high)):
+            while high < _MAX_BATCH and self._runs(fitted.events(high), fitted.optional):
                 low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            if self._runs(fitted.events(middle)):
+            if self._runs(fitted.events(middle), fitted.optional):
                 low = middle
             else:
                 high = middle
@@ -265,6 +271,7 @@ class Fitted:
     batch_size: int
     base: list[Event]
     slopes: list[float]
+    optional: frozenset[int]
 
     @classmethod
     def over(cls, size_a: int, a: Trace, size_b: int, b: Trace) -> "Fitted | None":
@@ -276,7 +283,7 @@ class Fitted:
             if one.block != other.block or bool(one.size_bytes) != bool(other.size_bytes):
                 return None
             slopes.append((other.size_bytes - one.size_bytes) / (size_b - size_a))
-        return cls(size_a, a.events, slopes)
+        return cls(size_a, a.events, slopes, a.optional)
 
     def events(self, batch_size: int) -> list[Event]:
         """Return the stream at another batch size."""

@@ -37,6 +37,7 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
         recorder.categories,
         tuple(recorder.unmodelled),
         tuple(recorder.assumptions),
+        frozenset(recorder.optional),
     )
 
 

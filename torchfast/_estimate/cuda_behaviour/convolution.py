@@ -183,7 +183,7 @@ def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
         output = recorder.run(func, (tensor, weight, None, *args[3:]), kwargs)
         if tensor.dim() > 2 and output.numel():
             shape = _shape(tensor, output, weight, (stride, dilation, transposed, groups))
-            with recorder.scratch(workspace_bytes(shape, _DATA if transposed else _FORWARD)):
+            with recorder.scratch(workspace_bytes(shape, _DATA if transposed else _FORWARD), optional=True):
                 pass
     del bias  # added in place
     return output
@@ -201,7 +201,7 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
         for i, (like, direction) in enumerate(zip((tensor, weight), directions, strict=True)):
             if wanted[i]:
                 found[i] = _empty_like(recorder, like, memory_format)
-                with recorder.scratch(workspace_bytes(shape, direction)):
+                with recorder.scratch(workspace_bytes(shape, direction), optional=True):
                     pass
     if wanted[2]:
         found[2] = recorder.new((gradient.shape[1],), gradient.dtype)
