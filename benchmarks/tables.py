@@ -79,6 +79,20 @@ def oom_guard_faults(result: dict[str, Any]) -> str:
     return "\n".join([*lines, f"| all | | {n_faults:,} | {n_wrong} |", ""])
 
 
+def oom_guard_side_by_side(result: dict[str, Any]) -> str:
+    """Render what became of the same failing training under each."""
+    lines = [
+        "| under | optimizer steps | samples computed | largest difference of a weight |",
+        "|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['way']} | {row['n_optimizer_steps']} instead of {row['n_optimizer_steps_where_it_fits']} "
+        f"| {row['n_samples_computed']} for {row['n_samples']} | {row['largest_difference_of_a_weight']:.2g} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, ""])
+
+
 def oom_guard_overhead(result: dict[str, Any]) -> str:
     """Render what the guard costs while nothing fails."""
     rows = {row["way"]: row for row in result["rows"]}
@@ -204,6 +218,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "oom_guard_faults": oom_guard_faults,
     "oom_guard_overhead": oom_guard_overhead,
     "oom_guard_recognition": oom_guard_recognition,
+    "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
     "teacher_loading": teacher_loading,
 }
