@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 from torchfast import _layout
 from torchfast._teacher.closeness import Forward, differs, versions
 from torchfast._teacher.folding import fold, pairs_of
+from torchfast._teacher.graph import captured
 from torchfast._teacher.placing import Placing
 from torchfast._timing import time_ms
-from torchfast._tree import flatten, map_tensors, tensors
+from torchfast._tree import flatten, map_tensors
 
 PARTS = ("plain", "fold", "compile", "graph")
 MIN_GAIN = 0.03
@@ -115,7 +117,7 @@ class Planner:
         if not self._lay_out("plain" in parts) or not self._fold("fold" in parts, inputs):
             return None
         run = self._as_laid_out(_compiled(self._module) if "compile" in parts else self._eager)
-        return _captured(run, inputs, self._device) if "graph" in parts else run
+        return captured(run, inputs, self._device) if "graph" in parts else run
 
     def _as_laid_out(self, run: Forward) -> Forward:
         """Return `run` with the images among its inputs in the layout of the weights."""
@@ -178,48 +180,22 @@ def _equal(ours: Any, theirs: Any) -> bool:
 
 
 def _compiled(module: nn.Module) -> Forward:
-    compiled = torch.compile(module, dynamic=False)
-
     def run(inputs: Any) -> Any:
         args, kwargs = inputs
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a compiler's advice is not about the user's code
+        with _quiet():
             return compiled(*args, **kwargs)
 
+    with _quiet():
+        compiled = torch.compile(module, dynamic=False)
     return run
 
 
-def _captured(run: Forward, inputs: Any, device: torch.device) -> Forward:
-    """Return `run` as a CUDA graph with memory of its own, apart from every other graph's.
-
-    Inputs are copied in and outputs out, so that nobody ever holds the graph's own memory. A call on another
-    stream waits for the call before it.
-    """
-    leaves, structure = flatten(inputs)
-    held = [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    held_inputs = structure.rebuild(held)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run(held_inputs)  # libraries take their workspaces before the capture
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle()
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-        outputs = run(held_inputs)
-    done = torch.cuda.Event()
-
-    def replay(new_inputs: Any) -> Any:
-        torch.cuda.current_stream(device).wait_event(done)
-        for mine, new in zip(held, tensors(new_inputs), strict=True):
-            mine.copy_(new)
-        graph.replay()
-        found = map_tensors(torch.clone, outputs)
-        done.record(torch.cuda.current_stream(device))
-        return found
-
-    return replay
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a compiler's warnings to itself: they are not about the user's code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _agreed(parts: tuple[str, ...]) -> tuple[str, ...]:
