@@ -38,6 +38,7 @@ def main() -> None:
         "workloads": workloads,
         "resnet50": resnet50,
         "workers": workers,
+        "host_time": host_time,
         "sweep_pinned": functools.partial(sweep, "pinned"),
         "sweep_pageable": functools.partial(sweep, "pageable"),
     }
@@ -54,7 +55,7 @@ def main() -> None:
 def shown(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Print each row as it comes."""
     for row in rows:
-        print({key: value for key, value in row.items() if key != "samples_ms"}, flush=True)
+        print({key: value for key, value in row.items() if not key.startswith("samples")}, flush=True)
         yield row
 
 
@@ -201,7 +202,7 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
         ("64 x 256 KB, light step", 64, 65536, lambda: light),
     ]
     for (what, n_leaves, n_elements, step), source in itertools.product(steps, ["pinned", "pageable"]):
-        batches = host_batches(n_leaves, n_elements, source, 48)
+        batches = host_batches(n_leaves, n_elements, source, 32)
         names = [name for name in PEERS if n_leaves == 1 or name != "timm PrefetchLoader"]
         if n_leaves == 1:
             batches = [[batch[0].view(256, 3, 224, 224)] for batch in batches]
@@ -276,43 +277,82 @@ class Jittered(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         """Make a batch."""
         time.sleep(self._make_s * (5 if index % 10 == 7 else 1))
-        return torch.full((256, 3, 224, 224), index % 256, dtype=torch.uint8)
+        return torch.full((64, 3, 224, 224), index % 256, dtype=torch.uint8)
 
 
 def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
-    n_batches, step = 80, products(8.0)
-    resident = [[torch.zeros(1, device="cuda")]] * 40
+    step, resident = products(8.0), [[torch.zeros(1, device="cuda")]] * 80
+    work_ms = record.median(passes_ms(lambda: resident, step, n_samples))
+    transfer_ms = copy_ms(64 * 3 * 224 * 224)
     for pin_memory in (False, True):
-        dataset = Jittered(n_batches, 0.03)
-        loader = DataLoader(
-            dataset,
+        loader: Iterable[torch.Tensor] = DataLoader(
+            Jittered(80, 0.03),
             batch_size=None,
             num_workers=8,
             persistent_workers=True,
             pin_memory=pin_memory,
             prefetch_factor=4,
         )
+        load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, n_samples))
+        serial_ms, ideal_ms = work_ms + transfer_ms + load_ms, max(work_ms, transfer_ms, load_ms)
         device_loader = DeviceLoader(loader, "cuda")
-        made: dict[str, Callable[[], Iterable[peers.Batch]]] = {
-            "bare": lambda loader=loader: ([batch.cuda()] for batch in loader),  # type: ignore[misc]  # bound now
-            "non_blocking": lambda loader=loader: ([b.cuda(non_blocking=True)] for b in loader),  # type: ignore[misc]
-            "apex": lambda loader=loader: peers.apex([batch] for batch in loader),  # type: ignore[misc]  # as above
-            "torchfast": lambda device_loader=device_loader: ([b] for b in device_loader),  # type: ignore[misc]
-        }
+        made = {name: functools.partial(fed, peer, loader) for name, peer in LISTED.items()}
+        made["torchfast"] = functools.partial(fed, iter, device_loader)
         for name, make in made.items():
             samples = passes_ms(make, step, n_samples)
-            what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "peer": name}
-            stats = device_loader.stats if name == "torchfast" else None
-            efficiency = None if stats is None else round(stats.overlap_efficiency, 3)
+            step_ms = record.median(samples)
             yield {
-                **what,
-                "step_ms": record.median(samples),
-                "work_ms": record.median(passes_ms(lambda: resident, step, 1)),
-                "overlap_efficiency": efficiency,
-                "stats": repr(stats),
+                "loader": "8 workers, one in ten 5 x late",
+                "pin_memory": pin_memory,
+                "peer": name,
+                "step_ms": step_ms,
+                "work_ms": work_ms,
+                "load_ms": load_ms,
+                "ideal_ms": ideal_ms,
+                "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / (serial_ms - ideal_ms)), 3),
+                "stats": repr(device_loader.stats) if name == "torchfast" else None,
                 "samples_ms": samples,
             }
+
+
+LISTED: dict[str, Callable[[Any], Any]] = {
+    "bare": peers.bare,
+    "pinned, non_blocking": peers.non_blocking,
+    "apex, record_stream": peers.apex,
+}
+
+
+def fed(peer: Callable[[Any], Any], loader: Iterable[torch.Tensor]) -> Any:
+    """Return a pass of a peer over a loader whose batches are bare tensors."""
+    return peer([batch] for batch in loader)
+
+
+def host_time(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time `next` on the host, for batches that are ready, in a loop that is busy launching kernels."""
+    total = torch.zeros((), device="cuda")
+    for n_leaves, n_elements in ((1, 65536), (8, 65536), (64, 65536), (8, 1 << 20)):
+        batches = host_batches(n_leaves, n_elements, "pinned", 300)
+        loader = DeviceLoader(batches, "cuda")
+        for _ in range(n_samples):
+            times_us, iterator = [], iter(loader)
+            feed: Any = iterator._feed
+            for _ in range(len(batches)):
+                for _ in range(200):
+                    total.add_(1)
+                while not feed._work.ready:
+                    total.add_(1)
+                began_s = time.perf_counter()
+                next(iterator)
+                times_us.append((time.perf_counter() - began_s) * 1e6)
+            times_us = sorted(times_us[50:])
+        yield {
+            "n_leaves": n_leaves,
+            "leaf_bytes": n_elements * 4,
+            "median_us": round(times_us[len(times_us) // 2], 1),
+            "p99_us": round(times_us[int(0.99 * len(times_us))], 1),
+            "samples_us": [round(t, 1) for t in times_us],
+        }
 
 
 if __name__ == "__main__":

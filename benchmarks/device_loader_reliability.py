@@ -25,6 +25,9 @@ PROTOCOL = (
     "drops its batch at once and never waits for the GPU within a pass"
 )
 N_PER_PASS = 1000
+SLEEP_CYCLES = 40_000
+"""About 20 us: with six processes on one GPU, each finds it behind all the time."""
+
 SHAPES = {"packed": (3, 5_000), "large": (1, 300_000)}
 """Tensors of a batch, elements of each: 3 of 20 KB, or one of 1.2 MB."""
 
@@ -35,13 +38,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n-batches", type=int, default=1_000_000)
-    n_batches = parser.parse_args().n_batches
-    rows = list(itertools.chain(races(), campaign(n_batches)))
+    parser.add_argument("--limit-s", type=float, default=3600, help="count no longer than this")
+    arguments = parser.parse_args()
+    rows = list(itertools.chain(races(), campaign(arguments.n_batches, arguments.limit_s)))
     path = record.write("loader_reliability", PROTOCOL, rows)
     print(f"written: {path}")
 
 
-def campaign(n_batches: int) -> Iterator[dict[str, Any]]:
+def campaign(n_batches: int, limit_s: float) -> Iterator[dict[str, Any]]:
     """Count DeviceLoader's wrong batches: six kinds of source at a time, a process for each.
 
     The processes take turns on the GPU, which makes each of them wait for it, now and then for milliseconds.
@@ -49,15 +53,15 @@ def campaign(n_batches: int) -> Iterator[dict[str, Any]]:
     kinds = list(itertools.product(SHAPES, ["pageable", "pinned", "reused"]))
     shares = [-(-n_batches // len(kinds))] * len(kinds)
     with ProcessPoolExecutor(len(kinds), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from map(shown, pool.map(counted, kinds, shares))
+        yield from map(shown, pool.map(counted, kinds, shares, [limit_s] * len(kinds)))
 
 
-def counted(kind: tuple[str, str], n_batches: int) -> dict[str, Any]:
+def counted(kind: tuple[str, str], n_batches: int, limit_s: float) -> dict[str, Any]:
     """Count one kind, on one loader for all its passes."""
     loader = DeviceLoader(Numbered(N_PER_PASS, *kind), "cuda")
     began_s, wrong, n_seen = time.perf_counter(), 0, 0
-    while n_seen < n_batches:
-        wrong += n_wrong(loader, sleep_cycles=60_000)
+    while n_seen < n_batches and time.perf_counter() - began_s < limit_s:
+        wrong += n_wrong(loader, sleep_cycles=SLEEP_CYCLES)
         n_seen += N_PER_PASS
     return row("torchfast", kind, n_seen, wrong, began_s)
 

@@ -310,13 +310,22 @@ def test_evicted_batches_come_back_whole() -> None:
     assert number == 11
 
 
-def test_a_batch_too_large_is_an_error_at_its_own_place() -> None:
-    """A batch for which there is no memory fails when it is taken, after all those before it."""
-    huge = torch.empty(1).expand(2**42)
-    batches = iter(DeviceLoader([torch.zeros(3), torch.zeros(3), huge], "cuda"))
-    assert len(next(batches)) == len(next(batches)) == 3
-    with pytest.raises(RuntimeError):
-        next(batches)
+def test_a_batch_without_room_is_an_error_at_its_own_place_and_not_lost() -> None:
+    """A batch for which there is no memory fails when it is taken, and comes once there is room."""
+    torch.cuda.empty_cache()
+    large = torch.full((64 * 2**20,), 7.0)  # 256 MiB
+    batches = iter(DeviceLoader([torch.zeros(3), torch.zeros(3), large, torch.ones(3)], "cuda"))
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total_bytes)
+    try:
+        assert len(next(batches)) == len(next(batches)) == 3
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                next(batches)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert bool((next(batches) == 7).all())
+    assert next(batches).tolist() == [1, 1, 1]
 
 
 def test_breaks_leave_nothing_behind() -> None:

