@@ -16,7 +16,7 @@ from torchfast._channels_last.refusals import Changes
 from torchfast._timing import time_ms
 from torchfast._tree import tensors
 
-N_ROUNDS = 5
+N_ROUNDS = 3
 MIN_GAIN = 0.02
 """Plain has to be faster by this much to be kept: less is within the noise of a clock."""
 
