@@ -88,7 +88,8 @@ def oom_guard_side_by_side(result: dict[str, Any]) -> str:
     lines += [
         f"| {row['way']} "
         f"| {row['n_optimizer_steps']} instead of {row['n_optimizer_steps_where_it_fits']} "
-        f"| {row['n_samples_computed']} for {row['n_samples']} | {row['largest_difference_of_a_weight']:.2g} |"
+        f"| {row['n_samples_computed']} for {row['n_samples']} "
+        f"| {row['largest_difference_of_a_weight']:.2g} |"
         for row in result["rows"]
     ]
     return "\n".join([*lines, ""])
