@@ -1,6 +1,5 @@
 """One run of a monitor: its thread, its samples, its phases."""
 
-import dataclasses
 import threading
 from types import TracebackType
 from typing import Self
@@ -25,7 +24,7 @@ class Run:
         self._highest_host: int | None = None
         self._probe, self._history = probe, history
         self._scope = PeakScope(ledger)
-        self._phases: dict[str, VRAMPhase] = {}
+        self._phases: dict[str, _Total] = {}
         self._open_phases: list[Phase] = []
         self._of_thread = threading.local()
         # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything. Two of
@@ -94,7 +93,7 @@ class Run:
     def phases(self) -> dict[str, VRAMPhase]:
         """The phases opened so far."""
         with self._phase_lock:
-            return dict(self._phases)
+            return {name: total.finished(name) for name, total in self._phases.items()}
 
     def begin(self, phase: "Phase", name: str) -> tuple[str, list["Phase"]]:
         """Note that a phase opens; return its full name and the phases that are open in this thread."""
@@ -104,14 +103,15 @@ class Run:
         with self._phase_lock:
             self._open_phases = [*self._open_phases, phase]
             # The table lists phases in the order in which they were first opened.
-            self._phases.setdefault(full, VRAMPhase(full, 0, 0.0, None, None, None, is_lower_bound=False))
+            if full not in self._phases:
+                self._phases[full] = _Total()
         return full, outer
 
-    def finish(self, phase: "Phase", once: VRAMPhase) -> None:
+    def finish(self, phase: "Phase", seconds: float) -> None:
         """Note that a phase closes, and add this time to the others of its name."""
         with self._phase_lock:
             self._open_phases = [other for other in self._open_phases if other is not phase]
-            self._phases[once.name] = _add(self._phases[once.name], once)
+            self._phases[phase.name].add(phase, seconds)
 
     def _watch(self, interval_s: float) -> None:
         while not self._stop.wait(interval_s):
@@ -148,16 +148,7 @@ class Phase:
         self._scope.__exit__(kind, error, traceback)
         # A generator with an open phase may be closed by another thread than the one that began it.
         self._of_thread.remove(self)
-        once = VRAMPhase(
-            name=self.name,
-            n_times=1,
-            total_s=self._run.clock() - self._start_s,
-            peak_allocated_bytes=self.peak_allocated_bytes,
-            peak_reserved_bytes=self.peak_reserved_bytes,
-            kept_bytes=self.kept_bytes,
-            is_lower_bound=self.is_lower_bound,
-        )
-        self._run.finish(self, once)
+        self._run.finish(self, self._run.clock() - self._start_s)
 
     @property
     def peak_allocated_bytes(self) -> int | None:
@@ -181,12 +172,35 @@ class Phase:
         return self._scope.is_lower_bound
 
 
-def _add(before: VRAMPhase, once: VRAMPhase) -> VRAMPhase:
-    return dataclasses.replace(
-        once,
-        n_times=before.n_times + 1,
-        total_s=before.total_s + once.total_s,
-        peak_allocated_bytes=highest((before.peak_allocated_bytes, once.peak_allocated_bytes)),
-        peak_reserved_bytes=highest((before.peak_reserved_bytes, once.peak_reserved_bytes)),
-        is_lower_bound=before.is_lower_bound or once.is_lower_bound,
-    )
+class _Total:
+    """A phase over all its times, in the making: a record anew each time would cost more than the rest."""
+
+    __slots__ = ("is_lower_bound", "kept_bytes", "n_times", "peak_allocated", "peak_reserved", "total_s")
+
+    def __init__(self) -> None:
+        self.n_times, self.total_s = 0, 0.0
+        self.peak_allocated: int | None = None
+        self.peak_reserved: int | None = None
+        self.kept_bytes: int | None = None
+        self.is_lower_bound = False
+
+    def add(self, phase: Phase, seconds: float) -> None:
+        """Add one time to the others."""
+        self.n_times += 1
+        self.total_s += seconds
+        self.peak_allocated = highest((self.peak_allocated, phase.peak_allocated_bytes))
+        self.peak_reserved = highest((self.peak_reserved, phase.peak_reserved_bytes))
+        self.kept_bytes = phase.kept_bytes
+        self.is_lower_bound |= phase.is_lower_bound
+
+    def finished(self, name: str) -> VRAMPhase:
+        """Return it as a record."""
+        return VRAMPhase(
+            name,
+            self.n_times,
+            self.total_s,
+            self.peak_allocated,
+            self.peak_reserved,
+            self.kept_bytes,
+            is_lower_bound=self.is_lower_bound,
+        )
