@@ -28,7 +28,7 @@ OPTIMIZERS = ("SGD", "SGD with momentum", "AdamW", "fused AdamW", "Adafactor")
 _MAX_BATCH = 2**22
 # What the driver keeps of a GPU for itself as soon as a process uses it, seen on an H200 with driver 580.
 _DRIVER_BYTES = 9 * MIB
-_MAX_TRACES = 6
+_MAX_TRACES = 8
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -266,35 +266,45 @@ class _Search:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A stream whose sizes are affine in the batch size: each block a constant and so much a sample."""
+    """A stream whose sizes are affine in the batch size: each block a constant and so much a sample.
+
+    Workspaces of libraries are not part of the fit, as kernels change with the batch: they are those of the
+    larger traced batch, in proportion.
+    """
 
     batch_size: int
     base: list[Event]
-    slopes: list[float]
+    slopes: dict[int, float]  # bytes a sample, by block
     optional: frozenset[int]
 
     @classmethod
     def over(cls, size_a: int, a: Trace, size_b: int, b: Trace) -> "Fitted | None":
-        """Fit the two traces; None where they are not the same stream with other sizes."""
-        if len(a.events) != len(b.events):
+        """Fit two traces, the second of the larger batch; None where their streams are not the same."""
+        ours = [event for event in a.events if event.block not in a.optional]
+        theirs = [event for event in b.events if event.block not in b.optional]
+        if len(ours) != len(theirs):
             return None
-        slopes = []
-        for one, other in zip(a.events, b.events, strict=True):
-            if one.block != other.block or bool(one.size_bytes) != bool(other.size_bytes):
+        twins: dict[int, int] = {}
+        slopes = {e.block: e.size_bytes / size_b for e in b.events if e.size_bytes and e.block in b.optional}
+        for one, other in zip(ours, theirs, strict=True):
+            if bool(one.size_bytes) != bool(other.size_bytes):
                 return None
-            slopes.append((other.size_bytes - one.size_bytes) / (size_b - size_a))
-        return cls(size_a, a.events, slopes, a.optional)
+            if one.size_bytes:
+                twins[one.block] = other.block
+                slopes[other.block] = (other.size_bytes - one.size_bytes) / (size_b - size_a)
+            elif twins[one.block] != other.block:
+                return None
+        return cls(size_b, b.events, slopes, b.optional)
 
     def events(self, batch_size: int) -> list[Event]:
         """Return the stream at another batch size."""
-        return list(self._scaled(batch_size - self.batch_size))
-
-    def _scaled(self, more: int) -> Iterator[Event]:
-        for event, slope in zip(self.base, self.slopes, strict=True):
-            if slope:
-                yield Event(event.block, max(round(event.size_bytes + slope * more), 1), event.note)
-            else:
-                yield event
+        more = batch_size - self.batch_size
+        return [
+            Event(event.block, max(round(event.size_bytes + self.slopes[event.block] * more), 1), event.note)
+            if event.size_bytes
+            else event
+            for event in self.base
+        ]
 
 
 # --- what if -----------------------------------------------------------------------------------------------
