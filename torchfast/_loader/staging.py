@@ -24,6 +24,8 @@ STAGE_BELOW_BYTES = 16 * 2**10
 CHUNK_BYTES = 16 * MIB
 """Pageable memory is staged in pieces of this size: 53 of 55 GB/s, one flying while the next is read."""
 
+_TENSOR, _STRIDED = torch.Tensor, torch.strided  # asked for each leaf of each batch, in the thread's own time
+
 ALIGNMENT_BYTES = 512
 """The caching allocator's own alignment: what vectorised kernels may expect of any tensor they are given."""
 
@@ -126,14 +128,10 @@ def is_plain(leaf: Any, /) -> bool:
     its own `.to`, which alone knows how.
     """
     return (
-        type(leaf) is torch.Tensor
+        type(leaf) is _TENSOR
         and leaf.is_cpu
-        and leaf.layout is torch.strided
-        and not leaf.requires_grad
-        and not leaf.is_nested
-        and not leaf.is_quantized
-        and not leaf.is_conj()
-        and not leaf.is_neg()
+        and leaf.layout is _STRIDED
+        and not (leaf.requires_grad or leaf.is_nested or leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
     )
 
 
