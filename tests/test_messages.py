@@ -912,6 +912,7 @@ def test_out_of_gpu_memory() -> None:
     assert message_for(ALLOCATOR) == (
         "Out of memory on cuda:1. Try batch_size=32 instead of 64: half of 64, since what a sample "
         "needs was not measured.\n"
+        "2.00 GiB were asked for, 1.20 GiB of 79.3 GiB were free; PyTorch holds 66.5 GiB in this process.\n"
         "Other processes hold 10.5 GiB of the 79.3 GiB: nvidia-smi lists them, and ending those that "
         "are not needed helps at once.\n"
         "6.50 GiB are held in pieces that do not fit: start with "
@@ -924,6 +925,7 @@ def test_out_of_gpu_memory_and_nothing_else_known() -> None:
     """Where nothing stands out, the message names what lowers the need of any step."""
     assert message_for("CUDA out of memory. Tried to allocate 2.00 GiB.", size=None) == (
         "Out of memory on the device. Try a smaller batch.\n"
+        "2.00 GiB were asked for.\n"
         "Without a smaller batch: bfloat16 autocast or activation checkpointing need less for a step."
     )
 
@@ -965,6 +967,7 @@ def fail_with(batch: torch.Tensor) -> None:
             (
                 "Out of host memory. Try batch_size=32 instead of 64: half of 64, since what a "
                 "sample needs was not measured.\n"
+                "7.28 TiB were asked for.\n"
                 "A DataLoader's workers hold batches too: fewer num_workers or a lower prefetch_factor help."
             ),
         ),
@@ -1005,7 +1008,8 @@ def fail_with(batch: torch.Tensor) -> None:
             "Invalid buffer size: 20.00 GB",
             (
                 "One tensor is larger than the device can hold in one piece. Try batch_size=32 "
-                "instead of 64: half of 64, since what a sample needs was not measured."
+                "instead of 64: half of 64, since what a sample needs was not measured.\n"
+                "20.0 GiB were asked for."
             ),
         ),
     ],
@@ -1099,6 +1103,7 @@ def test_failure_in_an_optimizer_without_a_copy() -> None:
     assert text_of(error) == (
         "Out of memory on cuda:0 in the optimizer's step. What the step needs there does not depend "
         "on the batch.\n"
+        "2.00 MiB were asked for, 0 B of 15.8 GiB were free; PyTorch holds 15.1 GiB in this process.\n"
         "An optimizer with fused=True or foreach=False needs less at its peak than the default.\n"
         "It was not tried again: the optimizer had begun to change parameters. "
         "guard.retry(copy=True) keeps a copy of parameters and optimizer state, with which that can "

@@ -223,9 +223,9 @@ class Guard:
         # First all that is lost when the frames are cleared, then all that is known only afterwards.
         findings, place = frames.look_into(error), place_of(error)
         text = "".join(traceback.format_exception(error))
-        now = telemetry.situation(device, record.allowed_bytes)
+        now = telemetry.situation(device)
         clean_up(error, bound, keep_frames=self._keep_frames)
-        held_bytes = telemetry.situation(device, None).allocated_bytes
+        held_bytes = telemetry.situation(device).allocated_bytes
         batch_size, source = self._size(findings) if size is None else (size, "steps")
         case = message.Case(
             record=record,

@@ -131,7 +131,7 @@ def _in_backward() -> bool:
 
 
 def _text(func: Any, args: Any) -> str:
-    size = max((tensor.nbytes for tensor in tensors(args)), default=512)
+    size = _segment_bytes(max((tensor.nbytes for tensor in tensors(args)), default=0))
     return (
         f"CUDA out of memory. Tried to allocate {size / MIB:.2f} MiB. GPU 0 has a total capacity of "
         "15.77 GiB of "
@@ -140,3 +140,10 @@ def _text(func: Any, args: Any) -> str:
         "allocated memory 15.00 GiB is allocated by PyTorch, and 128.00 MiB is reserved by PyTorch but "
         f"unallocated. (Injected in place of {func}.)"
     )
+
+
+def _segment_bytes(size: int) -> int:
+    """Return what the allocator asks the driver for, which is what its message names."""
+    if size <= MIB:
+        return 2 * MIB
+    return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB

@@ -87,7 +87,22 @@ def _message(case: Case) -> str:
     # A text may not name its device, and a machine without a GPU may read one from elsewhere.
     device = "the device" if case.device.type == "cpu" else case.device
     what = _WHAT[case.record.kind].format(device=device) + where
-    return "\n".join([f"{what}. {_first(case)}", *_advice(case)])
+    return "\n".join([f"{what}. {_first(case)}", *_numbers(case.record), *_advice(case)])
+
+
+def _numbers(record: OutOfMemoryRecord) -> list[str]:
+    """Say what was asked for and what was there."""
+    if record.requested_bytes is None:
+        return []
+    text = f"{format_bytes(record.requested_bytes)} were asked for"
+    if record.allowed_bytes is not None and record.reserved_bytes is not None:
+        text += f"; of the {format_bytes(record.allowed_bytes)} that this process may use, PyTorch holds "
+        text += format_bytes(record.reserved_bytes)
+    elif record.free_bytes is not None and record.total_bytes is not None:
+        text += f", {format_bytes(record.free_bytes)} of {format_bytes(record.total_bytes)} were free"
+        if record.reserved_bytes is not None:
+            text += f"; PyTorch holds {format_bytes(record.reserved_bytes)} in this process"
+    return [f"{text}."]
 
 
 def _details(case: Case, short: str) -> str:

@@ -44,14 +44,13 @@ class Situation(NamedTuple):
     "limit set."""
 
 
-def situation(device: torch.device, allowed_bytes: int | None, /) -> Situation:
+def situation(device: torch.device, /) -> Situation:
     """Read what there is and what there could be; all None on a CPU."""
     stats, memory = allocator_stats(device), driver_memory(device)
     if stats is None or memory is None:
         return Situation(None, None)
-    usable = stats.reserved_bytes + memory.free_bytes
-    usable = usable if allowed_bytes is None else min(usable, allowed_bytes)
-    return Situation(stats.allocated_bytes, usable)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * memory.total_bytes)
+    return Situation(stats.allocated_bytes, min(stats.reserved_bytes + memory.free_bytes, limit))
 
 
 class StepLog:
