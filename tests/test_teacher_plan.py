@@ -193,22 +193,37 @@ def test_a_teacher_that_changes_its_inputs_is_run_once() -> None:
 
 
 class ReadsItsConvolution(Block):
-    """A block that reads a convolution's output beside its batch norm: folding would change it."""
+    """A block that reads a convolution's output beside its batch norm."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Use the first convolution's output twice."""
         raw = self.conv1(x)
-        result: torch.Tensor = self.norm1(raw) + raw
+        result: torch.Tensor = self.norm2(self.conv2(self.norm1(raw))) + raw
         return result
+
+
+def test_a_convolution_that_others_read_is_not_folded() -> None:
+    """Folding would change what the others read, so it leaves that pair, and takes the next."""
+    module = trained(ReadsItsConvolution()).eval().requires_grad_(False)
+    x = torch.randn(4, 4, 6, 6)
+    assert [pair.norm_name for pair in pairs_of(module, lambda: module(x), ())] == ["norm2"]
 
 
 def test_a_part_that_changes_the_outputs_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """However fast: outputs that move by more than rounding are found out, and the module is as before."""
+
+    def fold_wrongly(module: nn.Module, pairs: Any) -> Callable[[], None]:
+        undo = fold(module, pairs)
+        module.get_parameter("conv1.weight").mul_(1.1)
+        return undo
+
     clock(monkeypatch, eager=2, fold=1)
-    module = trained(ReadsItsConvolution())
+    monkeypatch.setattr(planning, "fold", fold_wrongly)
+    module = trained(Block())
     teacher = GPUTeacher(module, "cpu", plan=["fold"])
     x = torch.randn(4, 4, 6, 6)
-    torch.testing.assert_close(teacher(x), module.eval()(x), rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        torch.testing.assert_close(teacher(x), module.eval()(x), rtol=1e-4, atol=1e-5)
     assert parts_of(teacher) == ()
     assert teacher.plan is not None
     assert "outputs moved by" in teacher.plan.rejected["fold"]

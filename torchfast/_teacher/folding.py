@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast import _layout
+from torchfast._tree import tensors
 
 Run = Callable[[], object]
 PLAIN_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -28,37 +30,60 @@ class Pair(NamedTuple):
 def pairs_of(module: nn.Module, run: Run, keep: Collection[str], /) -> list[Pair]:
     """Run the module once, and return the batch norms that can be folded; `keep` names modules to leave.
 
-    Found by watching, not by tracing, so that any forward will do. Who else reads a convolution's output
-    cannot be seen; whoever folds compares the outputs afterwards.
+    Found by watching, not by tracing, so that any forward will do: a norm whose input is the very tensor that
+    a convolution returned, which nothing else reads, each called once.
     """
-    made: dict[int, tuple[torch.Tensor, _ConvNd, int]] = {}
     calls: Counter[int] = Counter()
-    found: list[Pair] = []
+    found: list[tuple[int, Pair]] = []
+    readers = _Readers()
 
     def after(convolution: _ConvNd, _args: Any, output: Any) -> None:
         calls[id(convolution)] += 1
         if isinstance(output, torch.Tensor):
-            made[id(output)] = output, convolution, output._version
+            readers.made[id(output)] = output, convolution, output._version
 
-    def before(name: str, norm: _BatchNorm, args: tuple[Any, ...]) -> None:
+    def before_norm(name: str, norm: _BatchNorm, args: tuple[Any, ...]) -> None:
         calls[id(norm)] += 1
-        output, convolution, version = made.get(id(args[0]) if args else 0, (None, None, 0))
+        readers.n_norms += 1
+        output, convolution, version = readers.made.get(id(args[0]) if args else 0, (None, None, 0))
         if convolution is not None and output is not None and output._version == version:
-            found.append(Pair(convolution, norm, name))
+            found.append((id(output), Pair(convolution, norm, name)))
+
+    def after_norm(_norm: _BatchNorm, _args: Any, _output: Any) -> None:
+        readers.n_norms -= 1
 
     with ExitStack() as hooks:
         for name, convolution in _layout.convolutions(module):
-            if (
-                name not in keep
-                and not convolution.transposed
-                and _layout.stored_weight(convolution) is not None
-            ):
+            if name not in keep and _is_plain(convolution):
                 hooks.callback(convolution.register_forward_hook(after).remove)
         for name, norm in module.named_modules():
             if name not in keep and isinstance(norm, _BatchNorm) and _is_foldable(norm):
-                hooks.callback(norm.register_forward_pre_hook(partial(before, name)).remove)
+                hooks.callback(norm.register_forward_pre_hook(partial(before_norm, name)).remove)
+                hooks.callback(norm.register_forward_hook(after_norm).remove)
+        hooks.enter_context(readers)
         run()
-    return [pair for pair in found if calls[id(pair.convolution)] == calls[id(pair.norm)] == 1]
+    return [
+        pair
+        for output, pair in found
+        if output not in readers.read and calls[id(pair.convolution)] == calls[id(pair.norm)] == 1
+    ]
+
+
+class _Readers(TorchDispatchMode):
+    """Notes which convolutions' outputs are read outside of batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[torch.Tensor, _ConvNd, int]] = {}
+        self.read: set[int] = set()
+        self.n_norms = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator as it is."""
+        del types
+        if not self.n_norms:
+            self.read.update(id(tensor) for tensor in tensors([args, kwargs]) if id(tensor) in self.made)
+        return func(*args, **(kwargs or {}))
 
 
 def fold(module: nn.Module, pairs: Collection[Pair], /) -> Callable[[], None]:
@@ -105,6 +130,10 @@ def _folded(convolution: _ConvNd, norm: _BatchNorm) -> tuple[torch.Tensor, torch
     weight = convolution.weight.to(exact) * scale.reshape(-1, *[1] * (convolution.weight.dim() - 1))
     dtype = convolution.weight.dtype
     return weight.to(dtype), ((old_bias - mean) * scale + beta).to(dtype)
+
+
+def _is_plain(convolution: _ConvNd) -> bool:
+    return not convolution.transposed and _layout.stored_weight(convolution) is not None
 
 
 def _is_foldable(norm: _BatchNorm) -> bool:
