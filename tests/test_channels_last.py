@@ -273,6 +273,30 @@ def test_fused_steps_are_wrong_without_the_optimizer(optimizer: str) -> None:
     assert (given - expected).abs().max() < 1e-9
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another, as accelerate has it: it shares its state and forwards the rest."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # as accelerate does
+        """The state of the optimizer inside."""
+        return self.optimizer.state
+
+
+def test_an_optimizer_in_a_wrapper() -> None:
+    """State is laid out in the optimizer that holds it, and follows what that one loads."""
+    model = small_net()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer, [torch.randn(2, 3, 8, 8)])
+    plain = copy.deepcopy(optimizer.state_dict())
+    to_channels_last(model, optimizer=Wrapper(optimizer))
+    optimizer.load_state_dict(plain)
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+
+
 # --- checkpoints and copies ------------------------------------------------------------------------------
 
 

@@ -117,11 +117,11 @@ def _convert_model(model: nn.Module, optimizers: list[Optimizer], *, enabled: bo
     weights = weight_changes(model, _LAY_OUT[enabled])
     check_may_change(model, optimizers, weights)
     states = [change for optimizer in optimizers for change in state_changes(optimizer, weights)]
-    apply(weights + states)
     for optimizer in optimizers:
         if optimizer not in _followed:
             optimizer.register_load_state_dict_post_hook(_match_state)
             _followed.add(optimizer)
+    apply(weights + states)
     return sum(isinstance(tensor, nn.Parameter) for tensor, _ in weights)
 
 

@@ -27,7 +27,13 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
                 f"optimizer= takes a torch.optim.Optimizer, or several, but was given {_an(each)}. "
                 "Its state has to be laid out like the parameters, and only an Optimizer says where it is."
             )
-    return found
+    return [_inner(each) for each in found]
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that holds the state, inside of wrappers such as accelerate's."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _inner(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def check_batch(batch: object, /, *, only_for_models: Mapping[str, object]) -> None:
