@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchfast._oom.guard import OOMGuard, QuietOOMGuard, oom_guard
     from torchfast._oom.injection import inject_oom
     from torchfast._oom.report import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport
+    from torchfast._oom.retry import OOMAttempt, OOMRetry
     from torchfast._teacher import GPUTeacher
     from torchfast._teacher.features import TeacherOutputs
 
@@ -26,7 +27,9 @@ __all__ = [
     "HostOutOfMemoryError",
     "LayoutReport",
     "LoaderStats",
+    "OOMAttempt",
     "OOMGuard",
+    "OOMRetry",
     "OutOfMemoryError",
     "OutOfMemoryReport",
     "QuietOOMGuard",
@@ -52,7 +55,9 @@ _HOMES = {
     "HostOutOfMemoryError": "_oom.report",
     "LayoutReport": "_channels_last.measuring",
     "LoaderStats": "_loader.stats",
+    "OOMAttempt": "_oom.retry",
     "OOMGuard": "_oom.guard",
+    "OOMRetry": "_oom.retry",
     "OutOfMemoryError": "_oom.report",
     "OutOfMemoryReport": "_oom.report",
     "QuietOOMGuard": "_oom.guard",

@@ -20,7 +20,7 @@ from torchfast._oom.telemetry import Monitor
 from torchfast._oom_errors import OutOfMemoryRecord, classify
 
 if TYPE_CHECKING:
-    from torchfast._oom.retry import Retry, Split
+    from torchfast._oom.retry import OOMRetry, Split
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,7 +83,7 @@ class Guard:
         copy: bool = False,
         grow_after: int = 100,
         timeout_s: float = 60.0,
-    ) -> "Retry":
+    ) -> "OOMRetry":
         """Return training steps that are tried again, made once and used for every step.
 
         A step that runs out of memory is put back to where it began (gradients, buffers such as batch norm
@@ -119,13 +119,13 @@ class Guard:
         What it does not do: undo what the step does outside of these, such as a metric that it updates.
         """
         from torchfast._oom.ranks import ranks_of
-        from torchfast._oom.retry import Retry
+        from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
         _check_split(split)
         modules = (model,) if isinstance(model, nn.Module) else tuple(model)
         optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
-        return Retry(
+        return OOMRetry(
             self,
             modules,
             Transaction(Subjects(modules, optimizers, scaler, tuple(generators)), copy=copy),
@@ -164,11 +164,11 @@ class Guard:
         """
         from torchfast._oom.chunks import chunked
         from torchfast._oom.ranks import Ranks
-        from torchfast._oom.retry import Retry
+        from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
         _check_split(split)
-        retry = Retry(
+        retry = OOMRetry(
             self,
             (function,) if isinstance(function, nn.Module) else (),
             Transaction(Subjects((), (), None, ()), copy=False),

@@ -9,10 +9,10 @@ import torch
 from torchfast._tree import flatten, tensors
 
 if TYPE_CHECKING:
-    from torchfast._oom.retry import Retry
+    from torchfast._oom.retry import OOMRetry
 
 
-def chunked(retry: "Retry", function: Callable[..., Any], dim: int) -> Callable[..., Any]:
+def chunked(retry: "OOMRetry", function: Callable[..., Any], dim: int) -> Callable[..., Any]:
     """Return the function, working on its batch in chunks where the whole does not fit."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

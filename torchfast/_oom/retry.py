@@ -34,7 +34,7 @@ class Part(NamedTuple, Generic[T]):
     weight: float
 
 
-class Retry:
+class OOMRetry:
     """Training steps that survive running out of memory. Made by `guard.retry(model=...)`, which see."""
 
     def __init__(  # noqa: PLR0913 -- made in one place only, by guard.retry
@@ -60,7 +60,7 @@ class Retry:
         """How many samples are worked on at once; None while whole batches fit."""
         return self._sizes.limit
 
-    def attempts(self, batch: T, /) -> "Iterator[Attempt[T]]":
+    def attempts(self, batch: T, /) -> "Iterator[OOMAttempt[T]]":
         """Return the attempts at one step with this batch: one if all goes well.
 
         Example:
@@ -83,7 +83,7 @@ class Retry:
         may_repeat = not self._sizes.is_trial  # a size on trial that fails was simply too large
         number = 1
         while True:
-            attempt = Attempt(self, batch, n_samples, number, may_repeat=may_repeat)
+            attempt = OOMAttempt(self, batch, n_samples, number, may_repeat=may_repeat)
             yield attempt
             if attempt.outcome is None:
                 raise RuntimeError(
@@ -97,7 +97,7 @@ class Retry:
             may_repeat = False
             number += 1
 
-    def __call__(self, step: "Callable[[Attempt[Any]], R]", /) -> Callable[[Any], R | None]:
+    def __call__(self, step: "Callable[[OOMAttempt[Any]], R]", /) -> Callable[[Any], R | None]:
         """Return a function that takes a batch and runs `step(attempt)` on it, again where it must.
 
         Example:
@@ -176,7 +176,7 @@ class Retry:
             )
 
 
-class Attempt(Generic[T]):
+class OOMAttempt(Generic[T]):
     """One try at a step: a context around it, and the parts of the batch to loop over.
 
     `n_samples` are in the batch; `number` counts from 1; `size` is the most samples that a part has;
@@ -185,7 +185,7 @@ class Attempt(Generic[T]):
     explained error is raised.
     """
 
-    def __init__(self, retry: Retry, batch: T, n_samples: int, number: int, *, may_repeat: bool) -> None:
+    def __init__(self, retry: OOMRetry, batch: T, n_samples: int, number: int, *, may_repeat: bool) -> None:
         self._retry, self._may_repeat = retry, may_repeat
         self._whole = [batch]
         self.n_samples = n_samples
@@ -239,6 +239,9 @@ class Attempt(Generic[T]):
         retry._transaction.stop_watching()
         retry._ranks.end()
         work.now.n_samples = None
+        if error is not None and not isinstance(error, Exception):
+            self.outcome = Outcome.ERROR
+            return False  # an interrupt does not wait for the other ranks
         report = retry._explained(error, self._bound, self.size)
         reason = None if report is None else self._why_not_again(report)
         own = _own_outcome(error, report, reason)
@@ -263,8 +266,8 @@ class Attempt(Generic[T]):
         if not self._retry._transaction.can_roll_back:
             return (
                 "It was not tried again: the optimizer had begun to change parameters. "
-                "guard.retry(copy=True) keeps a "
-                "copy of parameters and optimizer state, with which that can be undone."
+                "guard.retry(copy=True) keeps a copy of parameters and optimizer state, with which that "
+                "can be undone."
             )
         return None if self._may_repeat else self._retry._refusal(self.size)
 
