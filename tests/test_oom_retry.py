@@ -14,7 +14,6 @@ from torch import nn
 
 from tests import oom_faults
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
-from torchfast._batch import batch_size, split
 from torchfast._memory import AllocatorStats
 from torchfast._oom.sizes import Sizes
 from torchfast._oom.thrash import Thrash
@@ -82,21 +81,6 @@ def test_parts_are_weighted_by_tokens() -> None:
     )
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other)
-
-
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2))
-def test_splitting_keeps_every_sample(n_samples: int, size: int, dim: int) -> None:
-    """The parts of a batch hold its samples in order, each once; what has no samples is in every part."""
-    shape = [3, 4, 5]
-    shape[dim] = n_samples
-    batch: dict[str, Any] = {"x": torch.randn(shape), "table": torch.ones(100, 100, 100), "name": "n"}
-    twin: dict[str, Any] = {**batch, "y": batch["x"]}
-    parts = split(twin, size, dim=dim)
-    if batch_size(twin, dim=dim) != n_samples:
-        return  # another size is the commoner one
-    assert torch.equal(torch.cat([part["x"] for part in parts], dim), batch["x"])
-    assert all(part["x"].shape[dim] <= size or size >= n_samples for part in parts)
-    assert all(part["table"] is batch["table"] and part["y"] is part["x"] for part in parts)
 
 
 def test_batch_along_another_dimension() -> None:
