@@ -13,13 +13,15 @@ import gc
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import operator
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import record
 import torch
@@ -124,52 +126,88 @@ def error_of(case: dict[str, Any]) -> BaseException:
 # --- faults -----------------------------------------------------------------------------------------------
 
 
+class Shard(NamedTuple):
+    """Some of the faults of one training: every `stride`-th operator of a step, from `first`."""
+
+    training: str
+    what: str
+    step: int
+    first: int
+    stride: int
+
+
+WHOLE, SPLIT = "whole step, with a copy", "parts above 4 samples"
+PHASES = {"forward, without a copy": "forward", "backward, without a copy": "backward"}
+
+
 def faults() -> list[dict[str, Any]]:
     """Inject a fault at every operator of every step of six trainings, and count those that leave a trace."""
-    gc.freeze()  # what exists by now is not walked after each fault
-    rows = []
-    for name in oom_faults.TRAININGS:
-        expected = oom_faults.run_bare(name)
-        for phase, copy in ((None, True), ("forward", False), ("backward", False)):
-            n_faults = n_wrong = 0
-            start_s = time.perf_counter()
-            for step in range(oom_faults.N_STEPS):
-                n_operators = oom_faults.n_operators(name, step=step, phase=phase)
-                n_faults += n_operators
-                for at in range(n_operators):
-                    injection = inject_oom(at, phase=phase)  # type: ignore[arg-type]  # one of the above
-                    state = oom_faults.run_guarded(name, injection, copy=copy, step=step)
-                    is_wrong = oom_faults.differences(state, expected) > 0 or injection.n_failures != 1
-                    n_wrong += is_wrong
-            what = f"{phase or 'whole step'}, {'with' if copy else 'without'} a copy"
-            rows.append(_row(name, what, n_faults, n_wrong, time.perf_counter() - start_s))
+    stride = 8
+    steps = range(oom_faults.N_STEPS)
+    shards = [
+        Shard(name, what, step, first, stride)
+        for name in oom_faults.TRAININGS
+        for what in (WHOLE, *PHASES, SPLIT)
+        if what != SPLIT or name in oom_faults.SPLITTABLE
+        for step in (steps if what != SPLIT else [0])
+        for first in range(stride)
+    ]
+    counts: dict[tuple[str, str], list[int]] = {}
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=_alone) as pool:
+        for shard, (n_faults, n_wrong) in zip(shards, pool.map(faults_of, shards), strict=True):
+            count = counts.setdefault((shard.training, shard.what), [0, 0])
+            count[0] += n_faults
+            count[1] += n_wrong
+    rows: list[dict[str, Any]] = [
+        {"training": name, "what": what, "n_faults": n_faults, "n_wrong": n_wrong}
+        for (name, what), (n_faults, n_wrong) in counts.items()
+    ]
+    for row in rows:
+        print(
+            f"{row['training']:14} {row['what']:24} {row['n_faults']:5} faults, {row['n_wrong']} left a trace"
+        )
     print(
         f"{sum(row['n_faults'] for row in rows)} faults, {sum(row['n_wrong'] for row in rows)} left a trace"
     )
     return rows
 
 
-def splits(name: str) -> dict[str, Any]:
+def _alone() -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # what exists by now is not walked after each fault
+
+
+def faults_of(shard: Shard) -> tuple[int, int]:
+    """Return how many faults of a shard there were, and how many left a trace."""
+    if shard.what == SPLIT:
+        return _splits_of(shard)
+    name, phase, copy = shard.training, cast(Any, PHASES.get(shard.what)), shard.what == WHOLE
+    expected = oom_faults.run_bare(name)
+    n_operators = oom_faults.n_operators(name, step=shard.step, phase=phase)
+    n_faults = n_wrong = 0
+    for at in range(shard.first, n_operators, shard.stride):
+        injection = inject_oom(at, phase=phase)
+        state = oom_faults.run_guarded(name, injection, copy=copy, step=shard.step)
+        n_faults += 1
+        n_wrong += oom_faults.differences(state, expected) > 0 or injection.n_failures != 1
+    return n_faults, n_wrong
+
+
+def _splits_of(shard: Shard) -> tuple[int, int]:
     """Let parts of more than 4 samples fail at each operator; compare with a run that fits, in float64."""
-    start_s = time.perf_counter()
     counting = inject_oom(times=0, above=4)
-    expected = oom_faults.run_split(name, counting)
-    n_operators = counting.n_operators // oom_faults.N_STEPS
-    n_wrong = 0
-    for at in range(n_operators):
+    expected = oom_faults.run_split(shard.training, counting)
+    n_faults = n_wrong = 0
+    for at in range(shard.first, counting.n_operators // oom_faults.N_STEPS, shard.stride):
         injection = inject_oom(at, above=4, times=None)
-        state = oom_faults.run_split(name, injection)
+        state = oom_faults.run_split(shard.training, injection)
         is_close = all(
             torch.allclose(one, other, rtol=1e-7, atol=1e-9)
             for one, other in zip(state, expected, strict=True)
         )
+        n_faults += 1
         n_wrong += not is_close or injection.n_failures != 2
-    return _row(name, "parts above 4 samples", n_operators, n_wrong, time.perf_counter() - start_s)
-
-
-def _row(name: str, what: str, n_faults: int, n_wrong: int, seconds: float) -> dict[str, Any]:
-    print(f"{name:14} {what:20} {n_faults:5} faults, {n_wrong} left a trace, {seconds:.0f} s")
-    return {"part": "faults", "training": name, "what": what, "n_faults": n_faults, "n_wrong": n_wrong}
+    return n_faults, n_wrong
 
 
 # --- side by side -----------------------------------------------------------------------------------------
