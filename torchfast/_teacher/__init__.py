@@ -17,7 +17,7 @@ from torchfast._teacher.features import Taps
 from torchfast._teacher.loading import built_without_memory, loaded
 from torchfast._teacher.placing import Placing, frozen_copy, main_dtype, tensors_of
 from torchfast._teacher.plan import PARTS, Planner, TeacherPlan
-from torchfast._tree import Leaf, flatten, map_tensors, tensors
+from torchfast._tree import Leaf, flatten, map_tensors
 
 T = TypeVar("T")
 
@@ -199,9 +199,12 @@ class GPUTeacher:
             # Where its weights are: on `device`, or on paper while estimate_vram runs the step there.
             weight = next(self.module.parameters(), None)
             place = self.device if weight is None else weight.device
-            inputs = self._ready((args, kwargs), place)
+            leaves, structure = flatten((args, kwargs))
+            ready = [self._ready(leaf, place) for leaf in leaves]
+            held = [leaf for leaf in ready if isinstance(leaf, torch.Tensor)]
             forward = self._planner if self._planner is not None and place == self.device else self._eager
-            outputs, chunk_size = forward_in_memory(forward, inputs, self.chunk_size)
+            inputs = structure.rebuild(ready)
+            outputs, chunk_size = forward_in_memory(forward, inputs, held, self.chunk_size)
             if chunk_size != self.chunk_size:
                 self.chunk_size = chunk_size
                 warnings.warn(
@@ -210,28 +213,25 @@ class GPUTeacher:
                     f"GPUTeacher(..., chunk_size={chunk_size}) to begin so, or use a smaller batch.",
                     stacklevel=2,
                 )
-            return self._released(outputs, inputs)
+            return self._released(outputs, held)
 
-    def _ready(self, inputs: T, place: torch.device) -> T:
-        """Return the inputs in that place, in the teacher's type and layout."""
-        leaves, structure = flatten(inputs)
-        return cast(T, structure.rebuild([self._ready_leaf(leaf, place) for leaf in leaves]))
-
-    def _ready_leaf(self, leaf: Leaf, place: torch.device) -> Any:
+    def _ready(self, leaf: Leaf, place: torch.device) -> Leaf:
+        """Return an input in that place, in the teacher's type and layout."""
         if not isinstance(leaf, torch.Tensor):
-            return leaf.to(place)
+            return cast(Leaf, leaf.to(place))
         dtype = self.dtype if leaf.is_floating_point() else None
         moved = leaf.to(device=place, dtype=dtype, non_blocking=True)
         if moved.dim() in self._placing.image_ranks and _layout.is_image(moved, rank_5=True):
             return _layout.to_channels_last_tensor(moved)
         return moved
 
-    def _released(self, outputs: T, inputs: object) -> T:
+    def _released(self, outputs: T, held: Sequence[torch.Tensor]) -> T:
         """Return the outputs detached; copied, where they are memory of the teacher or of the inputs."""
-        kept = self._own | {id(_root(tensor)) for tensor in tensors(inputs)}
+        roots = {id(_root(tensor)) for tensor in held}
 
         def release(output: torch.Tensor) -> torch.Tensor:
-            return output.detach().clone() if id(_root(output)) in kept else output.detach()
+            root = id(_root(output))
+            return output.detach().clone() if root in roots or root in self._own else output.detach()
 
         return map_tensors(release, outputs)
 

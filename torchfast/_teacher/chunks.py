@@ -1,23 +1,25 @@
 """A forward pass in parts of the batch, where the whole does not fit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from torchfast._batch import batch_size, split
 from torchfast._oom_errors import classify
-from torchfast._teacher.closeness import Forward, differs, versions
+from torchfast._teacher.closeness import Forward, differs
 from torchfast._tree import flatten
 
 
-def forward_in_memory(forward: Forward, inputs: Any, size: int | None, /) -> tuple[Any, int | None]:
+def forward_in_memory(
+    forward: Forward, inputs: Any, held: Sequence[torch.Tensor], size: int | None, /
+) -> tuple[Any, int | None]:
     """Run `forward` on as many samples at a time as fit, and return the outputs and that number.
 
     It begins with `size` samples at a time (None: all of them), and halves after each out-of-memory error,
-    down to one. The error of that last attempt is raised.
+    down to one. The error of that last attempt is raised. `held` are the tensors of the inputs.
     """
-    n_samples = batch_size(inputs)
-    first_size, before = size, versions(inputs)
+    first_size, before = size, [tensor._version for tensor in held]
     while True:
         try:
             if size != first_size:
@@ -27,8 +29,9 @@ def forward_in_memory(forward: Forward, inputs: Any, size: int | None, /) -> tup
             record = classify(error)
             if record is None or not record.retryable:
                 raise
+            n_samples = batch_size(inputs)
             smaller = min(size or n_samples or 0, n_samples or 0) // 2
-            if smaller == 0 or versions(inputs) != before:
+            if smaller == 0 or [tensor._version for tensor in held] != before:
                 error.add_note(_does_not_fit(n_samples) if smaller == 0 else _CHANGED)
                 raise
         # Only here, outside the except block, have the failed pass's frames let go of their tensors.
@@ -57,7 +60,7 @@ def _in_chunks(forward: Forward, inputs: Any, size: int | None) -> Any:
 
     Each chunk's outputs are copied into their place and dropped: concatenation would hold everything twice.
     """
-    n_samples = batch_size(inputs)
+    n_samples = None if size is None else batch_size(inputs)
     if size is None or n_samples is None or size >= n_samples:
         return forward(inputs)
     whole: list[Any] = []
