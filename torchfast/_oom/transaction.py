@@ -86,14 +86,16 @@ class Transaction:
 
     def probe(self) -> None:
         """Find out now whether the optimizers' steps will fit."""
-        for probe in self._probes:
-            probe.before()
+        if not self._copy:
+            for probe in self._probes:
+                probe.check()
 
     @property
     def can_roll_back(self) -> bool:
         """Whether there is a way back: with a copy always, else until an optimizer's step has begun."""
         return self._copy or not self._has_step_begun
 
+    @torch.no_grad()
     def roll_back(self) -> None:
         """Restore the state noted by `begin`."""
         for parameter, (gradient, copy) in zip(self._parameters, self._gradients, strict=True):
@@ -212,34 +214,49 @@ class _StepProbe:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._need_bytes: int | None = None
+        self._n_states = 0  # as long as there are as many, the step needs what was measured
+        self._device: torch.device | None = None
         self._scope: Any = None
 
-    def before(self, *_args: Any) -> None:
+    def check(self) -> None:
         """Allocate what the step will need and let it go again, unless there is plenty."""
+        if self._need_bytes is not None and self._device is not None:
+            if len(self._optimizer.state) == self._n_states and _has_room(self._device, self._need_bytes):
+                return
+            self._need_bytes = self._need_bytes if len(self._optimizer.state) == self._n_states else None
         parameters = [p for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
-        device = next((p.device for p in parameters if p.is_cuda), None)
-        if device is None:
+        self._device = next((p.device for p in parameters if p.is_cuda), None)
+        if self._device is None:
             return
-        n_new = sum(p not in self._optimizer.state for p in parameters)
         all_bytes = sum(p.nbytes for p in parameters)
-        need = all_bytes + 2 * all_bytes * n_new // len(parameters)
-        if not n_new and self._need_bytes is not None:
-            need = self._need_bytes
-        if not _has_room(device, need):
-            # In the sizes of the parameters, as the step will ask for them: one large block might not be
-            # found where many small ones are.
-            n_each = max(1, round(need / all_bytes))
-            scratch = [torch.empty_like(p) for _ in range(n_each) for p in parameters]
-            scratch.clear()
-        if not n_new and self._need_bytes is None:
-            self._scope = peak_scope(device)
+        n_new = sum(p not in self._optimizer.state for p in parameters)
+        need = self._need_bytes
+        if need is None:
+            need = all_bytes + 2 * all_bytes * n_new // len(parameters)
+        if _has_room(self._device, need):
+            return
+        # In the sizes of the parameters, as the step will ask for them: one large block might not be found
+        # where many small ones are.
+        n_each = max(1, round(need / all_bytes))
+        scratch = [torch.empty_like(p) for _ in range(n_each) for p in parameters]
+        scratch.clear()
+
+    def before(self, *_args: Any) -> None:
+        """Find out whether the step will fit; measure what it needs, if that is not known."""
+        self.check()
+        self.stop()
+        if self._device is not None and self._need_bytes is None:
+            self._n_states = len(self._optimizer.state)
+            self._scope = peak_scope(self._device)
             self._scope.__enter__()
 
     def after(self, *_: Any) -> None:
-        """Note what the step needed."""
+        """Note what the step needed, unless it made its state."""
         scope = self._scope
         self.stop()
-        if scope is not None and scope.peak_allocated_bytes is not None:
+        if scope is None or scope.peak_allocated_bytes is None:
+            return
+        if len(self._optimizer.state) == self._n_states:
             self._need_bytes = scope.peak_allocated_bytes - scope.start.allocated_bytes
 
     def stop(self) -> None:

@@ -1,0 +1,86 @@
+"""The parts of a transaction that need no fault to be shown: the probe of an optimizer's step, the copies."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchfast._bytes import GIB, MIB
+from torchfast._memory import AllocatorStats, DriverMemory
+from torchfast._oom import transaction
+from torchfast._oom.transaction import Subjects, Transaction, _Copies, _has_room
+
+BLANK = AllocatorStats(*[0] * len(AllocatorStats._fields))
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "allocated_bytes", "fraction", "fits"),
+    [
+        (3 * GIB, 10 * GIB, 1.0, True),
+        (GIB, 10 * GIB, 1.0, False),
+        (GIB, 8 * GIB, 1.0, True),  # two of the ten that are reserved are free
+        (3 * GIB, 10 * GIB, 0.125, False),  # of 80 GiB this process may use ten
+    ],
+)
+def test_room_is_what_is_free_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, allocated_bytes: int, fraction: float, *, fits: bool
+) -> None:
+    """A step that needs 1 GiB has room where twice that is free or cached, within the process's limit."""
+    stats = BLANK._replace(reserved_bytes=10 * GIB, allocated_bytes=allocated_bytes)
+    monkeypatch.setattr(transaction, "allocator_stats", lambda _: stats)
+    monkeypatch.setattr(transaction, "driver_memory", lambda _: DriverMemory(free_bytes, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    assert _has_room(torch.device("cuda", 0), GIB) is fits
+
+
+def test_copies_follow_tensors_that_change() -> None:
+    """Copies are renewed in place, and made anew for other tensors and for ones that were resized."""
+    copies, tensors = _Copies(), [torch.ones(2), torch.ones(3, dtype=torch.int64)]
+    copies.take(tensors)
+    tensors[0].fill_(5)
+    copies.take(tensors)
+    tensors[0].fill_(7)
+    copies.put_back()
+    assert tensors[0].tolist() == [5, 5]
+    tensors[0].resize_(4).fill_(1)
+    copies.take(tensors)
+    tensors[0].zero_()
+    copies.put_back()
+    assert tensors[0].tolist() == [1] * 4
+
+
+def test_replaced_buffers_come_back() -> None:
+    """A buffer that the step has put another tensor in place of is the old one again, with its old values."""
+    module = nn.BatchNorm1d(2)
+    mean = module.running_mean
+    undo = Transaction(Subjects((module,), (), None, ()), copy=False)
+    undo.begin()
+    assert mean is not None
+    mean.add_(1)
+    module.running_mean = torch.full((2,), 9.0)
+    undo.roll_back()
+    assert module.running_mean is mean
+    assert mean.tolist() == [0, 0]
+
+
+def test_settings_of_the_optimizer_come_back() -> None:
+    """A learning rate that the step has changed is the old one again."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    undo = Transaction(Subjects((model,), (optimizer,), None, ()), copy=False)
+    undo.begin()
+    optimizer.param_groups[0]["lr"] = 0.5
+    undo.roll_back()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_gradients_keep_their_identity() -> None:
+    """Gradients that were there before are the same tensors with the same values; new ones are gone."""
+    model = nn.Linear(2, 2)
+    model.weight.grad = gradient = torch.ones(2, 2)
+    undo = Transaction(Subjects((model,), (), None, ()), copy=False)
+    undo.begin()
+    model(torch.full((1, 2), float(MIB))).sum().backward()
+    undo.roll_back()
+    assert model.weight.grad is gradient
+    assert gradient.tolist() == [[1, 1], [1, 1]]
+    assert model.bias.grad is None
