@@ -364,6 +364,28 @@ def test_normalisation_in_one_kernel_is_exact(
     assert normalised.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
+def test_images_are_normalised_without_a_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton cannot build its kernel the values are the same, after one warning."""
+    from torchfast._loader import normalize
+
+    def launch(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(normalize, "_failed", [])
+    monkeypatch.setattr("torchfast._loader.normalize_kernel.launch", launch)
+    normalize._launch.cache_clear()
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    loader = DeviceLoader([images, images], "cuda", normalize=((0.5,), (0.25,)))
+    try:
+        with pytest.warns(RuntimeWarning, match="could not build") as warned:
+            first, second = loader
+    finally:
+        normalize._launch.cache_clear()
+    assert len(warned) == 1
+    assert torch.equal(first, (images.cuda().float() - 127.5) / 63.75)
+    assert torch.equal(first, second)
+
+
 def test_a_cuda_graph_reads_each_batch_in_place() -> None:
     """With into= a graph captured once sees every batch in its static input, with the GPU behind."""
     static, total = torch.zeros(LARGE, device="cuda"), torch.zeros((), device="cuda")

@@ -1,5 +1,6 @@
 """From uint8 images to normalised floating-point ones: type, normalisation and layout in one kernel."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -38,14 +39,9 @@ class Normalization:
             images.shape, dtype=self._table.dtype, device=images.device, memory_format=layout
         )
         table = self._table_on(images.device)
-        kernel = _kernel() if images.is_cuda else None
-        if kernel is not None and not _has_uniform_pixels(images):
-            images = images.contiguous()
-        if kernel is None:
+        if not (images.is_cuda and _in_one_kernel(images, normalised, table)):
             for channel in range(self.n_channels):
                 normalised[:, channel] = table[channel][images[:, channel].int()]
-        elif images.numel():
-            kernel(images, normalised, table)
         return normalised
 
     def _table_on(self, device: torch.device) -> torch.Tensor:
@@ -54,13 +50,37 @@ class Normalization:
         return self._tables[device]
 
 
-def _has_uniform_pixels(images: torch.Tensor) -> bool:
-    return images.stride(2) == images.shape[3] * images.stride(3)
+def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.Tensor) -> bool:
+    """Look the values up by Triton's kernel, and say whether there is one: its wheels are Linux's alone."""
+    launch = _launch()
+    if launch is None:
+        return False
+    pixels_are_even = images.stride(2) == images.shape[3] * images.stride(3)
+    try:
+        launch(images if pixels_are_even else images.contiguous(), normalised, table)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Triton needs a C compiler, at the first launch.
+        _failed.append(error)
+        _launch.cache_clear()
+        warnings.warn(
+            f"Triton could not build the kernel that normalises images ({error}). They are normalised by "
+            "several kernels instead: the same values, more slowly. Installing a C compiler usually helps.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+_failed: list[RuntimeError] = []
 
 
 @cache
-def _kernel() -> Any:
-    """Return the Triton kernel's launcher, or None where Triton is missing: its wheels are Linux's alone."""
+def _launch() -> Any:
+    if _failed:
+        return None
     try:
         from torchfast._loader.normalize_kernel import launch
     except ImportError:

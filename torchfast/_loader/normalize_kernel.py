@@ -37,6 +37,8 @@ def _look_up(  # type: ignore[no-untyped-def]  # noqa: ANN202, PLR0913, PLR0917 
 def launch(images: torch.Tensor, normalised: torch.Tensor, table: torch.Tensor) -> None:
     """Fill `normalised` from `images`, both (N, C, H, W) with evenly spaced pixels, by `table`, (C, 256)."""
     n_images, n_channels, height, width = images.shape
+    if not images.numel():
+        return  # there is no grid of no programs
     grid = (n_images, triton.cdiv(height * width, BLOCK))
     with torch.cuda.device(images.device):
         _look_up[grid](
