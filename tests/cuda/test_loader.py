@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests import strategies
 from torchfast import DeviceLoader, _holders
+from torchfast._tree import flatten
 
 pytestmark = pytest.mark.cuda
 
@@ -193,6 +197,23 @@ def test_nothing_is_pinned_after_the_first_epoch() -> None:
         for _ in loader:
             pass
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == pinned
+
+
+@given(st.lists(strategies.batches(), max_size=4))
+@settings(max_examples=150)
+def test_any_batch_arrives_as_by_to(batches: list[Any]) -> None:
+    """Whatever its nesting, a batch has the structure, types, shapes, strides and values that `.to` gives."""
+    arrived = list(DeviceLoader(batches, "cuda"))
+    for batch, there in zip(batches, arrived, strict=True):
+        leaves, structure = flatten(batch)
+        moved = [leaf.to("cuda") for leaf in leaves]
+        found, _ = flatten(there)
+        assert len(found) == len(moved)
+        for leaf, like in zip(found, moved, strict=True):
+            assert isinstance(leaf, torch.Tensor)
+            assert torch.equal(leaf, like)
+            assert (leaf.dtype, leaf.device, leaf.stride()) == (like.dtype, like.device, like.stride())
+        assert type(there) is type(structure.rebuild(moved))
 
 
 def test_structures_layouts_and_types_arrive_as_by_to() -> None:
