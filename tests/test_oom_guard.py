@@ -163,6 +163,36 @@ def test_nested_guards_explain_once() -> None:
     assert not isinstance(caught.value.__cause__, OutOfMemoryError)
 
 
+def test_failure_that_is_being_handled_is_not_this_blocks() -> None:
+    """In an `except` clause every error has the handled one as its context; the guard looks past it."""
+    guard = oom_guard()
+
+    def fall_back() -> None:
+        try:
+            run_out()
+        except torch.OutOfMemoryError:
+            with guard:
+                _ = torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fall_back()
+    assert guard.report is None
+
+
+def test_second_failure_has_its_own_report() -> None:
+    """A smaller try in the `except` clause of a larger one that fails too is explained for itself."""
+    first, second = oom_guard(batch_size=64), oom_guard(reraise=False, batch_size=32)
+    try:
+        with first:
+            run_out()
+    except OutOfMemoryError:
+        with second:
+            run_out()
+    assert first.report is not None
+    assert second.report is not None
+    assert (first.report.batch_size, second.report.batch_size) == (64, 32)
+
+
 def test_report_is_a_plain_frozen_record() -> None:
     """The report compares, pickles and cannot be changed."""
     with oom_guard(reraise=False, batch_size=64) as guard:

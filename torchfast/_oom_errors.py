@@ -69,13 +69,14 @@ def is_memory_short(device: torch.device | None = None, /) -> bool:
 
 
 def classify(
-    error: BaseException, /, *, memory_is_short: Callable[[], bool] = is_memory_short
+    error: BaseException, /, *, memory_is_short: Callable[[], bool] = is_memory_short, handled_id: int = 0
 ) -> OutOfMemoryRecord | None:
     """Return what is known of an out-of-memory error, or None for any other exception.
 
     Causes and the members of exception groups count; the implicit context counts only under a `RuntimeError`
     (a `KeyError` raised while handling an out-of-memory error is a new bug). Some texts mean one thing on a
-    full device and another on an empty one: for these `memory_is_short` is asked.
+    full device and another on an empty one: for these `memory_is_short` is asked. The exception with the id
+    `handled_id` was being handled before: being raised in its context means nothing.
 
     Example:
         >>> from torchfast._oom_errors import classify
@@ -85,7 +86,7 @@ def classify(
         >>> classify(ValueError("CUDA out of memory.")) is None
         True
     """
-    for found, is_sure in _related(error):
+    for found, is_sure in _related(error, handled_id):
         record = _classify_one(found, memory_is_short)
         if record is not None:
             return record if is_sure else dataclasses.replace(record, confidence="likely")
@@ -149,7 +150,7 @@ _RULES = (
 )
 
 
-def _related(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+def _related(error: BaseException, handled_id: int) -> Iterator[tuple[BaseException, bool]]:
     """Yield the error, what it groups and what it came from, and whether the relation was meant."""
     waiting: list[tuple[BaseException | None, bool]] = [(error, True)]
     seen: set[int] = set()
@@ -162,7 +163,8 @@ def _related(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
         if isinstance(current, BaseExceptionGroup):
             waiting += [(member, is_sure) for member in current.exceptions]
         waiting.append((current.__cause__, is_sure))
-        if isinstance(current, RuntimeError) and not current.__suppress_context__:
+        is_context_meant = not current.__suppress_context__ and id(current.__context__) != handled_id
+        if isinstance(current, RuntimeError) and is_context_meant:
             waiting.append((current.__context__, False))
 
 

@@ -192,10 +192,13 @@ class Guard:
     def _explained(
         self, error: BaseException, bound: frames.Bound, size: int | None = None
     ) -> OutOfMemoryReport | None:
-        if not isinstance(error, Exception) or (record := classify(error)) is None:
+        if not isinstance(error, Exception):
+            return None
+        record = classify(error, handled_id=bound.handled_id)
+        if record is None:
             return None
         # An inner guard has explained it already; of what it held, the outer block lets go as well.
-        related = frames.related_errors(error)
+        related = frames.related_errors(error, bound.handled_id)
         inner = [found.report for found in related if isinstance(found, OutOfMemoryError)]
         self.report = next((report for report in inner if report is not None), None)
         if self.report is None:
@@ -221,7 +224,7 @@ class Guard:
     ) -> OutOfMemoryReport:
         device = record.device or self._device()
         # First all that is lost when the frames are cleared, then all that is known only afterwards.
-        findings, place = frames.look_into(error), place_of(error)
+        findings, place = frames.look_into(error, bound), place_of(error)
         text = "".join(traceback.format_exception(error))
         now = telemetry.situation(device)
         clean_up(error, bound, keep_frames=self._keep_frames)

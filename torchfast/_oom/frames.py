@@ -30,6 +30,7 @@ class Bound(NamedTuple):
 
     frame_id: int
     values: dict[str, object]  # name: a weak reference to a tensor, else the id
+    handled_id: int  # of the exception that was being handled by then: every later one has it as its context
 
 
 def bound_in(frame: FrameType, /) -> Bound:
@@ -50,7 +51,7 @@ def bound_in(frame: FrameType, /) -> Bound:
         # A notebook's globals are many, but a cell's code names few of them.
         names = [name for name in code.co_names if name in variables]
         values = {name: _identity(variables[name]) for name in names}
-    return Bound(id(frame), values)
+    return Bound(id(frame), values, id(sys.exception()))
 
 
 def let_go(error: BaseException, bound: Bound | None, /) -> None:
@@ -59,7 +60,7 @@ def let_go(error: BaseException, bound: Bound | None, /) -> None:
     Frames that have ended are cleared, along the chain of causes and contexts. In the frame that `bound` was
     taken from, if the error passed through it, tensors and containers of tensors bound since become None.
     """
-    for related in related_errors(error):
+    for related in related_errors(error, 0 if bound is None else bound.handled_id):
         traceback.clear_frames(related.__traceback__)
         for frame in _frames(related.__traceback__):
             if not _WRITES_THROUGH and frame.f_code.co_flags & _CO_OPTIMIZED:
@@ -78,8 +79,11 @@ def forget_last_error() -> None:
         let_go(last, None)
 
 
-def related_errors(error: BaseException, /) -> Iterator[BaseException]:
-    """Yield the error and all that it groups, was caused by or was raised in the context of, each once."""
+def related_errors(error: BaseException, handled_id: int = 0, /) -> Iterator[BaseException]:
+    """Yield the error and all that it groups, was caused by or was raised in the context of, each once.
+
+    The exception with the id `handled_id`, which was being handled before all this, is no such context.
+    """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
@@ -88,7 +92,9 @@ def related_errors(error: BaseException, /) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        waiting += [current.__cause__, current.__context__]
+        waiting.append(current.__cause__)
+        if id(current.__context__) != handled_id:
+            waiting.append(current.__context__)
         if isinstance(current, BaseExceptionGroup):
             waiting += current.exceptions
 
@@ -101,12 +107,12 @@ class Findings(NamedTuple):
     n_sharing: int
 
 
-def look_into(error: BaseException, /) -> Findings:
+def look_into(error: BaseException, bound: Bound, /) -> Findings:
     """Return the phase that failed, and the leading dimension most common among the frames' tensors."""
     phase = None
     sizes: Counter[int] = Counter()
     seen: set[int] = set()
-    for related in related_errors(error):
+    for related in related_errors(error, bound.handled_id):
         for frame in _frames(related.__traceback__):
             phase = phase_of(frame) or phase
             for value in _values(frame):
