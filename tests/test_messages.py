@@ -189,6 +189,30 @@ def test_converting_sharded_weights() -> None:
     )
 
 
+def test_converting_a_model_in_one_flat_tensor() -> None:
+    """The first FSDP keeps all weights in one tensor, in which no weight has a layout of its own."""
+    home = {"__module__": "torch.distributed.fsdp.fully_sharded_data_parallel"}
+    wrapped = type("FullyShardedDataParallel", (nn.Sequential,), home)(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="flat") as error:
+        to_channels_last(wrapped)
+    assert text_of(error) == (
+        "'the model' is wrapped in FullyShardedDataParallel, which keeps its weights as pieces of one flat "
+        "tensor. Leave the model as it is and convert its batches: convolutions pass on the layout of their "
+        "input."
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_converting_torchscript() -> None:
+    """In TorchScript a convolution cannot be told from other code."""
+    with pytest.raises(ValueError, match="TorchScript") as error:
+        to_channels_last(torch.jit.script(nn.Conv2d(3, 4, 3)))
+    assert text_of(error) == (
+        "'the model' is a TorchScript module, in which convolutions cannot be told from other code. "
+        "Convert the model before torch.jit.script or torch.jit.trace."
+    )
+
+
 def test_converting_shared_memory() -> None:
     """Other processes would keep reading the old memory."""
     with pytest.raises(ValueError, match="shared") as error:
@@ -530,6 +554,20 @@ def test_a_safetensors_file_without_safetensors(monkeypatch: pytest.MonkeyPatch)
     assert text_of(error) == (
         "reading 'teacher.safetensors' needs the safetensors package, which is not installed. "
         "Install it with: pip install safetensors"
+    )
+
+
+def test_a_teacher_whose_weights_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator's own error comes with the size of the teacher, and the size that it could have."""
+
+    def place(*_args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("torchfast._teacher.placing.Placing.place", place)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as error:
+        GPUTeacher(nn.Linear(512, 512, bias=False), "cpu")
+    assert error.value.__notes__[0] == (
+        "The teacher's weights take 1.00 MiB on cpu. With dtype=torch.bfloat16 they take 512 KiB."
     )
 
 

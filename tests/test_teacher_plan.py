@@ -117,6 +117,19 @@ def test_what_cannot_be_folded_is_left() -> None:
     assert names == set()
 
 
+def test_folding_that_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error at the second pair puts the first one back."""
+    module = trained(Block()).eval().requires_grad_(False)
+    x = torch.randn(2, 4, 6, 6)
+    expected = module(x)
+    pairs = pairs_of(module, lambda: module(x), ())
+    monkeypatch.setitem(pairs[1].norm._buffers, "running_var", torch.ones(5))
+    with pytest.raises(RuntimeError, match="size"):
+        fold(module, pairs)
+    monkeypatch.undo()
+    assert torch.equal(module(x), expected)
+
+
 # --- choosing --------------------------------------------------------------------------------------------
 
 
@@ -301,6 +314,24 @@ def test_features_leave_their_modules_unfolded(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(module, Block)
     torch.testing.assert_close(features["conv1"], module.eval().conv1(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(teacher(x).outputs, outputs)
+
+
+def test_inputs_that_cannot_be_compared_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects that move themselves, and arrays, are no inputs that a plan can recognise again."""
+
+    class Lookup(nn.Linear):
+        def forward(self, x: Any, names: Any = None) -> torch.Tensor:
+            del names
+            return super().forward(x if isinstance(x, torch.Tensor) else x.data)
+
+    clock(monkeypatch, eager=2)
+    teacher = GPUTeacher(Lookup(2, 2), "cpu", plan=["fold"])
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2)])
+    assert teacher(packed).shape == (3, 2)
+    assert teacher.plan is None
+    for _ in range(2):
+        assert teacher(torch.zeros(1, 2), names=torch.zeros(3).numpy()).shape == (1, 2)
+    assert parts_of(teacher) == ()
 
 
 def test_all_ranks_take_rank_0_s_plan(monkeypatch: pytest.MonkeyPatch) -> None:
