@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,20 @@ def test_outputs_are_the_callers_own() -> None:
     assert isinstance(teacher.module, Leaky)
     assert torch.equal(teacher.module.table, torch.ones(2, 2))
     assert not x.any()
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_inference_mode_around_the_call_is_without_effect(*, mode: bool) -> None:
+    """Batches made in inference mode are taught as others, in it and outside; outputs are plain tensors."""
+    net = trained_net()
+    teacher, twin = GPUTeacher(net, "cpu"), GPUTeacher(net, "cpu", features=["conv"])
+    with torch.inference_mode():
+        batch = images()
+    with torch.inference_mode(mode=mode):
+        outputs, (_, features) = teacher(batch), twin(batch)
+    assert torch.equal(outputs["logits"], teacher(batch.clone())["logits"])
+    assert not outputs["logits"].is_inference()
+    assert not features["conv"].is_inference()
 
 
 def test_empty_batches_give_empty_outputs() -> None:
@@ -424,6 +439,51 @@ def test_other_errors_come_through() -> None:
         teacher(torch.zeros(2, 3))
 
 
+class LateHungry(nn.Module):
+    """A module that runs out of memory after a first layer has made its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        self.alive: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Fail on more than two samples, and note which earlier outputs are still there."""
+        self.alive.append(sum(ref() is not None for ref in self.made))
+        y: torch.Tensor = self.first(x)
+        self.made = [weakref.ref(y)]
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return y + 1
+
+
+def test_features_of_a_failed_pass_are_let_go() -> None:
+    """A feature that was caught before memory ran out is gone when the smaller pass begins."""
+    teacher = GPUTeacher(LateHungry(), "cpu", features=["first"])
+    x = torch.randn(8, 3)
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        outputs, features = teacher(x)
+    torch.testing.assert_close(outputs, features["first"] + 1)
+    assert isinstance(teacher.module, LateHungry)
+    assert teacher.module.alive[:3] == [0, 0, 0]
+
+
+def test_packed_sequences_go_in_and_are_not_put_together() -> None:
+    """An object that moves itself is an input like any other; as an output it cannot come in parts."""
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    module = nn.LSTM(2, 4).eval()
+    found, expected = GPUTeacher(module, "cpu")(packed)[0], module(packed)[0]
+    torch.testing.assert_close(found.data, expected.data)
+
+    class Packs(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return nn.utils.rnn.pack_sequence([super().forward(x)])
+
+    with pytest.raises(RuntimeError, match="returns PackedSequence"):
+        GPUTeacher(Packs(2, 2), "cpu", chunk_size=1)(torch.zeros(2, 2))
+
+
 class SeesTheBatch(nn.Module):
     """A module whose output for a sample depends on the others."""
 
@@ -480,8 +540,6 @@ def test_a_pass_that_changed_its_inputs_is_not_repeated() -> None:
 
 def test_nothing_of_a_failed_pass_is_kept() -> None:
     """When the smaller pass runs, the tensors of the failed one are gone."""
-    import weakref
-
     alive: list[weakref.ref[torch.Tensor]] = []
     at_retry: list[int] = []
 

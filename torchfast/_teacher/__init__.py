@@ -195,7 +195,13 @@ class GPUTeacher:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        # Never in inference mode: what is made there has no version counter, by which changes in place are
+        # found out, and would stay an inference tensor for whoever keeps it.
+        with (
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             # Where its weights are: on `device`, or on paper while estimate_vram runs the step there.
             weight = next(self.module.parameters(), None)
             place = self.device if weight is None else weight.device
@@ -221,6 +227,8 @@ class GPUTeacher:
             return cast(Leaf, leaf.to(place))
         dtype = self.dtype if leaf.is_floating_point() else None
         moved = leaf.to(device=place, dtype=dtype, non_blocking=True)
+        if moved.is_inference():
+            moved = moved.clone()  # a plain tensor
         if moved.dim() in self._placing.image_ranks and _layout.is_image(moved, rank_5=True):
             return _layout.to_channels_last_tensor(moved)
         return moved
