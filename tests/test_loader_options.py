@@ -94,17 +94,32 @@ def test_state_follows_delivery_not_loading() -> None:
     snapshot = loader.state_dict
     feed = ThreadedFeed(iter(loader), HostTransport(), Tally(), depth=3, snapshot=snapshot)
     epoch: Epoch[int] = Epoch(feed, None, owner=None)
-    assert epoch.state() == {"n_made": 0}
+    assert feed.state == {"n_made": 0}
     assert [next(epoch), next(epoch)] == [1, 2]
     while len(feed._work.ready) < 3:
         threading.Event().wait(0.001)
-    assert epoch.state() == {"n_made": 2}
-    state = epoch.state()
+    assert feed.state == {"n_made": 2}
+    state = feed.state
     epoch.close()
     resumed = DeviceLoader(Stateful(), "cpu")
     resumed.load_state_dict(state)
     assert list(resumed) == list(range(3, 11))
     assert resumed.state_dict() == {"n_made": 10}
+
+
+def test_state_after_an_early_break_is_that_of_the_last_batch() -> None:
+    """Leaving the loop does not make the state jump ahead to what was loaded for nothing."""
+    from tests.loader_transport import HostTransport
+
+    loader = DeviceLoader(Stateful(), "cpu", depth=3)
+    loader.device, loader._transport = torch.device("cuda", 0), HostTransport()
+    for batch in loader:
+        if batch == 2:
+            break
+    assert loader.state_dict() == {"n_made": 2}
+    loader.load_state_dict({"n_made": 7})
+    assert loader.state_dict() == {"n_made": 7}
+    assert list(loader) == [8, 9, 10]
 
 
 def test_a_loader_without_state_has_none() -> None:

@@ -76,10 +76,6 @@ class Epoch(Iterator[T]):
             self._state = "closed"
             self._feed.close()
 
-    def state(self) -> Any:
-        """Return the loader's state as of the batch handed out last."""
-        return self._feed.state
-
     def release_memory(self) -> None:
         """Let go of device memory that is held ahead of use, without losing a batch."""
         self._feed.release_memory()

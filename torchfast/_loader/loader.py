@@ -122,6 +122,7 @@ class DeviceLoader(Generic[T]):
             )
         self._transport: Any = None
         self._epoch: weakref.ref[Epoch[T]] | None = None
+        self._feed: Feed | None = None
         self._ahead: ThreadedFeed | None = None
         self._n_passes = 0
         self._tally = Tally()
@@ -178,7 +179,8 @@ class DeviceLoader(Generic[T]):
         self._tally = Tally()
         if self._n_passes == 2:
             wrapped.warn_of_lost_workers(self.loader, stacklevel=3)
-        epoch: Epoch[T] = Epoch(self._open_feed(), self._finish, owner=self)
+        self._feed = self._open_feed()
+        epoch: Epoch[T] = Epoch(self._feed, self._finish, owner=self)
         self._epoch = weakref.ref(epoch)
         return epoch
 
@@ -220,12 +222,12 @@ class DeviceLoader(Generic[T]):
         return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{passed})"
 
     def _state_dict(self) -> Any:
-        # As of the batch handed out last, whatever was loaded ahead since.
-        epoch = None if self._epoch is None else self._epoch()
-        return wrapped.snapshot_of(self.loader)() if epoch is None else epoch.state()
+        # As of the batch handed out last, whatever was loaded ahead since; also of a pass that was left early.
+        return wrapped.snapshot_of(self.loader)() if self._feed is None else self._feed.state
 
     def _load_state_dict(self, state: Any, /) -> None:
         self.close()
+        self._feed = None
         loader: Any = self.loader
         loader.load_state_dict(state)
 
