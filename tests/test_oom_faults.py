@@ -10,7 +10,7 @@ from torchfast import OutOfMemoryError, inject_oom
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 # One operator in so many, in the default run; benchmarks/oom_guard.py runs them all.
-STRIDE = int(os.environ.get("TORCHFAST_FAULT_STRIDE", "13"))
+STRIDE = int(os.environ.get("TORCHFAST_FAULT_STRIDE", "17"))
 
 
 @pytest.mark.parametrize("name", faults.TRAININGS)
