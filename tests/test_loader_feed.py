@@ -296,6 +296,25 @@ def test_the_next_pass_is_loaded_while_the_last_batches_are_in_use() -> None:
     assert copying_threads() == 0
 
 
+def test_a_loader_that_cannot_begin_again_is_an_error_and_no_hang() -> None:
+    """A next pass that cannot be begun says so in its place; the pass after it is begun anew."""
+
+    class OnceMore(Counted):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            batches = super().__iter__()
+            if self.n_begun == 2:
+                raise ConnectionError("the files are gone")
+            return batches
+
+    loader = threaded(OnceMore(), across_epochs=True)
+    assert len(list(loader)) == 3
+    batches = iter(loader)
+    with pytest.raises(ConnectionError, match="files are gone"):
+        next(batches)
+    assert list(batches) == []
+    assert list(loader) == [(3, number) for number in range(3)]
+
+
 def test_a_pass_is_not_begun_unasked() -> None:
     """Without the request no pass is begun but those that are iterated over."""
     counted = Counted()

@@ -98,8 +98,9 @@ class ThreadedFeed:
         """Hand out what arrived first. It leaves the line only then: an interrupt loses and frees nothing."""
         ready = self._work.ready
         if ready[0].is_end:
-            self.state = ready.popleft().state
-            self.is_between_passes = self.goes_on
+            end = ready.popleft()
+            self.state = self.state if end.state is None else end.state
+            self.is_between_passes = end.goes_on
             raise StopIteration
         error = ready[0].error
         if error is not None:

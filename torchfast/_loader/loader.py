@@ -222,7 +222,7 @@ class DeviceLoader(Generic[T]):
         return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{passed})"
 
     def _state_dict(self) -> Any:
-        # As of the batch handed out last, whatever was loaded ahead since; also of a pass that was left early.
+        # As of the batch handed out last, whatever was loaded ahead since; after an early break too.
         return wrapped.snapshot_of(self.loader)() if self._feed is None else self._feed.state
 
     def _load_state_dict(self, state: Any, /) -> None:

@@ -40,6 +40,8 @@ class Arrival(NamedTuple):
     parcel: Any = None
     error: BaseException | None = None
     is_end: bool = False
+    goes_on: bool = False
+    """Whether the thread loads the next pass after this end."""
     state: Any = None
     """The loader's state after this batch, for a loader that has one."""
 
@@ -106,7 +108,8 @@ class Work:
                 batch = next(self.source)
             state = self.snapshot()
         except StopIteration:
-            self.arrive(Arrival(is_end=True, state=self.snapshot()))
+            goes_on = self.begin_again is not None
+            self.arrive(Arrival(is_end=True, goes_on=goes_on, state=self.snapshot()))
             if self.begin_again is None:
                 return False
             self.source = self.begin_again()
