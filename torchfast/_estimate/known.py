@@ -48,7 +48,10 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs:
     known = _all_known(args, kwargs)
     if known is None or func._schema.name.startswith(_UNSET):
         return
-    results = func(*known[0], **known[1])
+    try:
+        results = func(*known[0], **known[1])
+    except (NotImplementedError, RuntimeError):
+        return  # the host has no kernel for it: what comes of it is not known
     for output, value in zip(_tensors(outputs), _tensors(results), strict=False):
         if isinstance(output, PaperTensor) and worth_keeping(value):
             output.values = value
@@ -62,10 +65,13 @@ def _follow_in_place(
     if changed.values is None:
         changed.values = torch.empty(changed.shape, dtype=changed.dtype)
     known = _all_known(args, kwargs)
-    if known is None:
+    try:
+        if known is None:
+            changed.values = None
+        else:
+            func(*known[0], **known[1])
+    except (NotImplementedError, RuntimeError):
         changed.values = None
-    else:
-        func(*known[0], **known[1])
 
 
 # Operators whose result has no values, and those that give a tensor new ones whatever it held.
@@ -99,3 +105,32 @@ def _known(arg: Any) -> Any:
 def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
     items: Iterable[Any] = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     return (item for item in items if isinstance(item, torch.Tensor))
+
+
+_MOST_ZEROS = 2**24  # elements: what a shape may cost in memory of the host
+
+
+def on_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator on zeros on the CPU and return its outputs on `meta`; None where it cannot be done."""
+    n_elements = sum(t.numel() for t in _tensors([*args, *kwargs.values()]))
+    if n_elements > _MOST_ZEROS:
+        return None
+    try:
+        return _to_meta(func(*(_zeros(a) for a in args), **{name: _zeros(a) for name, a in kwargs.items()}))
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _zeros(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        known = values_of(arg)
+        return torch.zeros(arg.shape, dtype=arg.dtype) if known is None else known
+    if isinstance(arg, (list, tuple)):
+        return [_zeros(item) for item in arg]
+    return torch.device("cpu") if arg == META else arg
+
+
+def _to_meta(outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.to(META)
+    return type(outputs)(_to_meta(o) for o in outputs) if isinstance(outputs, (tuple, list)) else outputs

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast._estimate.events import Event, Note
 from torchfast._estimate.gpus import GPU
-from torchfast._estimate.known import follow
+from torchfast._estimate.known import follow, on_zeros
 from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap
 
 Rule = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -77,8 +77,21 @@ class Recorder(TorchDispatchMode):
 
     def run_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator's meta kernel: meta tensors come out."""
-        with meta_kernels():
-            return func(*args, **kwargs)
+        try:
+            with meta_kernels():
+                return func(*args, **kwargs)
+        except NotImplementedError as error:
+            return self._shapes_on_host(func, args, kwargs, error)
+
+    def _shapes_on_host(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: NotImplementedError
+    ) -> Any:
+        """Run an operator without a meta kernel on zeros on the CPU, for the shapes that come out."""
+        outputs = on_zeros(func, args, kwargs)
+        if outputs is None:
+            raise error
+        self.unmodelled[f"{_name(func)} tells no shapes: run on zeros on the CPU, scratch not known"] = None
+        return outputs
 
     def adopt(self, outputs: Any) -> Any:
         """Make paper tensors of meta tensors, recording storages that are new."""

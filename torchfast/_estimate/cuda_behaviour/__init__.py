@@ -56,6 +56,7 @@ _RULES: dict[str, Rule] = {
     "_amp_update_scale_": optimizers.amp_update_scale,
     **dict.fromkeys(optimizers.IN_PLACE, optimizers.nothing),
     **dict.fromkeys(blas.PRODUCTS, blas.matrix_product),
+    "_grouped_mm": blas.grouped_product,
 }
 _COMPOSITES = {
     "dropout": composites.dropout,

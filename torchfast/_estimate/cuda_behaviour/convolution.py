@@ -71,6 +71,8 @@ class Shape:
     def features(self) -> list[float]:
         """Numbers whose distance says how alike two convolutions of a kind are, weighted."""
         n_positions = math.prod(self.size_out)
+        n_in, n_out, weight = self.operand_bytes
+        partial = self.batch * weight * 4 // self.itemsize
         alignment = next(value for step, value in _ALIGNMENTS if n_positions % step == 0)
         return [
             0.5 * math.log2(self.batch * n_positions),
@@ -82,6 +84,7 @@ class Shape:
             1.5 * alignment,
             2.0 * (max(self.dilation) > 1),
             1.0 * (self.kernel[-1] != self.kernel[0]),
+            math.log2(max(partial, 1) / max(n_in + n_out, 1)),
         ]
 
 
@@ -135,7 +138,8 @@ def _most_alike(shape: Shape) -> tuple[Measured, ...]:
         return ()
     distances = (features - torch.tensor(shape.features)).abs().sum(1)
     nearest = distances.topk(min(_N_ALIKE, len(measured)), largest=False).indices.tolist()
-    return tuple(measured[i] for i in nearest)
+    same = tuple(measured[i] for i in nearest if measured[i][0] == shape)
+    return same or tuple(measured[i] for i in nearest)
 
 
 @cache

@@ -41,7 +41,27 @@ def elements_then_reduced(
         return output
 
 
+def ctc(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run CTC: one loss a sample, and alpha for every time step and place in the target (LossCTC.cu)."""
+    del func, kwargs
+    log_probs, targets = args[0], args[1]
+    n_steps, batch = log_probs.shape[0], log_probs.shape[1]
+    longest = targets.shape[1] if targets.dim() == 2 else -(-targets.shape[0] // batch)
+    losses = recorder.new((batch,), log_probs.dtype)
+    return losses, recorder.new((batch, n_steps, 2 * longest + 1), log_probs.dtype)
+
+
+def ctc_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run its backward pass, which takes as much for beta as the forward pass kept for alpha."""
+    del func, kwargs
+    log_probs, log_alpha = args[1], args[6]
+    with recorder.scratch(log_alpha.numel() * log_alpha.dtype.itemsize):
+        return recorder.new(log_probs.shape, log_probs.dtype, log_probs.stride())
+
+
 RULES: dict[str, Rule] = {
+    "_ctc_loss": ctc,
+    "_ctc_loss_backward": ctc_backward,
     "mse_loss": reduced_into_full_size,
     "smooth_l1_loss": reduced_into_full_size,
     "binary_cross_entropy": reduced_into_full_size,
