@@ -87,7 +87,7 @@ def test_an_empty_trace_is_an_answer_too() -> None:
 
 
 def test_the_safe_bound_is_wider_where_kernels_are_chosen_by_cudnn() -> None:
-    """The bound adds 4 % to what is reserved, 14 % for a model of convolutions, and the spread of the context."""
+    """The bound adds 4 % to what is reserved, 14 % for convolutional models, and the context's spread."""
     notes = [Note("step 1 forward", f"layers.{i}", "aten.convolution", "workspace") for i in range(5)]
     events = [Event(i, 100 * MIB, i) for i in range(5)]
     gpu, subject = resolve_gpu("H200"), Subject("Made")

@@ -295,8 +295,8 @@ def _phases(trace: Trace, done: Replay) -> tuple[PhasePeak, ...]:
     return tuple(phases)
 
 
-# By how much the predicted reserved bytes may fall short, in percent: by what they did in 177 measured runs, but
-# for one in a hundred. docs/decisions/0038-safe-bound.md.
+# By how much the predicted reserved bytes may fall short, in percent: by what they did in 177 measured
+# runs, but for one in a hundred. docs/decisions/0038-safe-bound.md.
 _MARGIN_PCT = 4
 _MARGIN_OF_FITTED_PCT = 14
 _MANY = 5  # convolutions that make a model one whose memory depends on cuDNN's choice of kernels
