@@ -440,6 +440,14 @@ def test_chunks_of_rows_that_are_no_samples_are_refused() -> None:
         predict(torch.ones(8))
 
 
+@pytest.mark.parametrize("of", [torch.Tensor.tolist, lambda rows: {"rows": rows, "names": rows.tolist()}])
+def test_chunks_of_other_things_than_tensors_are_refused(of: Callable[[torch.Tensor], Any]) -> None:
+    """Values for each sample that are no tensors cannot be put together, and are not lost without a word."""
+    predict = oom_guard().chunked(lambda samples: of(samples * 2))
+    with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None, operator="mul"):
+        predict(torch.arange(8.0))
+
+
 def test_fits_whole_then_untouched() -> None:
     """Where the whole batch fits, the function's own output is returned."""
     output = torch.zeros(3)

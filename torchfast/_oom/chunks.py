@@ -45,10 +45,16 @@ class Gathered:
         leaves, structure = flatten(output)
         size = round(self._n_samples * share)
         for leaf in leaves:
-            self._check(leaf, size)
+            if not (isinstance(leaf, torch.Tensor) and leaf.shape[self._dim : self._dim + 1] == (size,)):
+                raise _refusal(size, _what(leaf))
+        around = structure.rebuild(range(len(leaves)))
+        if not leaves and output is not None:
+            raise _refusal(size, _what(output))
         if self._n_done == 0:
-            self._structure = structure
+            self._structure, self._around = structure, around
             self._places = [self._place(leaf) for leaf in tensors(output)]
+        elif _differs(around, self._around):
+            raise _refusal(size, "things other than tensors, which differ from chunk to chunk")
         for place, leaf in zip(self._places, leaves, strict=True):
             if isinstance(place, list):
                 place.append(leaf)
@@ -64,16 +70,6 @@ class Gathered:
             [torch.cat(p, self._dim) if isinstance(p, list) else p for p in self._places]
         )
 
-    def _check(self, leaf: Any, size: int) -> None:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim > self._dim and leaf.shape[self._dim] == size:
-            return
-        raise ValueError(
-            f"a chunked function must return tensors with one row for each of its {size} samples, so "
-            "that the rows of "
-            f"several chunks can be put together; it returned {_what(leaf)}. Return values for each "
-            "sample, and reduce them outside."
-        )
-
     def _place(self, leaf: torch.Tensor) -> Any:
         if leaf.requires_grad:
             return []  # writing into one tensor would make every chunk's graph depend on it
@@ -84,3 +80,17 @@ class Gathered:
 
 def _what(leaf: Any) -> str:
     return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+
+
+def _differs(one: Any, other: Any) -> bool:
+    # Without an `==` of its own, a container is equal to nothing but itself.
+    kind: Any = type(one)
+    return kind.__eq__ is not object.__eq__ and bool(one != other)
+
+
+def _refusal(size: int, what: str) -> ValueError:
+    return ValueError(
+        f"a chunked function must return tensors with one row for each of its {size} samples, so that the "
+        f"rows of several chunks can be put together; it returned {what}. Return values for each sample, and "
+        "reduce them outside."
+    )
