@@ -137,6 +137,41 @@ def loader_reliability(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _source(result), ""])
 
 
+def vram_accuracy(result: dict[str, Any]) -> str:
+    """Render the errors of the estimate by kind of model, and the safe bound."""
+    summary = result["summary"]
+    lines = [
+        "| models | runs | allocated | reserved | process |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for family, words in (("dense", "transformers, MLPs"), ("conv", "five convolutions and more")):
+        found = summary["families"][family]
+        cells = [f"{found[f'{n}_median_pct']:.2f} % / {found[f'{n}_p95_pct']:.1f} %" for n in _SIZES]
+        lines.append(f"| {words} | {found['n']} | " + " | ".join(cells) + " |")
+    bound = (
+        f"Error at the median / at the 95th percentile. The safe bound was too low for "
+        f"{summary['safe_bound_under_pct']:.1f} % of the runs and {summary['safe_bound_over_median_pct']:.1f} % "
+        f"above the truth at the median; an estimate took {summary['seconds_median']:.1f} s at the median."
+    )
+    source = f"torch {result['versions']['torch']}, {result['date']}: {result['protocol']}"
+    return "\n".join([*lines, "", bound, "", f"{result['truth_gpu']}; {source}", ""])
+
+
+_SIZES = ("allocated", "reserved", "process")
+
+
+def vram_batch_size(result: dict[str, Any]) -> str:
+    """Render the batches that were found, and which of the sizes around them ran."""
+    lines = ["| model | limit | found | ran | ran out of memory |", "|---|---:|---:|---|---|"]
+    for row in result["rows"]:
+        sizes = {int(size): outcome["runs"] for size, outcome in row["tried"].items()}
+        ran, failed = (", ".join(str(s) for s in sorted(sizes) if sizes[s] == runs) for runs in (True, False))
+        lines.append(f"| {row['id']} | {row['limit_gib']} GiB | {row['batch_size']} | {ran} | {failed} |")
+    gpu, torch_version = result["machine"]["gpu"], result["versions"]["torch"]
+    source = f"One {gpu}, torch {torch_version}, {result['date']}: {result['protocol']}"
+    return "\n".join([*lines, "", source, ""])
+
+
 def monitor(result: dict[str, Any]) -> str:
     """Render what one call costs, and what a training step does beside each way of watching."""
     costs = {(row["what"], row["state"]): row["median_us"] for row in result["rows"] if row["kind"] == "cost"}
@@ -223,6 +258,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
     "teacher_loading": teacher_loading,
+    "vram_accuracy": vram_accuracy,
+    "vram_batch_size": vram_batch_size,
 }
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_last_line_is_the_promised_json(
 ) -> None:
     """A row a job with signed errors, failures counted and named, and one line of JSON at the end."""
     jobs = [JOB | {"id": "small"}, JOB | {"id": "broken", "model": "nothing"}]
-    run(script, tmp_path, monkeypatch, jobs, "--json", str(tmp_path / "out.json"))
+    monkeypatch.setenv("TORCHFAST_RESULTS", str(tmp_path))
+    run(script, tmp_path, monkeypatch, jobs, "--json", str(tmp_path / "out.json"), "--record")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith("small ")
@@ -69,6 +70,8 @@ def test_last_line_is_the_promised_json(
     ]
     assert result["families"]["conv"]["allocated_median_pct"] is None
     assert json.loads((tmp_path / "out.json").read_text())["summary"] == result
+    recorded = next(tmp_path.glob("vram_accuracy_*.json"))
+    assert json.loads(recorded.read_text())["summary"] == result
 
 
 def test_only_and_sample_choose_jobs(
