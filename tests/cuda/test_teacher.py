@@ -301,7 +301,7 @@ def test_the_students_training_goes_on_beside_a_graph(monkeypatch: pytest.Monkey
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
