@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 from tests import oom_ranks
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
+from torchfast._oom.ranks import _BUCKET_BYTES, _buckets, _staging_for
 
 Results = list[dict[str, Any]]
 
@@ -68,3 +71,16 @@ def test_sharded_models_are_refused() -> None:
         oom_guard().retry(model=model)
     with pytest.raises(OutOfMemoryError), oom_guard(), inject_oom():
         model(torch.zeros(1, 2))
+
+
+@example([(5 * 2**20, True), (2 * 2**20, False), (2**20, True)])  # 20, 8 and 4 MiB
+@given(st.lists(st.tuples(st.integers(1, 8 * 2**20), st.booleans()), max_size=12))
+def test_reduction_has_room_whichever_parameters_have_gradients(parameters: list[tuple[int, bool]]) -> None:
+    """What is set aside for all parameters is enough for any of them, however these fall into buckets."""
+    tensors = [torch.empty(n, device="meta") for n, _ in parameters]
+    with_gradients = [tensor for tensor, (_, has) in zip(tensors, parameters, strict=True) if has]
+    staging = _staging_for(tensors)
+    for bucket in _buckets(with_gradients):
+        room = staging[bucket[0].dtype, bucket[0].device]
+        assert sum(tensor.numel() for tensor in bucket) <= room.numel()
+        assert room.nbytes <= max(_BUCKET_BYTES, *(tensor.nbytes for tensor in tensors))

@@ -7,6 +7,7 @@ with a timeout (NCCL needs device memory for itself), and only then reduce the g
 
 import datetime as dt
 import enum
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -228,10 +229,15 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 def _staging_for(tensors: Sequence[torch.Tensor]) -> dict[Place, torch.Tensor]:
     """Allocate, while there is memory, what reducing will need: afterwards it must not fail on one rank."""
-    sizes: dict[Place, int] = {}
-    for bucket in _buckets(tensors):
-        key = bucket[0].dtype, bucket[0].device
-        sizes[key] = max(sizes.get(key, 0), sum(t.numel() for t in bucket))
+    all_bytes, largest = Counter[Place](), dict[Place, int]()
+    for tensor in tensors:
+        key = tensor.dtype, tensor.device
+        all_bytes[key] += tensor.nbytes
+        largest[key] = max(largest.get(key, _BUCKET_BYTES), tensor.nbytes)
     return {
-        (dtype, device): torch.empty(n, dtype=dtype, device=device) for (dtype, device), n in sizes.items()
+        # Which tensors share a bucket depends on which parameters have gradients: any bucket must fit.
+        (dtype, device): torch.empty(
+            min(all_bytes[dtype, device], n_bytes) // dtype.itemsize, dtype=dtype, device=device
+        )
+        for (dtype, device), n_bytes in largest.items()
     }
