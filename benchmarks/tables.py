@@ -150,8 +150,9 @@ def vram_accuracy(result: dict[str, Any]) -> str:
         lines.append(f"| {words} | {found['n']} | " + " | ".join(cells) + " |")
     bound = (
         f"Error at the median / at the 95th percentile. The safe bound was too low for "
-        f"{summary['safe_bound_under_pct']:.1f} % of the runs and {summary['safe_bound_over_median_pct']:.1f} % "
-        f"above the truth at the median; an estimate took {summary['seconds_median']:.1f} s at the median."
+        f"{summary['safe_bound_under_pct']:.1f} % of the runs, and "
+        f"{summary['safe_bound_over_median_pct']:.1f} % above the truth at the median; "
+        f"an estimate took {summary['seconds_median']:.1f} s at the median."
     )
     source = f"torch {result['versions']['torch']}, {result['date']}: {result['protocol']}"
     return "\n".join([*lines, "", bound, "", f"{result['truth_gpu']}; {source}", ""])
