@@ -11,7 +11,8 @@ Forward = Callable[[Any], Any]
 
 # How far an output may move when another kernel computes it (for another batch size, or with a batch norm
 # folded into its convolution), as a part of the largest output. Another result would move by far more.
-TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 0.005, torch.float64: 1e-6}
+# float32 convolutions round to TF32 on a GPU unless told otherwise: VGG-11 was seen to move by 0.4 %.
+TOLERANCES = {torch.float16: 0.03, torch.bfloat16: 0.03, torch.float32: 0.01, torch.float64: 1e-6}
 
 
 def versions(inputs: Any, /) -> tuple[int, ...]:
