@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from torchfast import VRAMEstimate, estimate_vram
+from torchfast import GPUTeacher, VRAMEstimate, estimate_vram
 
 ADAMW = torch.optim.AdamW
 
@@ -188,6 +189,32 @@ def test_a_loss_that_takes_the_teachers_output() -> None:
     assert seen == [10, 10, 10]
 
 
+def test_a_gpu_teacher_counts_as_its_module() -> None:
+    """A teacher that is no module itself is on paper by the module that it holds, and is held weakly."""
+    import gc
+    import weakref
+
+    model, batch = mlp(), torch.randn(4, 64)
+    teacher = GPUTeacher(mlp(64, 5), "cpu", dtype=torch.bfloat16)
+    module, watched = teacher.module, weakref.ref(teacher)
+    found = estimate(model, batch, teacher=teacher)
+    assert found.breakdown["teacher"] == sum(2 * p.numel() for p in module.parameters())
+    assert all(type(p) is nn.Parameter for p in module.parameters())
+    del teacher
+    gc.collect()
+    assert watched() is None
+
+
+def test_model_and_teacher_may_share_modules() -> None:
+    """What both hold is on paper once, and comes out of it."""
+    body = nn.Linear(64, 64)
+    model, teacher = nn.Sequential(body, nn.Linear(64, 10)), nn.Sequential(body, nn.Linear(64, 2))
+    found = estimate(model, torch.randn(4, 64), teacher=teacher)
+    assert found.breakdown["weights"] == 4 * sum(p.numel() for p in model.parameters())
+    assert found.breakdown["teacher"] == 4 * sum(p.numel() for p in teacher[1].parameters())
+    assert type(body.weight) is nn.Parameter
+
+
 def test_tied_weights_count_once() -> None:
     """A weight used in two places is one block of memory."""
     model = WithLoss()
@@ -284,6 +311,8 @@ def test_random_state_and_flags_come_out_as_they_went_in() -> None:
         return [
             torch.random.get_rng_state().tolist(),
             random.getstate(),
+            repr(np.random.get_state()),  # noqa: NPY002 - models draw from the old generator too
+            torch.get_default_dtype(),
             torch.is_autocast_enabled("cuda"),
             torch.is_autocast_enabled("hpu"),
             torch.is_grad_enabled(),
@@ -304,6 +333,25 @@ def test_random_state_and_flags_come_out_as_they_went_in() -> None:
     with pytest.raises(ValueError, match="could not run"):
         estimate(model, wrong, autocast=torch.bfloat16)
     assert state() == before
+
+    def careless(inputs: torch.Tensor) -> None:
+        model(inputs).sum().backward()
+        _ = random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002, S311 - old generators are meant
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_autocast_enabled("cuda", True)
+
+    estimate(model, batch, step=careless, n_steps=1)
+    assert state() == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_training_step_records_gradients_wherever_it_is_asked_for(mode: Callable[[], Any]) -> None:
+    """Asked for without gradients, as from a validation loop, the estimate is that of the training step."""
+    model, batch = mlp(), torch.randn(4, 64)
+    expected = estimate(model, batch, optimizer=ADAMW).peak_allocated_bytes
+    with mode():
+        assert estimate(model, batch, optimizer=ADAMW).peak_allocated_bytes == expected
 
 
 def test_real_tensors_are_untouched_while_a_step_is_on_paper() -> None:

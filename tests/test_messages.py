@@ -4,6 +4,7 @@ Each part of the library has its section, in the order of the files.
 """
 
 import dataclasses
+import gc
 import importlib
 import pickle
 import sys
@@ -723,6 +724,74 @@ def test_estimating_the_training_of_nothing() -> None:
         estimate_vram(nn.Linear(1, 1).requires_grad_(requires_grad=False), torch.zeros(1))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_estimating_a_model_that_cannot_be_put_on_paper() -> None:
+    """A scripted module hides its parameters, and a lazy one has none yet."""
+    with pytest.raises(TypeError, match="TorchScript") as scripted:
+        estimate_vram(torch.jit.trace(nn.Linear(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1))
+    assert text_of(scripted) == (
+        "TopLevelTracedModule is a TorchScript module, whose parameters cannot be put on paper. Give the "
+        "Python module that it was made from."
+    )
+    with pytest.raises(ValueError, match="no shape") as error:
+        estimate_vram(nn.LazyLinear(1), torch.zeros(1, 1))
+    assert text_of(error) == (
+        "'weight' of LazyLinear has no shape yet: it takes it from the first batch. Run one batch through "
+        "the model, then estimate."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("loss", "a function called as loss(output, target), such as torch.nn.functional.cross_entropy"),
+        ("optimizer", "an optimizer, or its class, such as torch.optim.AdamW"),
+        ("teacher", "a module, or a GPUTeacher"),
+        ("step", "a function that runs one step of the loop, called as step(batch)"),
+    ],
+)
+def test_estimating_with_what_cannot_be_called(name: str, wanted: str) -> None:
+    """Parts of a step that could only fail when it runs are refused before."""
+    options: dict[str, Any] = {name: "AdamW"}
+    with pytest.raises(TypeError, match=name) as error:
+        estimate_vram(nn.Linear(1, 1), torch.zeros(4, 1), **options)
+    assert text_of(error) == (
+        f"{name}= of estimate_vram was given an object of type str, which cannot be called. Give {wanted}."
+    )
+
+
+def test_estimating_with_options_that_make_no_step() -> None:
+    """Autocast to no half type, no steps at all, another model's optimizer, settings that are no text."""
+    model, batch, anything = nn.Linear(1, 1), torch.zeros(4, 1), cast("Any", "bf16")
+    with pytest.raises(ValueError, match="autocast") as error:
+        estimate_vram(model, batch, autocast=anything)
+    assert text_of(error) == (
+        "autocast='bf16' was given to estimate_vram; torch.autocast(\"cuda\") casts to a half precision. "
+        "Give torch.bfloat16 or torch.float16, or None for none."
+    )
+    assert not torch.is_autocast_enabled("cuda")
+    with pytest.raises(ValueError, match="n_steps") as error:
+        estimate_vram(model, batch, n_steps=0)
+    assert text_of(error) == (
+        "n_steps=0 was given to estimate_vram; at least 1 step has to run, and the peak is there from the "
+        "second on. Leave it at 3."
+    )
+    with pytest.raises(ValueError, match="belongs") as error:
+        estimate_vram(model, batch, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()))
+    assert text_of(error) == (
+        "none of the parameters of the SGD given as optimizer= belongs to this model, so no step of it would "
+        "be estimated. Give the optimizer that was made from this model's parameters, or its class."
+    )
+    with pytest.raises(TypeError, match="allocator") as no_text:
+        estimate_vram(model, batch, allocator=cast("Any", 3))
+    assert text_of(no_text) == (
+        "allocator=3 was given to estimate_vram, which takes text as in PYTORCH_CUDA_ALLOC_CONF, such as "
+        '"expandable_segments:True", or None for PyTorch\'s own settings.'
+    )
+    with pytest.raises(ValueError, match="does not read"):
+        estimate_vram(model, batch, allocator="expandable_segments:Maybe")
+
+
 def test_estimating_on_a_batch_that_does_not_fit_the_model() -> None:
     """The model's own error is told, with the batch that caused it and how batches are passed."""
     with pytest.raises(ValueError, match="could not run") as error:
@@ -758,6 +827,7 @@ def test_estimating_a_model_whose_output_gives_no_loss() -> None:
 def test_asking_an_estimate_whose_model_is_gone() -> None:
     """What needs another trace needs the model."""
     found = estimate_vram(nn.Linear(2, 2), torch.zeros(4, 2), n_steps=1)
+    gc.collect()  # what PyTorch imports in a first step may leave a traceback behind
     with pytest.raises(ValueError, match="gone") as error:
         found.max_batch_size("T4")
     assert text_of(error) == (

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchfast import _tree
+from torchfast._estimate.checks import check_options, what
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
-from torchfast._estimate.settings import AllocatorSettings
+from torchfast._estimate.settings import AllocatorSettings, settings_of
 from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace
 from torchfast._estimate.variants import changed, sample_of
@@ -71,7 +73,8 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         autocast: the type for `torch.autocast("cuda")` around forward and loss; by default there is none.
         grad_scaler: whether a `GradScaler` is used. By default it is with `autocast=torch.float16`.
         clip_grad_norm: the norm for `clip_grad_norm_` between backward and step; by default no clipping.
-        teacher: a module that runs on the same inputs without gradients before the model does.
+        teacher: a module, or a `GPUTeacher`, that runs on the same inputs without gradients before the model
+            does.
         step: a whole step of your own, for loops that fit none of this: called as `step(batch)`, or `step()`
             if it takes nothing. Model, optimizer and teacher are on paper while it runs.
         training: False estimates inference: a forward pass under `no_grad`, in `eval` mode.
@@ -81,15 +84,19 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         n_steps: how many steps are run; optimizer state appears in the first, the peak from the second on.
 
     Raises:
-        TypeError: the model is no `nn.Module`.
-        ValueError: a model without parameters to train, or one that cannot run a step on this batch.
+        TypeError: the model is no `nn.Module`, or a scripted one, or an option is of a wrong type.
+        ValueError: a model without parameters to train, one whose parameters have no shapes yet, one that
+            cannot run a step on this batch, or an optimizer of another model.
 
     It does not model `torch.compile`, CUDA graphs, and several GPUs: a compiled or wrapped model is
     estimated as the plain module inside.
     """
-    imagined = resolve_gpu(gpu)
-    settings = AllocatorSettings.parse(allocator) if isinstance(allocator, str) else allocator
     _check(model, training=training)
+    check_options(
+        model, loss=loss, optimizer=optimizer, teacher=teacher, step=step, autocast=autocast, n_steps=n_steps
+    )
+    imagined = resolve_gpu(gpu)
+    settings = None if allocator is None else settings_of(allocator)
     inputs, target = _split(batch, loss)
     scaler = autocast is torch.float16 if grad_scaler is None else grad_scaler
     plan = Plan(
@@ -118,23 +125,26 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
 def _check(model: Any, *, training: bool) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"estimate_vram takes a torch.nn.Module, but was given {_what(model)}. The step is run with the "
+            f"estimate_vram takes a torch.nn.Module, but was given {what(model)}. The step is run with the "
             "module's parameters on paper: give the module itself, not its class, its name or a function."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(model).__name__} is a TorchScript module, whose parameters cannot be put on paper. "
+            "Give the Python module that it was made from."
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name!r} of {type(model).__name__} has no shape yet: it takes it from the first batch. "
+                "Run one batch through the model, then estimate."
+            )
     if training and not any(p.requires_grad for p in model.parameters()):
         found = "is frozen" if any(True for _ in model.parameters()) else "has no parameters"
         raise ValueError(
             f"{type(model).__name__} {found}, so there is nothing to train. "
             "Give training=False to estimate inference."
         )
-
-
-def _what(value: Any) -> str:
-    return (
-        f"the class {value.__name__}"
-        if isinstance(value, type)
-        else f"an object of type {type(value).__name__}"
-    )
 
 
 def _split(batch: Any, loss: Callable[..., Any] | None) -> tuple[Any, Any]:
@@ -241,7 +251,7 @@ _GONE = nn.Module()
 
 
 def _weak(value: Any) -> Callable[[], Any]:
-    """Return a weak reference to a module or an optimizer, and a strong one to a factory."""
-    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+    """Return a weak reference to a module, what holds one, or an optimizer; a strong one to a factory."""
+    if isinstance(value, (nn.Module, torch.optim.Optimizer)) or hasattr(value, "module"):
         return weakref.ref(value)
     return lambda: value

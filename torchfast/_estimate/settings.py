@@ -35,7 +35,7 @@ class AllocatorSettings:
         found = dict(_option(part) for part in _split_outside_brackets(text))
         try:
             return cls(
-                expandable_segments=found.get("expandable_segments", "False") in ("True", "1"),
+                expandable_segments=_SWITCH[found.get("expandable_segments", "False")],
                 roundup_power2_divisions=_divisions(found.get("roundup_power2_divisions", "0")),
                 max_split_size_bytes=int(found["max_split_size_mb"]) * MIB
                 if "max_split_size_mb" in found
@@ -43,8 +43,24 @@ class AllocatorSettings:
                 max_non_split_rounding_bytes=int(found.get("max_non_split_rounding_mb", "20")) * MIB,
                 garbage_collection_threshold=float(found.get("garbage_collection_threshold", "0")),
             )
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise _not_a_setting(text) from error
+
+
+_SWITCH = {"True": True, "1": True, "False": False, "0": False}
+
+
+def settings_of(given: object, /) -> AllocatorSettings:
+    """Return settings given as such, or as text."""
+    if isinstance(given, AllocatorSettings):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(
+            f"allocator={given!r} was given to estimate_vram, which takes text as in "
+            'PYTORCH_CUDA_ALLOC_CONF, such as "expandable_segments:True", '
+            "or None for PyTorch's own settings."
+        )
+    return AllocatorSettings.parse(given)
 
 
 def _split_outside_brackets(text: str) -> Iterable[str]:

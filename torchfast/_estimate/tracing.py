@@ -17,6 +17,7 @@ from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
+from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step
 from torchfast._estimate.where import Whereabouts
@@ -27,7 +28,8 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
     recorder = Recorder(gpu, cuda_behaviour.rule_for)
     with ExitStack() as scope:
         scope.enter_context(_quiet_collector())
-        scope.enter_context(torch.random.fork_rng(devices=[]))
+        scope.enter_context(_random_state_kept())
+        scope.enter_context(_modes_kept())
         scope.enter_context(imagined_gpu(gpu))
         tracer = _Tracer(plan, recorder)
         tracer.run()
@@ -55,12 +57,16 @@ class _Tracer:
     def run(self) -> None:
         """Put everything on paper, run the steps, and take everything back."""
         plan, recorder = self.plan, self.recorder
-        teacher = plan.teacher if isinstance(plan.teacher, nn.Module) else None
+        # What is called like a module and holds one, as a GPUTeacher does, is put on paper by its module.
+        inner = getattr(plan.teacher, "module", None)
+        teacher = next((each for each in (plan.teacher, inner) if isinstance(each, nn.Module)), None)
         where = Whereabouts(
             {"": plan.model} | ({} if teacher is None else {"teacher": teacher}), self._root_runs
         )
         recorder.module = where.module
         with ExitStack() as scope:
+            # A cycle through the recorder would keep the model until Python's collector comes by.
+            scope.callback(setattr, recorder, "module", str)
             self._begin("weights", "weights")
             scope.enter_context(self._on_paper(plan.model, training=plan.training))
             if teacher is not None:
@@ -113,6 +119,8 @@ class _Tracer:
         known = self._papers.get(id(original))
         if known is not None:
             return known
+        if isinstance(original, PaperTensor):
+            return original  # of a module that model and teacher share
         paper = self.recorder.new(original.shape, original.dtype, _dense_strides(original))
         paper.requires_grad_(original.requires_grad)
         if isinstance(original, nn.Parameter):
@@ -229,6 +237,18 @@ def _random_state_kept() -> Iterator[None]:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def _modes_kept() -> Iterator[None]:
+    """Record gradients, as a training loop does, wherever the call is made; put back what a step changes."""
+    dtype, autocast = torch.get_default_dtype(), torch.is_autocast_enabled("cuda")
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_autocast_enabled("cuda", autocast)
 
 
 @contextmanager
