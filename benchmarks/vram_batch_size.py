@@ -3,7 +3,7 @@
     python benchmarks/vram_batch_size.py
 
 Ten models under limits of 8, 16 and 24 GiB (`torch.cuda.set_per_process_memory_fraction`). Each batch size is
-tried in a process of its own, three training steps: the one found, 3 % and 6 % more, 3 % less.
+tried in a process of its own, three training steps: the one found, 3 % more, 3 % less.
 """
 
 import math
@@ -51,7 +51,7 @@ BUDGET_BYTES = 100 * GIB  # of all processes at a time
 PROTOCOL = (
     "largest batch found by VRAMEstimate.max_batch_size(limit_bytes=limit) without touching the GPU, then "
     "three training steps in fresh processes under set_per_process_memory_fraction at that batch and at "
-    "0.97, 1.03 and 1.06 times it; a failure is torch.OutOfMemoryError."
+    "0.97 and 1.03 times it; a failure is torch.OutOfMemoryError."
 )
 
 
@@ -81,13 +81,8 @@ def main() -> None:
 
 
 def sizes(found: int) -> list[int]:
-    """Return the batch sizes to try: the one found, a little more, a little less."""
-    return [
-        found,
-        max(found + 1, math.ceil(1.03 * found)),
-        max(found + 2, math.ceil(1.06 * found)),
-        int(0.97 * found),
-    ]
+    """Return the batch sizes to try: the one found, 3 % more, 3 % less."""
+    return [found, max(found + 1, math.ceil(1.03 * found)), int(0.97 * found)]
 
 
 def predict(task: Job, limit_gib: int) -> dict[str, Any]:
@@ -143,6 +138,7 @@ def in_processes(tasks: list[tuple[Any, tuple[Any, ...], int]]) -> list[Any]:
             i, process = running.pop(here)
             results[i] = here.recv()
             process.join()
+            print(tasks[i][1][0]["id"], *tasks[i][1][1:], results[i], flush=True)
     return results
 
 

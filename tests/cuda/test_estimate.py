@@ -73,12 +73,36 @@ print(json.dumps(rows))
 """
 
 
-def fresh(code: str, *arguments: int, settings: str = "") -> Any:
-    """Run a script in a process of its own and return the JSON it prints."""
+SETTINGS = (
+    "",
+    "expandable_segments:True",
+    "max_split_size_mb:40",
+    "roundup_power2_divisions:4",
+    "garbage_collection_threshold:0.6",
+    "garbage_collection_threshold:0.5,max_split_size_mb:64",
+)
+LIMIT_BYTES = 1200 * MIB
+
+
+def start(code: str, *arguments: int, settings: str = "") -> "subprocess.Popen[str]":
+    """Start a script in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": settings}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def answer(process: "subprocess.Popen[str]") -> Any:
+    """Wait for a script and return the JSON it prints."""
+    printed, _ = process.communicate()
+    assert process.returncode == 0
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Any]:
+    """Run the program under each setting, all at once: starting CUDA takes longer than the calls."""
+    processes = {settings: start(PROGRAM, 7, LIMIT_BYTES, settings=settings) for settings in SETTINGS}
+    return {settings: answer(process) for settings, process in processes.items()}
 
 
 def network() -> nn.Module:
@@ -94,7 +118,7 @@ def estimated(model: nn.Module, batch_size: int) -> VRAMEstimate:
 
 def test_the_peaks_are_those_that_are_observed() -> None:
     """Allocated and reserved bytes of a step are within half a percent of the estimate."""
-    ran, allocated, reserved = fresh(TRAINING, 8192, 0)
+    ran, allocated, reserved = answer(start(TRAINING, 8192, 0))
     estimate = estimated(network(), 8192)
     assert ran
     assert estimate.peak_allocated_bytes == pytest.approx(allocated, rel=5e-3)
@@ -105,27 +129,20 @@ def test_the_largest_batch_runs_and_a_larger_one_does_not() -> None:
     """Under a limit of 2 GiB the found batch trains, and 3 % more runs out of memory."""
     model = network()
     found = estimated(model, 1024).max_batch_size(limit_bytes=2 * GIB)
-    assert fresh(TRAINING, found.batch_size, 2 * GIB)[0]
-    assert not fresh(TRAINING, int(found.batch_size * 1.03) + 1, 2 * GIB)[0]
+    sizes = found.batch_size, int(found.batch_size * 1.03) + 1
+    fits, more = [start(TRAINING, size, 2 * GIB) for size in sizes]
+    assert answer(fits)[0]
+    assert not answer(more)[0]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        "",
-        "expandable_segments:True",
-        "max_split_size_mb:40",
-        "roundup_power2_divisions:4",
-        "garbage_collection_threshold:0.6",
-        "garbage_collection_threshold:0.5,max_split_size_mb:64",
-    ],
-)
-def test_the_replayed_allocator_is_the_real_one(settings: str) -> None:
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_replayed_allocator_is_the_real_one(settings: str, programs: dict[str, Any]) -> None:
     """Under each setting and a limit, random calls leave the same bytes after each."""
-    limit = 1200 * MIB
-    rows = fresh(PROGRAM, 7, limit, settings=settings)
+    rows = programs[settings]
     total = torch.cuda.get_device_properties(0).total_memory
-    allocator = CachingAllocator(AllocatorSettings.parse(settings), limit_bytes=int(limit / total * total))
+    allocator = CachingAllocator(
+        AllocatorSettings.parse(settings), limit_bytes=int(LIMIT_BYTES / total * total)
+    )
     live: dict[int, Block] = {}
     for block, size, *stats in rows:
         if size > 0:
