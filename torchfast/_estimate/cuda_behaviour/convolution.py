@@ -187,7 +187,8 @@ def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
         output = recorder.run(func, (tensor, weight, None, *args[3:]), kwargs)
         if tensor.dim() > 2 and output.numel():
             shape = _shape(tensor, output, weight, (stride, dilation, transposed, groups))
-            with recorder.scratch(workspace_bytes(shape, _DATA if transposed else _FORWARD), optional=True):
+            size_bytes = _workspace(shape, tensor.dtype, _DATA if transposed else _FORWARD)
+            with recorder.scratch(size_bytes, optional=True):
                 pass
     del bias  # added in place
     return output
@@ -205,7 +206,7 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
         for i, (like, direction) in enumerate(zip((tensor, weight), directions, strict=True)):
             if wanted[i]:
                 found[i] = _empty_like(recorder, like, memory_format)
-                with recorder.scratch(workspace_bytes(shape, direction), optional=True):
+                with recorder.scratch(_workspace(shape, tensor.dtype, direction), optional=True):
                     pass
     if wanted[2]:
         found[2] = recorder.new((gradient.shape[1],), gradient.dtype)
@@ -214,6 +215,12 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
         with recorder.scratch(*scratch_bytes(gradient, dims, accumulator_bytes, recorder.gpu)):
             pass
     return tuple(found)
+
+
+def _workspace(shape: Shape, dtype: torch.dtype, direction: int) -> int:
+    """Return what cuDNN takes; depthwise kernels are PyTorch's own but for fp16 and channels_last."""
+    is_own = shape.groups == shape.n_in > 1 and dtype != torch.float16 and not shape.channels_last
+    return 0 if is_own else workspace_bytes(shape, direction)
 
 
 def _memory_format(tensor: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
