@@ -1,9 +1,12 @@
 """The parts of a transaction that need no fault to be shown: the probe of an optimizer's step, the copies."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from torchfast import oom_guard
 from torchfast._bytes import GIB, MIB
 from torchfast._memory import AllocatorStats, DriverMemory
 from torchfast._oom import transaction
@@ -46,6 +49,33 @@ def test_copies_follow_tensors_that_change() -> None:
     tensors[0].zero_()
     copies.put_back()
     assert tensors[0].tolist() == [1] * 4
+
+
+def test_scaler_comes_back_as_often_as_asked() -> None:
+    """Restored states are not the noted ones themselves, which a second try would change."""
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    states = scaler._per_optimizer_states
+    states[id(optimizer)]["found_inf_per_device"] = {}
+    undo = Transaction(Subjects((), (optimizer,), scaler, ()), copy=False)
+    undo.begin()
+    before = states[id(optimizer)]["stage"]
+    for _ in range(2):
+        states[id(optimizer)]["stage"] = "changed"
+        states[id(optimizer)]["found_inf_per_device"]["cpu"] = torch.ones(1)
+        undo.roll_back()
+        assert states[id(optimizer)] == {"stage": before, "found_inf_per_device": {}}
+
+
+def test_gradients_are_let_go_after_the_step() -> None:
+    """Gradients that a step began with are not kept beyond it, nor are their copies."""
+    model = nn.Linear(2, 2)
+    model.weight.grad = torch.ones(2, 2)
+    gradient = weakref.ref(model.weight.grad)
+    for attempt in oom_guard().retry(model=model).attempts(torch.zeros(8, 2)):
+        with attempt:
+            model.weight.grad = None
+    assert gradient() is None
 
 
 def test_replaced_buffers_come_back() -> None:

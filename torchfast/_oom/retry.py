@@ -79,6 +79,12 @@ class OOMRetry:
             >>> attempt.number, attempt.size, retry.micro_batch_size
             (3, 4, 4)
         """
+        try:
+            yield from self._attempts(batch)
+        finally:
+            self._transaction.end()
+
+    def _attempts(self, batch: T) -> "Iterator[OOMAttempt[T]]":
         n_samples = _batch.batch_size(batch, dim=self._guard._batch_dim) or 1
         may_repeat = not self._sizes.is_trial  # a size on trial that fails was simply too large
         number = 1

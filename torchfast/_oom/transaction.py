@@ -7,7 +7,7 @@ cheap to keep; the last need a copy, which is the user's to ask for.
 
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,10 @@ class Transaction:
         _restore_scaler(self._subjects.scaler, self._scaler)
         _restore_random(self._random)
         self._has_step_begun = False
+
+    def end(self) -> None:
+        """Let go of the gradients that the step began with; the other copies are for the next one."""
+        self._gradients = []
 
     def _note_step(self, *_: Any) -> None:
         # Which of its changes a step has made by the time it fails cannot be told: fused optimizers, and any
@@ -312,9 +316,7 @@ def _scaler_state(scaler: Any) -> State | None:
         return None
     if not hasattr(scaler, "_per_optimizer_states"):
         return {"public": scaler.state_dict()}
-    stages = {key: {**stage} for key, stage in scaler._per_optimizer_states.items()}
-    for stage in stages.values():
-        stage["found_inf_per_device"] = dict(stage["found_inf_per_device"])
+    stages = _copied_stages(scaler._per_optimizer_states)
     tensors = {name: getattr(scaler, name) for name in _SCALER_TENSORS}
     return {"stages": stages, **{k: None if t is None else t.clone() for k, t in tensors.items()}}
 
@@ -326,7 +328,14 @@ def _restore_scaler(scaler: Any, state: State | None) -> None:
         scaler.load_state_dict(state["public"])
         return
     scaler._per_optimizer_states.clear()
-    scaler._per_optimizer_states.update(state["stages"])
+    scaler._per_optimizer_states.update(_copied_stages(state["stages"]))
     for name in _SCALER_TENSORS:
         copy = state[name]
         setattr(scaler, name, None if copy is None else copy.clone())
+
+
+def _copied_stages(stages: Mapping[int, State]) -> dict[int, State]:
+    return {
+        key: {**stage, "found_inf_per_device": dict(stage["found_inf_per_device"])}
+        for key, stage in stages.items()
+    }
