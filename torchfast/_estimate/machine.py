@@ -112,6 +112,7 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
         total_memory=gpu.total_bytes,
         multi_processor_count=gpu.n_multiprocessors,
     )
+    stream = types.SimpleNamespace(is_capturing=lambda: False)
     with ExitStack() as undo:
 
         def put(owner: Any, attribute: str, value: Any) -> None:
@@ -135,6 +136,12 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
             (torch.cuda, "empty_cache", lambda: None),
             (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.cuda, "_lazy_init", lambda: None),
+            (torch.accelerator, "is_available", lambda: True),
+            (torch.accelerator, "current_accelerator", lambda **_: torch.device(CUDA.type)),
+            (torch.accelerator, "device_count", lambda: 1),
+            (torch.accelerator, "current_device_index", lambda: 0),
+            (torch.accelerator, "current_stream", lambda *_: stream),  # optimizers of 2.15 ask it
+            (torch.accelerator, "synchronize", lambda *_: None),
             (
                 torch._C,
                 "_group_tensors_by_device_and_dtype",
