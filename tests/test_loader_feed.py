@@ -236,6 +236,35 @@ def test_a_forked_process_is_told_that_the_pass_is_not_its_own(monkeypatch: pyte
     assert list(epoch) == [0, 1, 2]
 
 
+def test_memory_is_asked_of_the_consumer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs out of memory in another thread or process leaves alone what he cannot touch safely."""
+    epoch, transport, feed = open_feed(range(5))
+    assert next(epoch) == 0
+    until(lambda: len(feed._work.ready) == 2)
+    other = threading.Thread(target=epoch.release_memory)
+    other.start()
+    other.join()
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        epoch.release_memory()
+    assert (transport.n_evicted, transport.n_fences) == (0, 0)
+    epoch.release_memory()
+    assert transport.n_evicted == 2
+    assert list(epoch) == [1, 2, 3, 4]
+
+
+def test_an_interrupt_while_the_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass whose beginning is interrupted does not go on without its consumer."""
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "set_num_threads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_feed(range(5))
+    assert copying_threads() == 0
+
+
 def test_the_thread_works_under_the_consumers_modes() -> None:
     """Gradient mode and context variables are those of the thread that began the pass."""
 

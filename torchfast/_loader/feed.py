@@ -49,6 +49,14 @@ class ThreadedFeed:
             name="torchfast-loader",
             daemon=True,
         )
+        self._consumer = threading.get_ident()
+        try:
+            self._start()
+        except BaseException:  # an interrupt: the thread would go on, with nobody to take its batches
+            self.close()
+            raise
+
+    def _start(self) -> None:
         n_threads = torch.get_num_threads()
         self._thread.start()
         # The copying thread caps its own team. PyTorch also takes that as the default of threads yet to be
@@ -63,6 +71,7 @@ class ThreadedFeed:
                 "this pass over a DeviceLoader was begun in another process, and its thread did not survive "
                 "the fork. Begin a new pass in this process."
             )
+        self._consumer = threading.get_ident()
         self._transport.follow()
         # First of all: nothing that this step enqueues should delay the copy that goes there.
         blank = self._transport.blank() if self._n_owed else None
@@ -124,7 +133,12 @@ class ThreadedFeed:
         return batch
 
     def release_memory(self) -> None:
-        """Bring what is ready back to the host, and take back the memory set aside for what is not."""
+        """Bring what is ready back to the host, and take back the memory set aside for what is not.
+
+        In the consumer's thread: anywhere else it does nothing.
+        """
+        if os.getpid() != self._process or threading.get_ident() != self._consumer:
+            return  # memory ran out elsewhere, and the batch at the head may be on its way to the consumer
         self._transport.fence()
         # By index: the thread may append meanwhile.
         for index in range(len(self._work.ready)):
@@ -142,7 +156,7 @@ class ThreadedFeed:
         self._work.stopped = True
         self._work.permits.put(Stop)
         # The collector may run this in the very thread that it ends, which cannot wait for itself.
-        if self._thread is not threading.current_thread():
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._transport.fence()
         self._work.ready.clear()
