@@ -217,7 +217,7 @@ class PinnedRing:
         """Return the next buffer, with room for so many bytes, after waiting for its turn without the GIL."""
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
-        if buffer.read is not None:
+        if buffer.read is not None and not buffer.read.query():
             began_s = time.perf_counter()
             buffer.read.synchronize()
             self.waited_s += time.perf_counter() - began_s

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
@@ -73,6 +74,7 @@ class Work:
     def run(self) -> None:
         """Load and send until told to stop, or until the loader ends."""
         try:
+            torch.set_grad_enabled(self.grad_enabled)
             self.transport.enter_thread()
             self.entered.set()
             while not self.stopped and self.step():
@@ -104,7 +106,7 @@ class Work:
         self.transport.settle()
         began_s = time.perf_counter()
         try:
-            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad_enabled):
+            with torch.inference_mode() if self.inference else nullcontext():
                 batch = next(self.source)
             state = self.snapshot()
         except StopIteration:

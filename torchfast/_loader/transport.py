@@ -88,7 +88,7 @@ class CudaTransport:
         self._expected_bytes: tuple[int, ...] = ()
         self._plans = Plans()
         self._spans: list[Span] = []
-        self._ring = PinnedRing(max(4, depth + 2))
+        self._ring = PinnedRing(max(8, depth + 2))
         self._borrowed: torch.cuda.Event | None = None
 
     # In the consumer's thread.
