@@ -175,10 +175,11 @@ def vram_batch_size(result: dict[str, Any]) -> str:
 
 def monitor(result: dict[str, Any]) -> str:
     """Render what one call costs, and what a training step does beside each way of watching."""
-    costs = {(row["what"], row["state"]): row["median_us"] for row in result["rows"] if row["kind"] == "cost"}
-    lines = ["| µs a call | hot | cold | busy |", "|---|---:|---:|---:|"]
+    costs = {(row["what"], row["gpu"]): row["median_us"] for row in result["rows"] if row["kind"] == "cost"}
+    states = list(dict.fromkeys(state for _, state in costs))
+    lines = [f"| µs a call, the GPU being | {' | '.join(states)} |", "|---|" + "---:|" * len(states)]
     for what in dict.fromkeys(what for what, _ in costs):
-        cells = [f"{costs[what, state]:.3g}" for state in ("hot", "cold", "busy")]
+        cells = [f"{costs[what, state]:.3g}" for state in states]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     steps = {(row["what"], row["workload"]): row for row in result["rows"] if row["kind"] == "step"}
     workloads = list(dict.fromkeys(workload for _, workload in steps))
@@ -205,31 +206,6 @@ def teacher_forward(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Without a teacher a step takes {floor}.", "", _source(result), ""])
 
 
-def teacher_loading(result: dict[str, Any]) -> str:
-    """Render what loading a teacher takes at most."""
-    lines = ["| from | with | device peak | host peak | time |", "|---|---|---:|---:|---:|"]
-    lines += [
-        f"| .{row['suffix']} | {row['name']} | {row['device_peak_bytes'] / 2**20:.0f} MiB "
-        f"| {row['host_peak_bytes'] / 2**20:.0f} MiB | {row['seconds']:.2f} s |"
-        for row in result["rows"]
-    ]
-    return "\n".join([*lines, "", _source(result), ""])
-
-
-def channels_last(result: dict[str, Any]) -> str:
-    """Render both layouts of each model, and what was chosen."""
-    lines = ["| model | plain | channels_last | speed-up | kept |", "|---|---:|---:|---:|---|"]
-    lines += [
-        f"| {row['name']} | {row['plain_ms']:.4g} ms | {row['channels_last_ms']:.4g} ms "
-        f"| {row['always']:.2f} | {'channels_last' if row['is_chosen'] else 'plain'} |"
-        for row in result["rows"]
-    ]
-    scores = result["scores"]
-    mean = f"Geometric mean of the speed-up: {scores['always_geomean']:.2f} with channels_last always, "
-    mean += f"{scores['chosen_geomean']:.2f} as chosen, {scores['best_geomean']:.2f} at best."
-    return "\n".join([*lines, "", mean, "", _source(result), ""])
-
-
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
@@ -248,7 +224,6 @@ def _put(page: Path, text: str) -> bool:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "channels_last": channels_last,
     "device_loader": device_loader,
     "loader_reliability": loader_reliability,
     "distillation": distillation,
@@ -258,7 +233,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "oom_guard_recognition": oom_guard_recognition,
     "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
-    "teacher_loading": teacher_loading,
     "vram_accuracy": vram_accuracy,
     "vram_batch_size": vram_batch_size,
 }
