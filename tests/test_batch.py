@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,15 @@ def test_size_is_what_most_tensors_share() -> None:
     assert batch_size([torch.tensor(1.0), images]) == 8
     assert batch_size({"name": "x", "n": 3}) is None
     assert batch_size(torch.zeros(7, 4, 3), dim=1) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_have_samples_too(layout: torch.layout) -> None:
+    """A nested tensor counts by its number of tensors; its ragged dimensions have no size."""
+    nested = torch.nested.nested_tensor([torch.zeros(n, 2) for n in (3, 1, 2)], layout=layout)
+    assert batch_size((nested, torch.zeros(3))) == 3
+    assert batch_size(nested, dim=1) is None
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2))

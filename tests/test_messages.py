@@ -4,6 +4,7 @@ Each part of the library has its section, in the order of the files.
 """
 
 import dataclasses
+import functools
 import gc
 import importlib
 import pickle
@@ -1158,6 +1159,27 @@ def test_oom_guard_with_something_else_as_monitor() -> None:
     )
 
 
+def test_oom_guard_with_a_device_that_does_not_exist() -> None:
+    """A wrong device is told of at once, and not in place of the error that is to be explained."""
+    with pytest.raises(ValueError, match="device") as error:
+        oom_guard(device="disk")
+    assert text_of(error) == (
+        'device=\'disk\' is not a device that PyTorch knows. Give "cpu", "cuda", "cuda:1", a torch.device, '
+        "or None for the current accelerator."
+    )
+
+
+@pytest.mark.parametrize(("thing", "name"), [(nn.Linear, "the class Linear"), (3, "3")])
+def test_oom_guard_on_what_is_no_function(thing: Any, name: str) -> None:
+    """A class would be replaced by a function, and a value cannot be called."""
+    with pytest.raises(TypeError, match="functions") as error:
+        oom_guard()(thing)
+    assert text_of(error) == (
+        f"oom_guard was put on {name}, and guards functions: put it on the function or the method that runs "
+        "out of memory, as @oom_guard(), or use `with oom_guard():` around the code."
+    )
+
+
 def test_oom_guard_on_a_generator() -> None:
     """A generator function cannot be guarded from outside."""
 
@@ -1170,6 +1192,15 @@ def test_oom_guard_on_a_generator() -> None:
         "oom_guard was put on batches, which is a generator: its body runs in pieces, between which "
         "other code runs. Use `with oom_guard():` inside it."
     )
+
+    class Batches:
+        def __call__(self) -> Iterator[int]:
+            yield 1
+
+    with pytest.raises(TypeError, match="put on Batches, which is a generator"):
+        oom_guard()(Batches())
+    with pytest.raises(TypeError, match="put on partial, which is a generator"):
+        oom_guard()(functools.partial(batches))
 
 
 def reason_for_no_further_try(model: nn.Module, n_samples: int = 8, **options: Any) -> str:

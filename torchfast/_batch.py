@@ -24,8 +24,16 @@ def batch_size(batch: object, /, *, dim: int = 0) -> int | None:
         >>> batch_size({"image": torch.zeros(8, 3, 4, 4), "label": torch.zeros(8), "mean": torch.zeros(3)})
         8
     """
-    sizes = Counter(tensor.shape[dim] for tensor in tensors(batch) if tensor.ndim > dim)
+    found = (size_along(tensor, dim) for tensor in tensors(batch))
+    sizes = Counter(size for size in found if size is not None)
     return sizes.most_common(1)[0][0] if sizes else None
+
+
+def size_along(tensor: torch.Tensor, dim: int, /) -> int | None:
+    """Return a tensor's size along a dimension, or None where it has none, as those of nested tensors."""
+    if tensor.ndim <= dim or (tensor.is_nested and dim > 0):
+        return None
+    return tensor.size(dim)  # a nested tensor has a size, but no shape
 
 
 def split(batch: T, size: int, /, *, dim: int = 0) -> list[T]:
@@ -48,7 +56,7 @@ def split(batch: T, size: int, /, *, dim: int = 0) -> list[T]:
             structure.rebuild(
                 [
                     leaf.narrow(dim, start, length)
-                    if isinstance(leaf, torch.Tensor) and leaf.ndim > dim and leaf.shape[dim] == n_samples
+                    if isinstance(leaf, torch.Tensor) and size_along(leaf, dim) == n_samples
                     else leaf
                     for leaf in leaves
                 ]

@@ -118,7 +118,7 @@ def look_into(error: BaseException, bound: Bound, /) -> Findings:
             for value in _values(frame):
                 if isinstance(value, torch.Tensor) and _is_activation(value) and id(value) not in seen:
                     seen.add(id(value))
-                    sizes[value.shape[0]] += 1
+                    sizes[value.size(0)] += 1  # nested tensors have no shape
     common, n_sharing = sizes.most_common(1)[0] if sizes else (None, 0)
     return Findings(phase, common, n_sharing)
 

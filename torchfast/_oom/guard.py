@@ -8,6 +8,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import torch
 
+from torchfast._device import resolve_device
 from torchfast._oom.base import Guard
 from torchfast._oom.report import OutOfMemoryError, error_of
 from torchfast._oom.telemetry import Monitor
@@ -101,17 +102,18 @@ def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
         device: the device meant where the error does not name one; None is the current accelerator.
 
     Raises:
-        ValueError: `batch_size` is less than 1, or `batch_dim` is negative.
+        ValueError: `batch_size` is no number of at least 1, `batch_dim` is negative, or there is no such
+            device.
         TypeError: `monitor` lacks `phase` or `status`.
     """
-    if batch_size is not None and batch_size < 1:
+    if not (batch_size is None or _is_count(batch_size)) or batch_size == 0:
         raise ValueError(
-            f"batch_size={batch_size} was given to oom_guard; it must be the number of samples in a "
+            f"batch_size={batch_size!r} was given to oom_guard; it must be the number of samples in a "
             "batch, at least 1. Leave it out if it is not known."
         )
-    if batch_dim < 0:
+    if not _is_count(batch_dim):
         raise ValueError(
-            f"batch_dim={batch_dim} was given to oom_guard; the tensors of a batch differ in rank, so "
+            f"batch_dim={batch_dim!r} was given to oom_guard; the tensors of a batch differ in rank, so "
             "the dimension must be counted from the front: 0, 1, ..."
         )
     if monitor is not None and not (hasattr(monitor, "phase") and hasattr(monitor, "status")):
@@ -119,8 +121,17 @@ def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
             "monitor must have phase(name) and status(), as a VRAMMonitor has; "
             f"{type(monitor).__name__} has not. Give a VRAMMonitor, or leave it out."
         )
+    if device is not None:
+        device = resolve_device(
+            device
+        )  # an error now, rather than in place of the one that is to be explained
     guard = OOMGuard if reraise else QuietOOMGuard
     return guard(batch_size, batch_dim, monitor, device, keep_frames=keep_frames)
+
+
+def _is_count(number: Any) -> bool:
+    # Whatever counts as an index counts, NumPy's integers too.
+    return hasattr(number, "__index__") and not isinstance(number, bool) and number >= 0
 
 
 class OOMGuard(Guard):
@@ -162,9 +173,16 @@ class QuietOOMGuard(Guard):
 
 
 def _decorate(outer: OOMGuard | QuietOOMGuard, function: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    if isinstance(function, type) or not callable(function):
+        what = f"the class {function.__name__}" if isinstance(function, type) else repr(function)
         raise TypeError(
-            f"oom_guard was put on {function.__name__}, which is a generator: its body runs in "
+            f"oom_guard was put on {what}, and guards functions: put it on the function or the method that "
+            "runs out of memory, as @oom_guard(), or use `with oom_guard():` around the code."
+        )
+    if _runs_in_pieces(function):
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"oom_guard was put on {name}, which is a generator: its body runs in "
             "pieces, between which other code runs. Use `with oom_guard():` inside it."
         )
     if inspect.iscoroutinefunction(function):
@@ -190,3 +208,11 @@ def _decorate(outer: OOMGuard | QuietOOMGuard, function: Callable[..., Any]) -> 
             outer.report = guard.report
 
     return run
+
+
+def _runs_in_pieces(function: Callable[..., Any]) -> bool:
+    """Say whether calling it makes a generator: a function, or an object that is called like one."""
+    call = function if inspect.isroutine(function) else type(function).__call__
+    return any(
+        inspect.isgeneratorfunction(part) or inspect.isasyncgenfunction(part) for part in (function, call)
+    )
