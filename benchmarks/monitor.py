@@ -27,7 +27,7 @@ from torchfast._monitor import probe
 DEVICE = torch.device("cuda", 0)
 PROTOCOL = (
     "Costs: the median of 2,000 calls back to back, every source due at each (hot); of 300 calls 5 ms "
-    "apart, as a sampling thread makes them (cold); of 300 right after 20 matrix products of 4096 were "
+    "apart, as a sampling thread makes them (idle); of 300 right after 20 matrix products of 4096 were "
     "queued (busy). Steps: 15 rounds in which every variant takes its turn, in an order drawn anew, "
     "each the mean of as many steps as take about 150 ms. The ratio is the median over rounds of "
     "variant to no monitor in the same round; how far the second no monitor is from 1 says how much of "
@@ -84,12 +84,12 @@ def costs() -> Iterator[dict[str, Any]]:
         # Back to back, a source would otherwise answer from its last reading: it may take 1 % of the time.
         probe._SHARE = float("inf")
         for name, call in calls.items():
-            for state, n_calls, rest_s in (("hot", 2000, 0.0), ("cold", 300, 0.005), ("busy", 300, 0.005)):
+            for state, n_calls, rest_s in (("hot", 2000, 0.0), ("idle", 300, 0.005), ("busy", 300, 0.005)):
                 samples = sorted(time_calls(call, n_calls, rest_s, busy=state == "busy"))
                 yield {
                     "kind": "cost",
                     "what": name,
-                    "state": state,
+                    "gpu": state,
                     "median_us": record.median(samples),
                     "p99_us": float(f"{samples[int(0.99 * len(samples))]:.4g}"),
                 }

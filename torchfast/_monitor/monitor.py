@@ -28,7 +28,7 @@ class VRAMMonitor:
     kept in `errors` and reported as a warning at the end. No process is forked, no CUDA context created: on
     a machine without a GPU the host's memory is watched instead.
 
-    Costs: at most 40 µs a sample, in a thread of its own, and about 50 µs a phase; the GPU is never waited
+    Costs: about 0.1 ms a sample, in a thread of its own, and up to 0.2 ms a phase; the GPU is never waited
     for. A source that turns out slow is asked less often, so that none takes more than 1 % of the time. The
     history is bounded: it gets coarser, and keeps every extreme.
 
@@ -173,7 +173,7 @@ class VRAMMonitor:
     def status(self) -> dict[str, Any]:
         """Return what a training UI shows, as plain values fit for JSON: the VRAM now, peaks and phases.
 
-        It reads every source first (about 0.1 ms): what it tells is current.
+        It reads every source first, the list of processes too (up to 1 ms): what it tells is current.
         """
         return self._status(self.sample())
 

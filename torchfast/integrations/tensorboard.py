@@ -15,7 +15,7 @@ except ImportError as error:
 def write_vram(writer: SummaryWriter, vram: VRAMMonitor, /, step: int, *, tag: str = "vram") -> None:
     """Write the memory now, the peaks of the run and those of its phases as scalars, in GiB.
 
-    Reads every source (about 0.1 ms). What is not known is not written, rather than written as zero.
+    Reads every source (up to 1 ms). What is not known is not written, rather than written as zero.
 
     Example:
         >>> import tempfile
