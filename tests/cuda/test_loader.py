@@ -86,6 +86,18 @@ def test_no_batch_is_overwritten_under_a_lagging_gpu(kind: str, shape: tuple[int
     assert wrong_batches(DeviceLoader(source, "cuda", depth=depth)) == 0
 
 
+class Tagged(torch.Tensor):
+    """A tensor of a class of its own, which moves by its own `.to`."""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_moves_by_itself_is_not_overwritten_either(device: str) -> None:
+    """A reader that fills one tensor again and again, on the device or of a class of its own, is safe too."""
+    buffer = torch.empty(SMALL, device=device).as_subclass(Tagged)
+    source = (buffer.fill_(float(number)) for number in range(100))
+    assert wrong_batches(DeviceLoader(source, "cuda")) == 0
+
+
 def test_large_pageable_batches_travel_in_pieces_and_arrive_whole() -> None:
     """A pageable batch larger than the staging pieces, of odd size, arrives bit for bit."""
     torch.manual_seed(3)
@@ -448,6 +460,17 @@ def test_poison_shows_a_late_read() -> None:
             del batch
         torch.cuda.synchronize()
         assert any(bool(result) for result in results) is not is_named
+
+
+def test_poison_stays_in_memory_that_it_was_meant_for() -> None:
+    """Memory that was to be reused and does not fit is given back only once the poison lies in it."""
+    host = [torch.zeros(2**18 * (1 + number % 3)) for number in range(30)]
+    loader, kept = DeviceLoader(host, "cuda", poison=True), []
+    for batch in loader:
+        torch.cuda._sleep(4 * MS)
+        kept += [torch.zeros(2**18 * size, device="cuda") for size in (1, 2, 3)]
+        del batch
+    assert not any(bool(tensor.isnan().any()) for tensor in kept)
 
 
 def test_statistics_see_a_slow_host() -> None:

@@ -29,6 +29,7 @@ from torchfast._loader.staging import (
     Plans,
     bytes_of,
     is_dense,
+    is_plain,
     team_size,
     tensor_on,
     tensors_of,
@@ -128,9 +129,13 @@ class CudaTransport:
         with torch.cuda.stream(self._copy_stream):
             for buffer in blank.buffers:
                 buffer.fill_(0xFF)
-        self._resting.append(blank)
+        self._resting.append(blank._replace(gate=_record(self._copy_stream)))
         rested = self._resting.popleft() if len(self._resting) > 2 else None
-        return rested if rested is not None and rested.buffers else None
+        if rested is None or not rested.buffers:
+            return None
+        # A batch that does not fit drops it unused: nobody must then be given memory still to be poisoned.
+        rested.stream.wait_event(rested.gate)
+        return rested
 
     def deliver(self, parcel: Parcel) -> Any:
         """Return the batch; the current stream has then waited for its copy."""
@@ -191,6 +196,10 @@ class CudaTransport:
         plan = self._plans.plan(leaves)
         ready = []
         if plan.n_late:
+            if self._borrows:
+                # They move when they are asked for; by then the loader may have written its next batch there.
+                leaves = [leaf if is_plain(leaf) else _copied(leaf) for leaf in leaves]
+                batch = structure.rebuild(leaves)
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
         if not plan.sizes_bytes:
@@ -281,7 +290,6 @@ class CudaTransport:
             pairs = zip(blank.buffers, plan.sizes_bytes, strict=True)
             if all(buffer.nbytes >= n_bytes for buffer, n_bytes in pairs):
                 return blank
-        del blank
         consumer = self._consumer
         with torch.cuda.stream(consumer):
             return self._allocate(plan.sizes_bytes, consumer)
