@@ -112,6 +112,100 @@ def oom_guard_overhead(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", more, "", _source(result), ""])
 
 
+def device_loader(result: dict[str, Any]) -> str:
+    """Render the workloads: the floor, the fastest peer, torchfast, and how much of the transfer it hid."""
+    lines = ["| step, source | resident | best peer | torchfast | hidden |", "|---|---:|---|---:|---:|"]
+    for what in dict.fromkeys((row["workload"], row["source"]) for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if (row["workload"], row["source"]) == what}
+        resident, ours = rows.pop("resident"), rows.pop("torchfast")
+        best = min(rows.values(), key=lambda row: row["step_ms"])
+        lines.append(
+            f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
+            f"| {best['step_ms']:.4g} ms ({best['peer']}) "
+            f"| {ours['step_ms']:.4g} ms | {max(0.0, ours['overlap_efficiency']):.0%} |"
+        )
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def loader_reliability(result: dict[str, Any]) -> str:
+    """Render how many numbered batches were handed out, and how many were wrong."""
+    lines = ["| loader | batches | source | handed out | wrong |", "|---|---|---|---:|---:|"]
+    lines += [
+        f"| {row['peer']} | {row['shape']} | {row['source']} | {row['n_batches']:,} | {row['n_wrong']:,} |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def vram_accuracy(result: dict[str, Any]) -> str:
+    """Render the errors of the estimate by kind of model, and the safe bound."""
+    summary = result["summary"]
+    lines = [
+        "| models | runs | allocated | reserved | process |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for family, words in (("dense", "transformers, MLPs"), ("conv", "five convolutions and more")):
+        found = summary["families"][family]
+        cells = [f"{found[f'{n}_median_pct']:.2f} % / {found[f'{n}_p95_pct']:.1f} %" for n in _SIZES]
+        lines.append(f"| {words} | {found['n']} | " + " | ".join(cells) + " |")
+    bound = (
+        f"Error at the median / at the 95th percentile. The safe bound was too low for "
+        f"{summary['safe_bound_under_pct']:.1f} % of the runs, and "
+        f"{summary['safe_bound_over_median_pct']:.1f} % above the truth at the median; "
+        f"an estimate took {summary['seconds_median']:.1f} s at the median."
+    )
+    source = f"torch {result['versions']['torch']}, {result['date']}: {result['protocol']}"
+    return "\n".join([*lines, "", bound, "", f"{result['truth_gpu']}; {source}", ""])
+
+
+_SIZES = ("allocated", "reserved", "process")
+
+
+def vram_batch_size(result: dict[str, Any]) -> str:
+    """Render the batches that were found, and which of the sizes around them ran."""
+    lines = ["| model | limit | found | ran | ran out of memory |", "|---|---:|---:|---|---|"]
+    for row in result["rows"]:
+        sizes = {int(size): outcome["runs"] for size, outcome in row["tried"].items()}
+        ran, failed = (", ".join(str(s) for s in sorted(sizes) if sizes[s] == runs) for runs in (True, False))
+        lines.append(f"| {row['id']} | {row['limit_gib']} GiB | {row['batch_size']} | {ran} | {failed} |")
+    gpu, torch_version = result["machine"]["gpu"], result["versions"]["torch"]
+    source = f"One {gpu}, torch {torch_version}, {result['date']}: {result['protocol']}"
+    return "\n".join([*lines, "", source, ""])
+
+
+def monitor(result: dict[str, Any]) -> str:
+    """Render what one call costs, and what a training step does beside each way of watching."""
+    costs = {(row["what"], row["gpu"]): row["median_us"] for row in result["rows"] if row["kind"] == "cost"}
+    states = list(dict.fromkeys(state for _, state in costs))
+    lines = [f"| µs a call, the GPU being | {' | '.join(states)} |", "|---|" + "---:|" * len(states)]
+    for what in dict.fromkeys(what for what, _ in costs):
+        cells = [f"{costs[what, state]:.3g}" for state in states]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    steps = {(row["what"], row["workload"]): row for row in result["rows"] if row["kind"] == "step"}
+    workloads = list(dict.fromkeys(workload for _, workload in steps))
+    lines += ["", f"| beside a training step | {' | '.join(workloads)} |", "|---|" + "---:|" * len(workloads)]
+    for what in dict.fromkeys(what for what, _ in steps):
+        ratios = [f"{steps[what, workload]['ratio']:.3f}" for workload in workloads]
+        lines.append(f"| {what} | {' | '.join(ratios)} |")
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def teacher_forward(result: dict[str, Any]) -> str:
+    """Render the ways to run a teacher: alone, in a distillation step, and how far outputs move."""
+    lines = [
+        "| teacher | batch | alone | a step | efficiency | outputs move by |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['name']} | {row['batch_size']} | {row['median_ms']:.4g} ms | {row['step_median_ms']:.4g} ms "
+        f"| {row['efficiency']:.2f} | {row['largest_move']:.1%} |"
+        for row in result["rows"]
+    ]
+    floors = {row["batch_size"]: row["step_without_teacher_ms"] for row in result["rows"]}
+    floor = ", ".join(f"{ms:.4g} ms at batch {size}" for size, ms in floors.items())
+    return "\n".join([*lines, "", f"Without a teacher a step takes {floor}.", "", _source(result), ""])
+
+
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
