@@ -134,7 +134,7 @@ def loader_reliability(result: dict[str, Any]) -> str:
         f"| {row['peer']} | {row['shape']} | {row['source']} | {row['n_batches']:,} | {row['n_wrong']:,} |"
         for row in result["rows"]
     ]
-    return "\n".join([*lines, "", _source(result), ""])
+    return "\n".join([*lines, "", _source(result).replace("Medians", "Counted", 1), ""])
 
 
 def vram_accuracy(result: dict[str, Any]) -> str:

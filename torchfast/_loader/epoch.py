@@ -81,8 +81,8 @@ class Epoch(Iterator[T]):
         self._feed.release_memory()
 
     def __del__(self) -> None:
-        # A constructor that failed leaves no state behind.
-        if getattr(self, "_state", "over") != "over":
+        # A constructor that failed leaves no state behind; what is closed already may outlive the driver.
+        if getattr(self, "_state", None) == "open":
             self._feed.close()
 
 
