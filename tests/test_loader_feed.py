@@ -1,6 +1,8 @@
 """The thread that loads and copies ahead, shown on the CPU with a transport that only hands batches over."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -234,6 +236,27 @@ def test_a_forked_process_is_told_that_the_pass_is_not_its_own(monkeypatch: pyte
         "fork. Begin a new pass in this process."
     )
     assert list(epoch) == [0, 1, 2]
+
+
+def test_an_exit_does_not_wait_for_a_loader_that_is_stuck() -> None:
+    """The interpreter ends though the thread is inside a loader that never returns."""
+    script = """
+import threading
+from tests.test_loader_feed import threaded
+from torchfast._loader import epoch
+
+def stuck():
+    yield 1
+    threading.Event().wait()
+
+epoch.EXIT_PATIENCE_S = 0.1
+batches = iter(threaded(stuck()))
+print(next(batches))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("1\n", "")
 
 
 def test_memory_is_asked_of_the_consumer_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -93,6 +94,13 @@ class Closable(Protocol):
         """End the thread, if there is one."""
 
 
+EXIT_PATIENCE_S = 5.0
+"""How long an exit waits for a thread to come out of the loader: longer than most batches take."""
+
+exiting = threading.Event()
+"""Set once the interpreter ends."""
+
+
 @functools.cache
 def to_close_at_exit() -> WeakSet[Closable]:
     """Return the set of what will be closed when the interpreter ends, before workers are ended.
@@ -103,6 +111,7 @@ def to_close_at_exit() -> WeakSet[Closable]:
     open_ones: WeakSet[Closable] = WeakSet()
 
     def close_all() -> None:
+        exiting.set()
         for one in list(open_ones):
             one.close()
 

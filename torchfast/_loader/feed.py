@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchfast._loader.epoch import closed_error
+from torchfast._loader import epoch
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import Arrival, Stop, Transport, Work
 
@@ -42,7 +42,7 @@ class ThreadedFeed:
         self._process = os.getpid()
         for _ in range(depth):
             self._work.permits.put(None)
-        # Daemonic, so that an exit never waits for a loader: closing at exit ends it in good order.
+        # Closing at exit ends it in good order; daemonic, so that an exit never waits for a loader for ever.
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
             args=(self._work.run,),
@@ -157,11 +157,13 @@ class ThreadedFeed:
         self._work.permits.put(Stop)
         # The collector may run this in the very thread that it ends, which cannot wait for itself.
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None)
         self._transport.fence()
         self._work.ready.clear()
         _drain(self._work.permits)
-        self._work.arrive(Arrival(error=closed_error()))  # for a take() that another thread is waiting in
+        self._work.arrive(
+            Arrival(error=epoch.closed_error())
+        )  # for a take() that another thread is waiting in
 
 
 def _drain(queue: SimpleQueue[Any]) -> list[Any]:
