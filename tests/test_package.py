@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -77,6 +78,12 @@ def test_every_public_name_has_a_home() -> None:
         alias.name for node in for_checkers.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert set(torchfast.__all__) == set(torchfast._HOMES) == seen
+
+
+@pytest.mark.parametrize("name", torchfast.__all__)
+def test_every_public_name_shows_itself(name: str) -> None:
+    """Each public name's docstring has an example, which the test run executes with all the others."""
+    assert ">>> " in (inspect.getdoc(getattr(torchfast, name)) or "")
 
 
 def test_version_is_the_one_installed() -> None:

@@ -25,6 +25,12 @@ MIN_GAIN = 0.02
 class LayoutReport:
     """What `to_channels_last` did to a model, and why; `str` says it in a sentence or two.
 
+    Example:
+        >>> import torch
+        >>> from torchfast import to_channels_last
+        >>> model = to_channels_last(torch.nn.Conv2d(3, 8, 3), report=lambda found: print(found.n_weights))
+        1
+
     Attributes:
         channels_last: whether the model is channels_last now.
         n_weights: how many convolution weights were laid out (again).

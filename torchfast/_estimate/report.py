@@ -78,6 +78,16 @@ class VRAMEstimate:
     the caching allocator hands out for it, what it holds from the driver for that, and what `nvidia-smi`
     shows for the process. `safe_bytes` is what to have free: it adds what the parts known only by rule may
     be off by.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import estimate_vram
+        >>> model = torch.nn.Linear(8, 2)
+        >>> estimate = estimate_vram(model, torch.zeros(4, 8), gpu="T4")
+        >>> sum(estimate.breakdown.values()) == estimate.peak_process_bytes
+        True
+        >>> estimate.fits("A100-80").fits
+        True
     """
 
     subject: Subject

@@ -19,6 +19,15 @@ class LoaderStats:
     """Where the time of a pass over a `DeviceLoader` went, from its first batch to the latest.
 
     Times are sums over the pass, in seconds. They overlap: that is what the loader is for.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import DeviceLoader
+        >>> loader = DeviceLoader([torch.zeros(2)] * 4, "cpu")
+        >>> for batch in loader:
+        ...     pass
+        >>> loader.stats.n_batches
+        4
     """
 
     n_batches: int

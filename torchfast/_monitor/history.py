@@ -13,6 +13,13 @@ class VRAMSpan:
 
     `low` and `high` are no moments: the lowest `free_bytes` and the lowest `tensors_bytes` may be of
     different samples. Their `phase` is that of the sample with the most tensors.
+
+    Example:
+        >>> from torchfast import VRAMMonitor
+        >>> with VRAMMonitor("cpu", interval_s=None) as vram:
+        ...     _ = vram.sample()
+        >>> sum(span.n_samples for span in vram.history) >= 2
+        True
     """
 
     start_s: float

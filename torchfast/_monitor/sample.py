@@ -22,6 +22,12 @@ class VRAMSample:
 
     `sources` names where each number is from, or why it is not known. `time_s` counts from the start of the
     monitor, and `phase` is the phase that was open.
+
+    Example:
+        >>> from torchfast import VRAMMonitor
+        >>> sample = VRAMMonitor("cpu").sample()
+        >>> sample.device, sample.tensors_bytes is None, "tensors" in sample.sources
+        ('cpu', True, True)
     """
 
     time_s: float
@@ -82,6 +88,13 @@ class VRAMPeak:
     else reset it, or memory was taken just as it was read, and the true peak may be higher. `used`, of all
     processes together, and `host_process` are the highest of the samples: what rose and fell between two of
     them is missing.
+
+    Example:
+        >>> from torchfast import VRAMMonitor
+        >>> with VRAMMonitor("cpu") as vram:
+        ...     pass
+        >>> vram.peak.allocated_bytes is None, vram.peak.is_lower_bound
+        (True, False)
     """
 
     allocated_bytes: int | None
@@ -107,6 +120,15 @@ class VRAMPhase:
 
     The peaks are the highest of them all. `kept_bytes` is how much more was allocated when it was last closed
     than when it was opened: what a forward keeps for the backward.
+
+    Example:
+        >>> from torchfast import VRAMMonitor
+        >>> with VRAMMonitor("cpu") as vram:
+        ...     for _ in range(3):
+        ...         with vram.phase("step"):
+        ...             pass
+        >>> vram.phases["step"].n_times
+        3
     """
 
     name: str
@@ -119,7 +141,15 @@ class VRAMPhase:
 
 
 class RankPeak(NamedTuple):
-    """A peak of all ranks: the highest one, and the rank that has it; None where no rank knows it."""
+    """A peak of all ranks: the highest one, and the rank that has it; None where no rank knows it.
+
+    Example:
+        >>> from torchfast import VRAMMonitor
+        >>> with VRAMMonitor("cpu") as vram:
+        ...     peaks = vram.across_ranks()
+        >>> peaks["host_process_bytes"].rank
+        0
+    """
 
     highest_bytes: int | None
     rank: int | None

@@ -138,6 +138,13 @@ class OOMGuard(Guard):
     """A context manager, and a decorator, that raises an explained error. Made by `oom_guard()`.
 
     `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
+
+    Example:
+        >>> from torchfast import oom_guard
+        >>> with oom_guard() as guard:
+        ...     total = sum(guard.steps([1, 2, 3]))
+        >>> total, guard.report
+        (6, None)
     """
 
     _is_quiet = False
@@ -158,6 +165,13 @@ class QuietOOMGuard(Guard):
     """A context manager, and a decorator, that ends quietly. Made by `oom_guard(reraise=False)`.
 
     `report` is the `OutOfMemoryReport` of the block if it ran out of memory, else None.
+
+    Example:
+        >>> from torchfast import oom_guard
+        >>> with oom_guard(reraise=False) as guard:
+        ...     raise MemoryError
+        >>> guard.report.message.splitlines()[0]
+        'Out of host memory. Try a smaller batch.'
     """
 
     _is_quiet = True

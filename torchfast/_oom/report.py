@@ -21,6 +21,14 @@ class OutOfMemoryReport:
     (`batch_size=`) or "guess" (the leading dimension most common among the failed code's tensors). `phase`
     is "forward", "backward", "optimizer" or None; `traceback` is text; `status` is the monitor's, if there
     was one.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import oom_guard
+        >>> with oom_guard(reraise=False, batch_size=64) as guard:
+        ...     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        >>> guard.report.batch_size, guard.report.batch_size_source, guard.report.suggested_batch_size
+        (64, 'given', 32)
     """
 
     message: str
@@ -39,6 +47,16 @@ class OutOfMemoryError(torch.OutOfMemoryError):
 
     Pickles and copies. From a `DataLoader` or `DataParallel` worker it arrives as text alone: there `report`
     is None.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import OutOfMemoryError, oom_guard
+        >>> try:
+        ...     with oom_guard(batch_size=64):
+        ...         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        ... except OutOfMemoryError as error:
+        ...     print(error.report.suggested_batch_size, isinstance(error, torch.OutOfMemoryError))
+        32 True
     """
 
     def __init__(self, text: str = "", report: OutOfMemoryReport | None = None) -> None:
@@ -47,7 +65,17 @@ class OutOfMemoryError(torch.OutOfMemoryError):
 
 
 class HostOutOfMemoryError(OutOfMemoryError, MemoryError):
-    """The host ran out of memory, explained: also a `MemoryError`."""
+    """The host ran out of memory, explained: also a `MemoryError`.
+
+    Example:
+        >>> from torchfast import HostOutOfMemoryError, oom_guard
+        >>> try:
+        ...     with oom_guard():
+        ...         raise MemoryError
+        ... except HostOutOfMemoryError as error:
+        ...     print(str(error).splitlines()[0], isinstance(error, MemoryError))
+        Out of host memory. Try a smaller batch. True
+    """
 
 
 def error_of(report: OutOfMemoryReport, /) -> OutOfMemoryError:

@@ -35,7 +35,21 @@ class Part(NamedTuple, Generic[T]):
 
 
 class OOMRetry:
-    """Training steps that survive running out of memory. Made by `guard.retry(model=...)`, which see."""
+    """Training steps that survive running out of memory. Made by `guard.retry(model=...)`, which see.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import oom_guard
+        >>> model = torch.nn.Linear(4, 1)
+        >>> retry = oom_guard().retry(model=model)
+        >>> @retry
+        ... def gradients(attempt):
+        ...     for part, weight in attempt:
+        ...         (model(part).mean() * weight).backward()
+        >>> gradients(torch.ones(8, 4))
+        >>> retry.micro_batch_size is None
+        True
+    """
 
     def __init__(  # noqa: PLR0913 -- made in one place only, by guard.retry
         self,
@@ -189,6 +203,20 @@ class OOMAttempt(Generic[T]):
     `outcome` is how it ended, None before. Where the attempt fails for memory, the step is put back to its
     beginning and the loop over `retry.attempts(batch)` offers the next; where there is no next, the
     explained error is raised.
+
+    Example:
+        >>> import torch
+        >>> from torchfast import inject_oom, oom_guard
+        >>> retry = oom_guard().retry(model=torch.nn.Linear(4, 1))
+        >>> batch = torch.ones(8, 4)
+        >>> with inject_oom(operator="add"):
+        ...     for attempt in retry.attempts(batch):
+        ...         with attempt:
+        ...             for part, weight in attempt:
+        ...                 _ = part + 1
+        ...         print(attempt.number, attempt.size, attempt.n_samples)
+        1 8 8
+        2 8 8
     """
 
     def __init__(self, retry: OOMRetry, batch: T, n_samples: int, number: int, *, may_repeat: bool) -> None:

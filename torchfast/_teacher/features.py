@@ -15,6 +15,14 @@ from torchfast._tree import map_tensors
 class TeacherOutputs(NamedTuple):
     """What a teacher with `features=` returns.
 
+    Example:
+        >>> import torch
+        >>> from torchfast import GPUTeacher
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> logits, features = GPUTeacher(net, "cpu", features=["0"])(torch.zeros(3, 4))
+        >>> logits.shape, features["0"].shape
+        (torch.Size([3, 2]), torch.Size([3, 8]))
+
     Attributes:
         outputs: the module's outputs; None with `outputs=False`.
         features: the outputs of the named modules inside it, by name.
