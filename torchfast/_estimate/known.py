@@ -134,3 +134,9 @@ def _to_meta(outputs: Any) -> Any:
     if isinstance(outputs, torch.Tensor):
         return outputs.to(META)
     return type(outputs)(_to_meta(o) for o in outputs) if isinstance(outputs, (tuple, list)) else outputs
+
+
+def off_host(arg: Any) -> Any:
+    """Return a meta tensor in the place of a real one of the host."""
+    is_real = isinstance(arg, torch.Tensor) and not isinstance(arg, PaperTensor) and not arg.is_meta
+    return torch.empty_like(arg, device=META) if is_real and arg.dim() else arg

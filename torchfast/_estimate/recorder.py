@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast._estimate.events import Event, Note
 from torchfast._estimate.gpus import GPU
-from torchfast._estimate.known import follow, on_zeros
+from torchfast._estimate.known import follow, off_host, on_zeros
 from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap
 from torchfast._estimate.shapes import ShapeCache
 
@@ -88,6 +88,12 @@ class Recorder(TorchDispatchMode):
                 outputs = func(*args, **kwargs)
         except NotImplementedError as error:
             return self._shapes_on_host(func, args, kwargs, error)
+        except RuntimeError as error:
+            if _ELSEWHERE not in str(error):
+                raise
+            # A tensor of the host: PyTorch's path for tensor subclasses leaves some there that CUDA's moves.
+            with meta_kernels():
+                return func(*(off_host(a) for a in args), **kwargs)
         if key is not None:
             self._shapes.remember(key, args, outputs)
         return outputs
@@ -203,6 +209,9 @@ class Recorder(TorchDispatchMode):
             operator = "" if self._operator is None else _name(self._operator)
             self.notes.append(Note(self.phase, module, operator, category))
         return index
+
+
+_ELSEWHERE = "is not on the expected device"
 
 
 def _name(func: Any) -> str:
