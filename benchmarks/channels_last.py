@@ -29,6 +29,7 @@ MODELS = (
     "vgg16",
     "vit_small_patch16_224",
 )
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROTOCOL = (
     "Training step at 224 px under bfloat16 autocast, batch as given, fused SGD with momentum; 7 samples of "
     "5 steps, the GPU drained around each. The chosen layout is that of to_channels_last(sample=images)."
@@ -58,13 +59,13 @@ def measure(name: str, batch_size: int) -> dict[str, Any]:
     import timm
 
     torch.manual_seed(0)
-    plain: nn.Module = timm.create_model(name).cuda().train()
-    images = torch.randn(batch_size, 3, 224, 224, device="cuda")
+    plain: nn.Module = timm.create_model(name).to(DEVICE).train()
+    images = torch.randn(batch_size, 3, 224, 224, device=DEVICE)
     check(plain, images[:4])
     converted, chosen = copy.deepcopy(plain), copy.deepcopy(plain)
     reports: list[LayoutReport] = []
     start_s = time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         to_channels_last(chosen, sample=images, report=reports.append)
     choice_s = time.perf_counter() - start_s
     plain_samples = step_samples(plain, images)
@@ -110,7 +111,7 @@ def step_samples(model: nn.Module, images: torch.Tensor) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = model(images).float().logsumexp(1).mean()
         loss.backward()
         optimizer.step()

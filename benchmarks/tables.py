@@ -206,6 +206,17 @@ def teacher_forward(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Without a teacher a step takes {floor}.", "", _source(result), ""])
 
 
+def teacher_loading(result: dict[str, Any]) -> str:
+    """Render what loading a teacher takes of the host at most."""
+    lines = ["| file | loaded with | host peak | time |", "|---|---|---:|---:|"]
+    for row in result["rows"]:
+        peak_mib = row["host_peak_bytes"] / 2**20
+        lines.append(f"| .{row['suffix']} | {row['name']} | {peak_mib:.0f} MiB | {row['seconds']:.1f} s |")
+    where = result["machine"]["gpu"] or f"{result['machine']['cpu_cores']} CPU cores"
+    source = f"One run each on {where}, torch {result['versions']['torch']}, {result['date']}."
+    return "\n".join([*lines, "", source, ""])
+
+
 def _speed(row: dict[str, Any]) -> str:
     return f"{row['samples_per_s']:,.0f} ({row['median_ms']:,.4g})"
 
@@ -233,6 +244,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "oom_guard_recognition": oom_guard_recognition,
     "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
+    "teacher_loading": teacher_loading,
     "vram_accuracy": vram_accuracy,
     "vram_batch_size": vram_batch_size,
 }

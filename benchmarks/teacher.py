@@ -40,6 +40,7 @@ PROTOCOL_OF_LOADING = (
     "16 layers of 4096 x 4096 in float32, 1 GiB, into a bfloat16 teacher; a process each, after CUDA's own "
     "initialisation; host peak is anonymous memory, read every 2 ms."
 )
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BIG = (16, 4096)  # layers and width of the net for loading: 1 GiB in float32
 
 
@@ -223,8 +224,8 @@ def loadings() -> list[dict[str, Any]]:
 
 def loading_of(kind: str, path: str) -> dict[str, Any]:
     """Load a bfloat16 teacher one way and return what it took."""
-    torch.zeros(1, device="cuda")
-    before = torch.cuda.memory_allocated()
+    torch.zeros(1, device=DEVICE)
+    before = allocated_bytes("memory_allocated")
     with host_peak() as peak:
         start_s = time.perf_counter()
         teacher: Any = (
@@ -232,19 +233,30 @@ def loading_of(kind: str, path: str) -> dict[str, Any]:
             if kind == "plain"
             else GPUTeacher.from_checkpoint(big, path, dtype=torch.bfloat16)
         )
-        torch.cuda.synchronize()
+        drain()
         seconds = time.perf_counter() - start_s
     weights = BIG[0] * BIG[1] ** 2
-    if teacher(torch.zeros(1, BIG[1], device="cuda", dtype=torch.bfloat16)).dtype != torch.bfloat16:
+    if teacher(torch.zeros(1, BIG[1], device=DEVICE, dtype=torch.bfloat16)).dtype != torch.bfloat16:
         raise AssertionError("the teacher does not compute in bfloat16")
     return {
         "name": "plain PyTorch" if kind == "plain" else "GPUTeacher.from_checkpoint",
         "seconds": seconds,
         "file_bytes": weights * 4,
         "teacher_bytes": weights * 2,
-        "device_peak_bytes": torch.cuda.max_memory_allocated() - before,
+        "device_peak_bytes": allocated_bytes("max_memory_allocated") - before,
         "host_peak_bytes": peak[0],
     }
+
+
+def drain() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated_bytes(which: str) -> int:
+    """Return one of PyTorch's counters of device memory; 0 on the CPU, where all of it is the host's."""
+    return int(getattr(torch.cuda, which)()) if DEVICE == "cuda" else 0
 
 
 def plain_loading(path: str) -> nn.Module:
@@ -258,7 +270,7 @@ def plain_loading(path: str) -> nn.Module:
         else torch.load(path, map_location="cpu", weights_only=True)
     )
     module.load_state_dict(state)
-    return module.to("cuda").to(torch.bfloat16).eval().requires_grad_(requires_grad=False)
+    return module.to(DEVICE).to(torch.bfloat16).eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
