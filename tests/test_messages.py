@@ -9,7 +9,7 @@ import gc
 import importlib
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from torchfast._estimate import calibrate
 from torchfast._estimate.gpus import GPU_NAMES, resolve_gpu
 from torchfast._estimate.settings import AllocatorSettings
 from torchfast._oom.thrash import Thrash
+from torchfast._tree import flatten
 from torchfast.integrations._repeat import repeating
 
 
@@ -66,6 +67,40 @@ def test_device_that_nobody_has() -> None:
         "device='gpu' is not a device that PyTorch knows. "
         'Give "cpu", "cuda", "cuda:1", a torch.device, or None for the current accelerator.'
     )
+
+
+def test_device_number_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index beyond the last device is answered with the devices that are there."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="numbered") as error:
+        resolve_device("cuda:2")
+    assert text_of(error) == (
+        "device='cuda:2' was asked for, but this machine has 2 cuda device(s), numbered from 0. "
+        "Choose cuda:0 to cuda:1, or leave device=None."
+    )
+
+
+# --- batches ---------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_contains_itself() -> None:
+    """A cycle cannot be walked."""
+    batch: list[Any] = [torch.zeros(1)]
+    batch.append(batch)
+    with pytest.raises(ValueError, match="tree") as error:
+        flatten(batch)
+    assert text_of(error) == (
+        "a batch must be a tree, but this list contains itself. Walking it would never end: break the cycle."
+    )
+
+
+def test_rebuilding_a_batch_of_other_leaves() -> None:
+    """A structure takes as many leaves as it gave."""
+    _, structure = flatten([torch.zeros(1), torch.ones(1)])
+    with pytest.raises(ValueError, match="leaves") as error:
+        structure.rebuild([torch.zeros(1)])
+    assert text_of(error) == "this structure has 2 leaves, 1 were given"
 
 
 # --- to_channels_last ------------------------------------------------------------------------------------
@@ -698,6 +733,34 @@ def test_a_teacher_that_cannot_be_split() -> None:
         "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it "
         "returns an output of shape () for 1 samples. "
         "Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda x: x - x.mean(0), "gives a sample other outputs when the samples beside it change"),
+        (lambda x: (x, x.tolist()), "returns things other than tensors, which differ from part to part"),
+        (
+            lambda x: nn.utils.rnn.pack_sequence([x]),
+            "returns PackedSequence, which cannot be put together from parts",
+        ),
+    ],
+)
+def test_why_a_teacher_cannot_be_split(forward: Callable[[torch.Tensor], Any], reason: str) -> None:
+    """The reason is told: samples that depend on one another, or outputs that are no rows of tensors."""
+
+    class Teacher(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return forward(x)
+
+    with pytest.raises(RuntimeError, match="cannot run in parts") as error:
+        GPUTeacher(Teacher(1, 1), "cpu")(torch.arange(4.0)[:, None])
+    assert text_of(error) == (
+        "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it "
+        f"{reason}. Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
     )
 
 
