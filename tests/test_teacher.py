@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast import GPUTeacher
 from torchfast._tree import map_tensors
@@ -555,3 +556,27 @@ def test_nothing_of_a_failed_pass_is_kept() -> None:
     with pytest.warns(UserWarning, match="ran out of memory"):
         GPUTeacher(Keeping(3, 2), "cpu")(torch.zeros(8, 3))
     assert at_retry[:3] == [0, 0, 0]
+
+
+class Copies(TorchDispatchMode):
+    """Notes of each conversion whether it may return before it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.non_blocking: list[bool] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note, and do as told."""
+        if func is torch.ops.aten._to_copy.default:
+            self.non_blocking.append(bool((kwargs or {}).get("non_blocking")))
+        return func(*args, **(kwargs or {}))
+
+
+def test_inputs_on_their_way_to_the_host_are_waited_for() -> None:
+    """A teacher on the CPU reads its inputs at once: what comes from a GPU must have arrived by then."""
+    teacher = GPUTeacher(nn.Linear(3, 2), device="cpu")
+    with Copies() as copies:
+        teacher(torch.zeros(4, 3, dtype=torch.float64))
+    assert copies.non_blocking == [False]

@@ -171,7 +171,9 @@ class GPUTeacher:
         self._placing = placing
         self.dtype = placing.dtype or main_dtype(module)
         self.chunk_size = chunk_size
-        self._own = frozenset(id(tensor) for tensor in tensors_of(module))
+        plain = (value for layer in module.modules() for value in vars(layer).values())
+        own = (value for value in (*tensors_of(module), *plain) if isinstance(value, torch.Tensor))
+        self._own = frozenset(map(id, own))
         self._eager = partial(_run, module, None)
         self._planner: Planner | None = None
 
@@ -226,7 +228,8 @@ class GPUTeacher:
         if not isinstance(leaf, torch.Tensor):
             return cast(Leaf, leaf.to(place))
         dtype = self.dtype if leaf.is_floating_point() else None
-        moved = leaf.to(device=place, dtype=dtype, non_blocking=True)
+        # The host would read what has not arrived yet.
+        moved = leaf.to(device=place, dtype=dtype, non_blocking=place.type != "cpu")
         if moved.is_inference():
             moved = moved.clone()  # a plain tensor
         if moved.dim() in self._placing.image_ranks and _layout.is_image(moved, rank_5=True):
