@@ -141,10 +141,11 @@ class Leaky(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.ones(2, 2))
+        self.plain = torch.ones(2)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the table, a view of it, the input and a view of the input."""
-        return self.table, self.table[0], x, x[:1]
+        """Return the table, a view of it, a plain attribute, the input and a view of the input."""
+        return self.table, self.table[0], self.plain, x, x[:1]
 
 
 def test_outputs_are_the_callers_own() -> None:
@@ -157,6 +158,7 @@ def test_outputs_are_the_callers_own() -> None:
         output.fill_(7)
     assert isinstance(teacher.module, Leaky)
     assert torch.equal(teacher.module.table, torch.ones(2, 2))
+    assert torch.equal(teacher.module.plain, torch.ones(2))
     assert not x.any()
 
 
