@@ -87,15 +87,15 @@ def test_an_empty_trace_is_an_answer_too() -> None:
 
 
 def test_the_safe_bound_is_wider_where_kernels_are_chosen_by_cudnn() -> None:
-    """The bound adds 4 % to what is reserved, 14 % for convolutional models, and the context's spread."""
+    """The bound adds 5 % to what is reserved, 12 % for convolutional models, and the context's spread."""
     notes = [Note("step 1 forward", f"layers.{i}", "aten.convolution", "workspace") for i in range(5)]
     events = [Event(i, 100 * MIB, i) for i in range(5)]
     gpu, subject = resolve_gpu("H200"), Subject("Made")
     many = estimate_of(Trace(events, notes), gpu=gpu, subject=subject)
     few = estimate_of(Trace(events[:4], notes[:4]), gpu=gpu, subject=subject)
     spread = few.context.spread_bytes
-    assert few.safe_bytes == few.context_bytes + spread + few.peak_reserved_bytes * 104 // 100
-    assert many.safe_bytes == many.context_bytes + spread + many.peak_reserved_bytes * 114 // 100
+    assert few.safe_bytes == few.context_bytes + spread + few.peak_reserved_bytes * 105 // 100
+    assert many.safe_bytes == many.context_bytes + spread + many.peak_reserved_bytes * 112 // 100
 
 
 def test_an_estimate_travels() -> None:
