@@ -107,6 +107,21 @@ def test_state_follows_delivery_not_loading() -> None:
     assert resumed.state_dict() == {"n_made": 10}
 
 
+def test_a_batch_that_found_no_room_on_the_device_is_not_lost() -> None:
+    """Out of memory in a transform leaves the batch first in line, as it does in the transfer."""
+    errors = [torch.OutOfMemoryError("full")]
+
+    def transform(batch: int) -> int:
+        if errors:
+            raise errors.pop()
+        return batch
+
+    batches = iter(DeviceLoader([1, 2, 3], "cpu", transform=transform))
+    with pytest.raises(torch.OutOfMemoryError):
+        next(batches)
+    assert list(batches) == [1, 2, 3]
+
+
 def test_state_after_an_early_break_is_that_of_the_last_batch() -> None:
     """Leaving the loop does not make the state jump ahead to what was loaded for nothing."""
     from tests.loader_transport import HostTransport

@@ -47,6 +47,7 @@ class Epoch(Iterator[T]):
         self._owner = owner  # lives as long as its epoch: it is what oom_guard asks to let go of memory
         self._state = "open"
         self._has_failed = False
+        self._unfinished: list[T] = []
         to_close_at_exit().add(self)
 
     @property
@@ -60,7 +61,7 @@ class Epoch(Iterator[T]):
         if self._state == "closed":
             raise closed_error()
         try:
-            batch: T = self._feed.take()
+            batch: T = self._unfinished.pop() if self._unfinished else self._feed.take()
         except StopIteration:
             self._state = "over"
             if not self._feed.goes_on:
@@ -69,12 +70,19 @@ class Epoch(Iterator[T]):
         except BaseException:
             self._has_failed = True
             raise
-        return batch if self._finish is None else cast(T, _finished(self._finish, batch))
+        if self._finish is None:
+            return batch
+        try:
+            return cast(T, _finished(self._finish, batch))
+        except torch.OutOfMemoryError:
+            self._unfinished.append(batch)  # once there is room, the same batch again
+            raise
 
     def close(self) -> None:
         """Stop loading and let go of everything; batches already handed out are the user's and stay."""
         if self._state == "open":
             self._state = "closed"
+            self._unfinished.clear()
             self._feed.close()
 
     def release_memory(self) -> None:
