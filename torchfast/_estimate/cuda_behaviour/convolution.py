@@ -184,7 +184,9 @@ def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
     tensor, weight, bias, stride, _, dilation, transposed, _, groups = args
     memory_format = _memory_format(tensor, weight)
     with recorder.scratch(*_copies(memory_format, tensor, weight)):
-        output = recorder.run(func, (tensor, weight, None, *args[3:]), kwargs)
+        # The meta kernel answers for another backend, which keeps depthwise outputs contiguous.
+        like = recorder.run_unrecorded(func, (tensor, weight, None, *args[3:]), kwargs)
+        output = _empty_like(recorder, like, memory_format)
         if tensor.dim() > 2 and output.numel():
             shape = _shape(tensor, output, weight, (stride, dilation, transposed, groups))
             size_bytes = _workspace(shape, tensor.dtype, _DATA if transposed else _FORWARD)
