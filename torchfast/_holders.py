@@ -4,6 +4,7 @@ A `DeviceLoader` with batches in flight registers itself here; `oom_guard` asks 
 go. So neither has to know the other.
 """
 
+from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet
 
@@ -24,8 +25,13 @@ def register(holder: Holder, /) -> None:
 
 
 def release_all() -> int:
-    """Ask every registered holder to let go, and return how many were asked."""
+    """Ask every registered holder to let go, and return how many were asked.
+
+    One that fails keeps what it holds. Its error is dropped: it would stand in the way of the others, and in
+    the place of the failure that made somebody ask.
+    """
     holders = list(_holders)
     for holder in holders:
-        holder.release_memory()
+        with suppress(Exception):
+            holder.release_memory()
     return len(holders)
