@@ -87,9 +87,7 @@ def train(
     to_channels_last(model, optimizer=optimizer)
 
     sample = (torch.zeros(loader.batch_size, 1, 8, 8), torch.zeros(loader.batch_size, dtype=torch.long))
-    estimate = estimate_vram(
-        model, sample, loss=F.cross_entropy, optimizer=optimizer, teacher=teacher and teacher.module
-    )
+    estimate = estimate_vram(model, sample, loss=F.cross_entropy, optimizer=optimizer, teacher=teacher)
     print(estimate.summary())
 
     start_s = time.perf_counter()
@@ -110,9 +108,9 @@ def train(
             progress.set_postfix_str(vram.line())
     n_samples = n_epochs * len(loader.dataset)
     print(f"{n_samples / (time.perf_counter() - start_s):,.0f} samples/s; loss {loss.item():.3f}")
-    if vram.peak.reserved_bytes is not None:
-        print(f"peak reserved: {format_gib(estimate.peak_reserved_bytes)} predicted, ", end="")
-        print(f"{format_gib(vram.peak.reserved_bytes)} observed")
+    if vram.peak.allocated_bytes is not None:
+        predicted, observed = estimate.peak_allocated_bytes, vram.peak.allocated_bytes
+        print(f"peak allocated: {format_mib(predicted)} predicted, {format_mib(observed)} observed")
 
 
 def loss_of(
@@ -190,9 +188,9 @@ def accuracy(model: nn.Module, test: tuple[torch.Tensor, torch.Tensor], device: 
     return float(right.float().mean())
 
 
-def format_gib(n_bytes: int) -> str:
-    """Write bytes as GiB."""
-    return f"{n_bytes / 2**30:.3f} GiB"
+def format_mib(n_bytes: int) -> str:
+    """Write bytes as MiB."""
+    return f"{n_bytes / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":
