@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -381,3 +382,20 @@ def test_an_estimate_keeps_neither_model_nor_batch() -> None:
     gc.collect()
     assert [ref() for ref in watched] == [None, None]
     assert found.peak_process_bytes > 0
+
+
+def test_estimates_of_several_threads_take_turns() -> None:
+    """Estimates that are asked for at the same time come out as they do one after another."""
+    model, batch = nn.Linear(64, 64), torch.randn(8, 64)
+    expected = estimate_vram(model, batch).peak_allocated_bytes
+    with ThreadPoolExecutor(4) as pool:
+        peaks = list(pool.map(lambda _: estimate_vram(model, batch).peak_allocated_bytes, range(8)))
+    assert peaks == [expected] * 8
+
+
+def test_an_estimate_within_an_estimate_is_refused() -> None:
+    """Asked for within a step that is itself on paper, an estimate says where it belongs instead."""
+    model, batch = nn.Linear(4, 4), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"Call it outside of step="):
+        estimate_vram(model, batch, step=lambda images: estimate_vram(model, images))
+    assert estimate_vram(model, batch).peak_allocated_bytes > 0

@@ -731,7 +731,7 @@ def test_a_teacher_that_cannot_be_split() -> None:
         GPUTeacher(Total(1), "cpu")(torch.arange(4.0)[:, None])
     assert text_of(error) == (
         "the teacher cannot run in parts of the batch, as a lack of memory or chunk_size= asks for: it "
-        "returns an output of shape () for 1 samples. "
+        "returns a tensor of shape () for 1 samples. "
         "Give it a smaller batch, or a smaller type such as dtype=torch.bfloat16."
     )
 
@@ -987,6 +987,17 @@ def test_plotting_an_estimate_without_matplotlib(monkeypatch: pytest.MonkeyPatch
     assert text_of(error) == (
         "VRAMEstimate.plot() was called, but matplotlib is not installed, and it draws the figure. "
         "Install it (pip install matplotlib), or print the estimate instead."
+    )
+
+
+def test_an_estimate_within_an_estimate() -> None:
+    """A step that is itself on paper is told where the other estimate belongs."""
+    model, batch = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with pytest.raises(ValueError, match="could not run the given step") as error:
+        estimate_vram(model, batch, step=lambda images: estimate_vram(model, images))
+    assert str(error.value.__cause__) == (
+        "estimate_vram was called within a step that is being estimated, and PyTorch can only be put on "
+        "paper once at a time. Call it outside of step=."
     )
 
 

@@ -90,6 +90,8 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
 
     It does not model `torch.compile`, CUDA graphs, and several GPUs: a compiled or wrapped model is
     estimated as the plain module inside.
+    While it runs, a second or two, parts of PyTorch's Python side are stand-ins: estimates of several threads
+    take turns, and other threads should leave `torch.cuda` and the model alone meanwhile.
     """
     _check(model, training=training)
     check_options(

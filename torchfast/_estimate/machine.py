@@ -100,11 +100,21 @@ def watched_backward(mode: OnPaper, begins: Callable[[], None], ends: Callable[[
 @contextmanager
 def imagined_gpu(gpu: GPU) -> Iterator[None]:
     """Make PyTorch's Python side believe that this GPU is there."""
+    with ExitStack() as undo:
+        for owner, attribute, value in (*_a_gpu(gpu), *_paper_as_cuda(), *_no_handing_over()):
+            if hasattr(owner, attribute):
+                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+                setattr(owner, attribute, value)
+        yield
+
+
+StandIn = tuple[Any, str, Any]
+"""What is replaced for a while: an owner, the name of its attribute, and the value in its place."""
+
+
+def _a_gpu(gpu: GPU) -> list[StandIn]:
+    """Return what PyTorch asks about GPUs, answered for this one."""
     capability, name = gpu.capability, gpu.name
-    common = torch.cuda.amp.common
-    foreach = importlib.import_module("torch.utils._foreach_utils")
-    optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides its submodule
-    scalers = importlib.import_module("torch.amp.grad_scaler")
     properties = types.SimpleNamespace(
         name=name,
         major=capability[0],
@@ -113,50 +123,52 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
         multi_processor_count=gpu.n_multiprocessors,
     )
     stream = types.SimpleNamespace(is_capturing=lambda: False)
-    with ExitStack() as undo:
+    return [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "set_device", lambda *_: None),
+        (torch.cuda, "get_device_capability", lambda *_: capability),
+        (torch.cuda, "get_device_name", lambda *_: name),
+        (torch.cuda, "get_device_properties", lambda *_: properties),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.accelerator, "is_available", lambda: True),
+        (torch.accelerator, "current_accelerator", lambda **_: torch.device(CUDA.type)),
+        (torch.accelerator, "device_count", lambda: 1),
+        (torch.accelerator, "current_device_index", lambda: 0),
+        (torch.accelerator, "current_stream", lambda *_: stream),  # optimizers of 2.15 ask it
+        (torch.accelerator, "synchronize", lambda *_: None),
+    ]
 
-        def put(owner: Any, attribute: str, value: Any) -> None:
-            if hasattr(owner, attribute):
-                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-                setattr(owner, attribute, value)
 
-        for owner, attribute, value in [
-            (common, "amp_definitely_not_available", lambda: False),
-            (scalers, "amp_definitely_not_available", lambda: False),
-            (torch.backends.cudnn, "is_acceptable", lambda *_: False),  # flattening is recorder.merge's
-            (torch.cuda, "is_available", lambda: True),
-            (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
-            (torch.cuda, "device_count", lambda: 1),
-            (torch.cuda, "current_device", lambda: 0),
-            (torch.cuda, "set_device", lambda *_: None),
-            (torch.cuda, "get_device_capability", lambda *_: capability),
-            (torch.cuda, "get_device_name", lambda *_: name),
-            (torch.cuda, "get_device_properties", lambda *_: properties),
-            (torch.cuda, "synchronize", lambda *_: None),
-            (torch.cuda, "empty_cache", lambda: None),
-            (torch.cuda, "is_current_stream_capturing", lambda: False),
-            (torch.cuda, "_lazy_init", lambda: None),
-            (torch.accelerator, "is_available", lambda: True),
-            (torch.accelerator, "current_accelerator", lambda **_: torch.device(CUDA.type)),
-            (torch.accelerator, "device_count", lambda: 1),
-            (torch.accelerator, "current_device_index", lambda: 0),
-            (torch.accelerator, "current_stream", lambda *_: stream),  # optimizers of 2.15 ask it
-            (torch.accelerator, "synchronize", lambda *_: None),
-            (
-                torch._C,
-                "_group_tensors_by_device_and_dtype",
-                _grouped(torch._C._group_tensors_by_device_and_dtype),
-            ),
-            (foreach, "_foreach_supported_types", [*foreach._foreach_supported_types, PaperTensor]),
-            (optimizers, "_foreach_supported_types", [*optimizers._foreach_supported_types, PaperTensor]),
-        ]:
-            put(owner, attribute, value)
-        # PyTorch's own functions in Python would hand a call over to the function mode as a whole, and what
-        # they create inside would be out of the mode's reach.
-        for module in ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.init"):
-            for check in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-                put(sys.modules[module], check, _never)
-        yield
+def _paper_as_cuda() -> list[StandIn]:
+    """Return what has PyTorch treat paper tensors as it treats those on a GPU."""
+    foreach = importlib.import_module("torch.utils._foreach_utils")
+    optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides its submodule
+    scalers = importlib.import_module("torch.amp.grad_scaler")
+    grouping = "_group_tensors_by_device_and_dtype"
+    return [
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (scalers, "amp_definitely_not_available", lambda: False),
+        (torch.backends.cudnn, "is_acceptable", lambda *_: False),  # flattening is recorder.merge's
+        (torch._C, grouping, _grouped(getattr(torch._C, grouping))),
+        (foreach, "_foreach_supported_types", [*foreach._foreach_supported_types, PaperTensor]),
+        (optimizers, "_foreach_supported_types", [*optimizers._foreach_supported_types, PaperTensor]),
+    ]
+
+
+def _no_handing_over() -> list[StandIn]:
+    """Return what keeps PyTorch's functions in Python from handing a call to the function mode as a whole.
+
+    What they create inside would be out of the mode's reach.
+    """
+    modules = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.init")
+    checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    return [(sys.modules[module], check, _never) for module in modules for check in checks]
 
 
 def _never(*_: Any) -> bool:

@@ -3,6 +3,7 @@
 import gc
 import random
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
     """Run the plan's steps on paper. Everything the plan holds comes out as it went in."""
     recorder = Recorder(gpu, cuda_behaviour.rule_for)
     with ExitStack() as scope:
+        scope.enter_context(_one_at_a_time())
         scope.enter_context(_quiet_collector())
         scope.enter_context(_random_state_kept())
         scope.enter_context(_modes_kept())
@@ -45,6 +47,8 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
 
 class _Tracer:
     """One run: the swapping of objects for paper ones, and the phases."""
+
+    is_running = False
 
     def __init__(self, plan: Plan, recorder: Recorder) -> None:
         self.plan = plan
@@ -249,6 +253,25 @@ def _modes_kept() -> Iterator[None]:
         finally:
             torch.set_default_dtype(dtype)
             torch.set_autocast_enabled("cuda", autocast)
+
+
+_turn = threading.RLock()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Wait for the estimates of other threads: each puts stand-ins into the same places of PyTorch."""
+    with _turn:
+        if _Tracer.is_running:
+            raise RuntimeError(
+                "estimate_vram was called within a step that is being estimated, and PyTorch can only be put "
+                "on paper once at a time. Call it outside of step=."
+            )
+        _Tracer.is_running = True
+        try:
+            yield
+        finally:
+            _Tracer.is_running = False
 
 
 @contextmanager
