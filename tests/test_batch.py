@@ -1,13 +1,15 @@
 """Which dimension of a batch is the batch, and what a batch is split into."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from torchfast._batch import batch_size, split
+from torchfast._batch import Gathered, batch_size, cut, lengths_of, split
 
 
 def test_size_is_what_most_tensors_share() -> None:
@@ -49,3 +51,66 @@ def test_what_has_no_samples_is_not_split() -> None:
     batch = {"x": torch.zeros(4)}
     assert split(batch, 4)[0] is batch
     assert split("text", 2) == ["text"]
+
+
+# --- parts put together again -----------------------------------------------------------------------------
+
+
+def in_parts(function: Callable[[Any], Any], batch: Any, size: int, dim: int = 0) -> Any:
+    """Return what a function returns for a batch, worked on in parts."""
+    n_samples = batch_size(batch, dim=dim) or 0
+    lengths = lengths_of(n_samples, size, uneven=True)
+    gathered = Gathered(n_samples, refusal=ValueError, dim=dim)
+    for part, length in zip(cut(batch, lengths, dim=dim), lengths, strict=True):
+        gathered.add(function(part), length)
+    return gathered.whole()
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2), st.booleans())
+def test_parts_put_together_are_the_whole(n_samples: int, size: int, dim: int, grad: bool) -> None:  # noqa: FBT001 -- drawn
+    """Rows of samples come in order, with their graph, and what all parts share comes once."""
+    shape = [3, 4, 5]
+    shape[dim] = n_samples
+    x, table = torch.randn(shape, requires_grad=grad), torch.randn(size, 7)
+
+    def function(part: torch.Tensor) -> Any:
+        return {"twice": part * 2, "pair": [part.sum((dim + 1) % 3, keepdim=True), None], "name": "n"}
+
+    whole, found = function(x), in_parts(function, x, size, dim)
+    torch.testing.assert_close(found["twice"], whole["twice"])
+    torch.testing.assert_close(found["pair"][0], whole["pair"][0])
+    assert (found["pair"][1], found["name"]) == (None, "n")
+    assert found["twice"].requires_grad == grad
+    if size > 1 and size < n_samples:
+        assert torch.equal(in_parts(lambda _: table, x, size, dim), table)
+
+
+@pytest.mark.parametrize("n_samples", [7, 8, 12])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean(0),
+        lambda x: x.mean(0, keepdim=True),
+        torch.sum,
+        lambda x: x @ x.T,
+        lambda x: (x, [str(row) for row in range(len(x))]),
+        lambda x: (x, len(x)),
+        lambda x: (x, object()),
+        lambda x: nn.utils.rnn.pack_sequence([x]),
+        lambda x: (x, x.numpy().sum(0)),
+    ],
+)
+def test_what_is_no_row_of_a_sample_is_refused(
+    function: Callable[[torch.Tensor], Any], n_samples: int
+) -> None:
+    """What belongs to a part as a whole is not taken for rows, though it be as long as a part."""
+    with pytest.raises(ValueError, match=r"samples|part"):
+        in_parts(function, torch.arange(n_samples * 4.0).reshape(n_samples, 4), 4)
+
+
+def test_lists_beside_single_samples_are_refused() -> None:
+    """Parts of one sample cannot show whether a list of one value is for the sample or for all of them."""
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="a list of 1 for 1 samples"):
+        in_parts(lambda part: (part, ["0"]), x, 1)
+    assert in_parts(lambda part: (part, [None], x.shape[:1]), x, 1)[1:] == ([None], x.shape[:1])

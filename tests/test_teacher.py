@@ -525,6 +525,50 @@ def test_objects_with_parts_of_the_batch_are_not_split() -> None:
     assert GPUTeacher(Caching(), "cpu")(torch.zeros(4, 3))["y"].shape == (4, 2)
 
 
+class Tabled(nn.Module):
+    """A module that returns a table of its own beside its outputs, or the mean over the batch if asked."""
+
+    def __init__(self, n_rows: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(n_rows, 4))
+
+    def forward(self, x: torch.Tensor, *, mean: bool = False) -> Any:
+        """Return outputs (N, 4), and the table or the mean."""
+        y = self.linear(x)
+        return y, y.mean(dim=0) if mean else self.table
+
+
+@pytest.mark.parametrize("n_samples", [4, 8, 10])
+def test_rows_are_told_from_what_is_as_long_as_a_part(n_samples: int) -> None:
+    """A table with as many rows as a part has samples stays itself; a mean over the batch is refused."""
+    module, x = Tabled(n_rows=4), torch.randn(n_samples, 4)
+    teacher = GPUTeacher(module, "cpu", chunk_size=4)
+    outputs, table = teacher(x)
+    torch.testing.assert_close(outputs, module(x)[0])
+    assert torch.equal(table, module.table)
+    if n_samples > 4:
+        with pytest.raises(RuntimeError, match=r"shape \(4,\) for 2 samples"):
+            teacher(x, mean=True)
+
+
+def test_a_table_among_the_inputs_is_not_split_with_the_batch() -> None:
+    """Looking whether samples are independent, a table as long as a part goes whole to every part."""
+
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor, *, table: torch.Tensor) -> Any:
+            return self.linear(x) + table.sum()
+
+    module, x, table = Bilinear(), torch.randn(8, 3), torch.randn(4, 2)
+    with pytest.warns(UserWarning, match="4 samples at a time"):
+        found = GPUTeacher(Hungry(4, module), "cpu")(x, table=table)
+    torch.testing.assert_close(found, module(x, table=table))
+
+
 class Greedy(Hungry):
     """A module that changes its input before it runs out of memory."""
 

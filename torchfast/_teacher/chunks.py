@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from torchfast._batch import batch_size, split
+from torchfast._batch import Gathered, batch_size, cut, lengths_of
 from torchfast._oom_errors import classify
 from torchfast._teacher.closeness import Forward, differs
-from torchfast._tree import flatten
 
 
 def forward_in_memory(
@@ -56,57 +55,32 @@ def _does_not_fit(n_samples: int | None) -> str:
 
 
 def _in_chunks(forward: Forward, inputs: Any, size: int | None) -> Any:
-    """Return the outputs of all samples, computed `size` at a time.
-
-    Each chunk's outputs are copied into their place and dropped: concatenation would hold everything twice.
-    """
+    """Return the outputs of all samples, computed `size` at a time."""
     n_samples = None if size is None else batch_size(inputs)
     if size is None or n_samples is None or size >= n_samples:
         return forward(inputs)
-    whole: list[Any] = []
-    around: Any = None
-    start = 0
-    for part in split(inputs, size):
-        length = min(size, n_samples - start)
-        leaves, structure = flatten(forward(part))
-        rest = structure.rebuild(range(len(leaves)))
-        if start == 0:
-            whole = [_room(leaf, length, n_samples) for leaf in leaves]
-            around = rest
-        elif rest != around:
-            raise _cannot_split("returns things other than tensors, which differ from part to part")
-        _put(leaves, whole, start, length)
-        start += length
-    return structure.rebuild(whole)
-
-
-def _room(leaf: Any, length: int, n_samples: int) -> Any:
-    """Return room for all samples where the output has a row for each sample, else the output itself."""
-    if isinstance(leaf, torch.Tensor) and leaf.shape[:1] == (length,):
-        return leaf.new_empty((n_samples, *leaf.shape[1:]))
-    return leaf
-
-
-def _put(leaves: list[Any], whole: list[Any], start: int, length: int) -> None:
-    for leaf, room in zip(leaves, whole, strict=True):
-        if room is leaf:
-            continue
-        if not isinstance(leaf, torch.Tensor):
-            raise _cannot_split(f"returns {type(leaf).__name__}, which cannot be put together from parts")
-        if leaf.shape == (length, *room.shape[1:]) and start + length <= len(room):
-            room[start : start + length] = leaf
-        elif leaf.shape != room.shape or not torch.equal(leaf, room):
-            raise _cannot_split(f"returns an output of shape {tuple(leaf.shape)} for {length} samples")
+    gathered = Gathered(n_samples, refusal=_not_rows)
+    lengths = lengths_of(n_samples, size, uneven=True)
+    for part, length in zip(cut(inputs, lengths), lengths, strict=True):
+        gathered.add(forward(part), length)
+    return gathered.whole()
 
 
 def _check_samples_are_independent(forward: Forward, inputs: Any, size: int | None) -> None:
     """Refuse to split for a teacher whose output for a sample depends on the samples beside it."""
     if size is None or size < 2:
         return
-    part = split(inputs, size)[0]
-    together, apart = (_in_chunks(forward, part, at_a_time) for at_a_time in (None, size // 2))
-    if differs(together, apart) is not None:
+    half = size // 2
+    lengths = [half + 1, half - 1] if half > 1 else [half, half]
+    together, apart = forward(cut(inputs, [2 * half])[0]), Gathered(2 * half, refusal=_not_rows)
+    for part, length in zip(cut(inputs, lengths), lengths, strict=True):
+        apart.add(forward(part), length)
+    if differs(together, apart.whole()) is not None:
         raise _cannot_split("gives a sample other outputs when the samples beside it change")
+
+
+def _not_rows(what: str) -> RuntimeError:
+    return _cannot_split(f"returns {what}")
 
 
 def _cannot_split(reason: str) -> RuntimeError:
