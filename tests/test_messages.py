@@ -9,6 +9,7 @@ import gc
 import importlib
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -471,6 +472,34 @@ def test_a_teacher_in_torchscript() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_teacher_that_is_quantised() -> None:
+    """Packed weights are no parameters: neither placed nor loaded, so they are refused by name."""
+    quantised = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(2, 2))
+    torch.ao.quantization.quantize_dynamic(quantised, {nn.Linear}, inplace=True)
+    with pytest.raises(ValueError, match="quantised") as error:
+        GPUTeacher(quantised, "cpu")
+    assert text_of(error) == (
+        "'1' of the teacher is quantised for the CPU: its weights are packed and no parameters, so they "
+        "cannot be placed on a device or read from a file. "
+        "Give the module as it was before, with dtype=torch.bfloat16 to save memory."
+    )
+
+
+def test_a_teacher_that_cannot_be_copied() -> None:
+    """A lock belongs to one process, and a teacher is a copy."""
+    module = nn.Linear(2, 2)
+    module.lock = threading.Lock()  # type: ignore[assignment]  # any attribute will do
+    with pytest.raises(TypeError, match="copied") as error:
+        GPUTeacher(module, "cpu")
+    assert text_of(error) == (
+        "the teacher cannot be copied: cannot pickle '_thread.lock' object. It holds something that belongs "
+        "to one process, such as a lock or an open file. Take it out of the module, or leave it out in its "
+        "__deepcopy__."
+    )
+
+
 @pytest.mark.usefixtures("one_process")
 def test_a_teacher_in_pieces() -> None:
     """A teacher is whole on each device."""
@@ -496,12 +525,16 @@ def test_options_of_a_teacher_that_make_no_sense() -> None:
         "dtype=torch.int8 was asked for, but a teacher computes in floating point. "
         "Choose torch.bfloat16, torch.float16 or torch.float32, or leave dtype=None to keep the module's."
     )
+    with pytest.raises(TypeError, match=r"dtype='bf16' was asked for, but a teacher computes"):
+        GPUTeacher(module, "cpu", dtype="bf16")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="chunk_size") as error:
         GPUTeacher(module, "cpu", chunk_size=0)
     assert text_of(error) == (
         "chunk_size=0 was asked for, but at least one sample has to run at a time. "
         "Give a positive number, or None for no limit."
     )
+    with pytest.raises(TypeError, match=r"chunk_size='4' was asked for, but at least one"):
+        GPUTeacher(module, "cpu", chunk_size="4")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="device") as error:
         GPUTeacher(module, "meta")
     assert text_of(error) == (
@@ -565,6 +598,38 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt", "empty.pt"])
+def test_a_checkpoint_that_is_broken(tmp_path: Path, name: str) -> None:
+    """The file is named, whatever its reader says."""
+    path = tmp_path / name
+    path.write_bytes(b"" if name == "empty.pt" else b"\x80\x02" + bytes(range(64)))
+    with pytest.raises(ValueError, match="could not be read") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    cause = error.value.__cause__
+    reason = str(cause).partition("\n")[0].rstrip(".")
+    assert text_of(error) == (
+        f"{str(path)!r} could not be read as a checkpoint: {type(cause).__name__}: {reason}. "
+        "Give a whole .safetensors file, or a state dict that torch.save wrote; "
+        "one that is broken or empty has to be copied or saved again."
+    )
+
+
+def test_a_checkpoint_of_no_file() -> None:
+    """No file, or a number, is said before anything is built."""
+    with pytest.raises(ValueError, match="no file") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), [], "cpu")
+    assert text_of(error) == (
+        "GPUTeacher.from_checkpoint was given no file: its list of paths is empty. "
+        "Give the files that together hold the weights."
+    )
+    with pytest.raises(TypeError, match="path of a file") as wrong:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), 5, "cpu")  # type: ignore[arg-type]  # wrong
+    assert text_of(wrong) == (
+        "GPUTeacher.from_checkpoint takes the path of a file, or of several, but was given 5. "
+        "Give a .safetensors file, or one that torch.save wrote."
+    )
+
+
 def test_a_factory_that_computes_buffers_from_parameters(tmp_path: Path) -> None:
     """A buffer that the file lacks and the factory cannot compute is named; the teacher never has holes."""
 
@@ -625,6 +690,16 @@ def test_features_that_are_not_there() -> None:
     )
 
 
+def test_features_that_are_no_names() -> None:
+    """A number names no module."""
+    with pytest.raises(TypeError, match="features") as error:
+        GPUTeacher(nn.Linear(2, 2), "cpu", features=5)  # type: ignore[arg-type]  # wrong on purpose
+    assert text_of(error) == (
+        "features=5 was asked for, which are no names. Name modules inside the teacher as named_modules() "
+        'does, as in features=("layer3",).'
+    )
+
+
 def test_features_that_the_forward_does_not_pass() -> None:
     """A module that takes no part in the forward has no output to give."""
     model = nn.Linear(2, 2)
@@ -646,6 +721,10 @@ def test_a_plan_that_nobody_knows() -> None:
         "Choose \"eager\", \"auto\", or some of 'plain', 'fold', 'compile', 'graph', "
         'as in plan=("fold", "graph").'
     )
+    with pytest.raises(ValueError, match=r"plan=\('fold', 'fast'\) was asked for, which is no way"):
+        GPUTeacher(nn.Linear(2, 2), "cpu", plan=("fold", "fast"))
+    with pytest.raises(TypeError, match="plan=None was asked for, which is no way"):
+        GPUTeacher(nn.Linear(2, 2), "cpu", plan=None)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_teacher_out_of_a_pickle() -> None:

@@ -1,22 +1,30 @@
 """`GPUTeacher`: a frozen distillation teacher, on the device, outside the student."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from torchfast import _layout
-from torchfast._device import resolve_device
 from torchfast._teacher.chunks import forward_in_memory
 from torchfast._teacher.features import Taps
 from torchfast._teacher.loading import built_without_memory, loaded
 from torchfast._teacher.placing import Placing, frozen_copy, main_dtype, tensors_of
-from torchfast._teacher.plan import PARTS, Planner, TeacherPlan
+from torchfast._teacher.plan import Planner, TeacherPlan
+from torchfast._teacher.refusals import (
+    bare,
+    check_built,
+    check_factory,
+    check_has_values,
+    checked_place,
+    names_of,
+    parts_of,
+    paths_of,
+)
 from torchfast._tree import Leaf, flatten, map_tensors
 
 T = TypeVar("T")
@@ -69,7 +77,7 @@ class GPUTeacher:
         module: the frozen module, to look at.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module, or an option of the wrong kind.
         ValueError: no such device, type or feature, no parameters, or parameters without values.
         torch.OutOfMemoryError: the weights, or a single sample, do not fit; a note says what would.
     """
@@ -87,12 +95,14 @@ class GPUTeacher:
         outputs: bool = True,
         plan: str | Collection[str] = "eager",
     ) -> None:
-        module = _bare(teacher)
-        place = _place(dtype, chunk_size, device)
-        _check_has_values(module)
+        module = bare(teacher)
+        place = checked_place(dtype, chunk_size, device)
+        parts = parts_of(plan)
+        names = names_of(features, outputs=outputs)
+        check_has_values(module)
         placing = Placing(module, place, dtype, channels_last=channels_last)
         self._set_up(frozen_copy(module, placing), placing, chunk_size)
-        self._choose(features, plan, outputs=outputs)
+        self._choose(names, parts, outputs=outputs)
 
     @classmethod
     def from_checkpoint(  # noqa: PLR0913 -- the options of GPUTeacher, and a file
@@ -141,28 +151,21 @@ class GPUTeacher:
 
         Raises:
             TypeError: the factory builds no module, or the file holds other things than tensors by name.
-            ValueError: names or shapes of file and module differ; the message lists them.
+            ValueError: a file is broken, or its names or shapes differ from those of the module.
             ImportError: a `.safetensors` file, and the package safetensors is not installed.
             FileNotFoundError: there is no such file.
         """
-        if isinstance(factory, nn.Module) or not callable(factory):
-            raise TypeError(
-                "GPUTeacher.from_checkpoint takes a function that builds the module, but was given "
-                f"{_an(factory)}. Give it a way to build one without memory: lambda: {_name(factory)}(...)."
-            )
-        place = _place(dtype, chunk_size, device)
+        check_factory(factory)
+        place = checked_place(dtype, chunk_size, device)
+        parts = parts_of(plan)
+        names = names_of(features, outputs=outputs)
+        paths = paths_of(path)
         module = built_without_memory(factory)
-        if not isinstance(module, nn.Module):
-            raise TypeError(
-                f"the factory given to GPUTeacher.from_checkpoint returned {_an(module)}, not a "
-                "torch.nn.Module. It has to build and return the teacher's module."
-            )
-        _check_shapes_are_known(module)
-        paths = [path] if isinstance(path, (str, PathLike)) else list(path)
+        check_built(module)
         placing = Placing(module, place, dtype, channels_last=channels_last)
         teacher = cls.__new__(cls)
         teacher._set_up(loaded(module, paths, placing), placing, chunk_size)
-        teacher._choose(features, plan, outputs=outputs)
+        teacher._choose(names, parts, outputs=outputs)
         return teacher
 
     def _set_up(self, module: nn.Module, placing: Placing, chunk_size: int | None) -> None:
@@ -177,16 +180,10 @@ class GPUTeacher:
         self._eager = partial(_run, module, None)
         self._planner: Planner | None = None
 
-    def _choose(self, features: Sequence[str], plan: str | Collection[str], *, outputs: bool) -> None:
-        names = [features] if isinstance(features, str) else list(features)
-        if not names and not outputs:
-            raise ValueError(
-                "outputs=False was asked for without features=, so the teacher would return nothing. "
-                'Name modules inside it, as in features=("layer3",), or leave outputs=True.'
-            )
+    def _choose(self, names: Sequence[str], parts: set[str], *, outputs: bool) -> None:
         taps = Taps(self.module, names, outputs=outputs) if names else None
         self._eager = partial(_run, self.module, taps)
-        parts = _parts(plan) - ({"compile"} if names else set())  # taps would cut a compiled graph in pieces
+        parts = parts - ({"compile"} if names else set())  # taps would cut a compiled graph in pieces
         if parts:
             self._planner = Planner(self.module, self._eager, self._placing, parts, names)
 
@@ -291,95 +288,3 @@ def _without_weights(device: torch.device, dtype: torch.dtype) -> GPUTeacher:
 def _root(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor whose memory this one is a view of."""
     return tensor if tensor._base is None else tensor._base
-
-
-# --- what is refused -------------------------------------------------------------------------------------
-
-
-def _bare(teacher: object) -> nn.Module:
-    """Return the module without wrappers that make no sense for a teacher."""
-    if not isinstance(teacher, nn.Module):
-        hint = (
-            "To load one from a file, use GPUTeacher.from_checkpoint(factory, path)."
-            if isinstance(teacher, (str, PathLike, Mapping))
-            else "Give an instance of the module that computes the targets."
-        )
-        raise TypeError(f"GPUTeacher takes a torch.nn.Module, but was given {_an(teacher)}. {hint}")
-    if isinstance(teacher, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return _bare(teacher.module)
-    return _bare(teacher._orig_mod) if hasattr(teacher, "_orig_mod") else teacher
-
-
-def _an(thing: object) -> str:
-    return f"the class {_name(thing)}" if isinstance(thing, type) else f"an object of type {_name(thing)}"
-
-
-def _name(thing: object) -> str:
-    return thing.__name__ if isinstance(thing, type) else type(thing).__name__
-
-
-def _place(
-    dtype: torch.dtype | None, chunk_size: int | None, device: torch.device | str | int | None
-) -> torch.device:
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype={dtype} was asked for, but a teacher computes in floating point. "
-            "Choose torch.bfloat16, torch.float16 or torch.float32, or leave dtype=None to keep the module's."
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"chunk_size={chunk_size} was asked for, but at least one sample has to run at a time. "
-            "Give a positive number, or None for no limit."
-        )
-    place = resolve_device(device)
-    if place.type == "meta":
-        raise ValueError(
-            "device='meta' was asked for, where tensors have no values: a teacher could not compute targets. "
-            "Choose a device with memory, or None for the current one."
-        )
-    return place
-
-
-def _parts(plan: str | Collection[str]) -> set[str]:
-    parts = {"eager": set(), "auto": set(PARTS)}.get(plan) if isinstance(plan, str) else set(plan)
-    if parts is None or not parts <= set(PARTS):
-        raise ValueError(
-            f"plan={plan!r} was asked for, which is no way to run a teacher. "
-            f'Choose "eager", "auto", or some of {", ".join(map(repr, PARTS))}, as in plan=("fold", "graph").'
-        )
-    return parts
-
-
-def _check_has_values(module: nn.Module) -> None:
-    _check_shapes_are_known(module)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} of the teacher lies on the meta device and has no values. "
-                "Load them with GPUTeacher.from_checkpoint(factory, path)."
-            )
-
-
-def _check_shapes_are_known(module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            "the teacher is a TorchScript module, whose weights cannot be placed one by one. "
-            "Give the Python module that it was made from."
-        )
-    if next(module.parameters(), None) is None:
-        raise ValueError(
-            f"the teacher, {type(module).__name__}, has no parameters, so it has learnt nothing to teach. "
-            "Give the trained module itself; what needs no weights can be called as it is."
-        )
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"{name!r} of the teacher has no shape yet: it takes it from the first batch. "
-                "Run one batch through the module, then make it a teacher."
-            )
-        if any(base.__module__.startswith("torch.distributed.tensor") for base in type(parameter).__mro__):
-            raise ValueError(
-                f"{name!r} of the teacher is a DTensor, spread over several processes, and a teacher is "
-                "whole on each device. "
-                "Make it before fully_shard, or load it with GPUTeacher.from_checkpoint."
-            )

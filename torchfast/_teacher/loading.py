@@ -81,6 +81,22 @@ def opened(paths: Sequence[Path], /) -> Iterator[dict[str, Stored]]:
         yield stored
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Have what cannot be read named in the error: readers speak of stacks, headers and pickles."""
+    try:
+        yield
+    except (OSError, MemoryError):  # not the file's fault, or the file is named
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"{fspath(path)!r} could not be read as a checkpoint: {type(error).__name__}: {reason}. "
+            "Give a whole .safetensors file, or a state dict that torch.save wrote; "
+            "one that is broken or empty has to be copied or saved again."
+        ) from error
+
+
 def _safetensors(path: Path, files: ExitStack) -> dict[str, Stored]:
     try:
         from safetensors import safe_open
@@ -89,16 +105,18 @@ def _safetensors(path: Path, files: ExitStack) -> dict[str, Stored]:
             f"reading {fspath(path)!r} needs the safetensors package, which is not installed. "
             "Install it with: pip install safetensors"
         ) from error
-    file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-    return {
-        name: Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
-        for name in file.keys()  # noqa: SIM118 -- not a mapping: it has no __iter__
-    }
+    with _named(path):
+        file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+        return {
+            name: Stored(tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name))
+            for name in file.keys()  # noqa: SIM118 -- not a mapping: it has no __iter__
+        }
 
 
 def _pickled(path: Path) -> dict[str, Stored]:
     # Files of before PyTorch 1.6 are no zip archives and cannot be mapped: they are read whole.
-    found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    with _named(path):
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     if not isinstance(found, Mapping):
         raise TypeError(
             f"{fspath(path)!r} holds {type(found).__name__}, not a state dict: tensors by name. "

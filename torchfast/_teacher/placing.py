@@ -85,7 +85,13 @@ def assembled(module: M, placed: Mapping[int, torch.Tensor], /) -> M:
         for value in vars(layer).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()  # recomputed by each forward; deepcopy would refuse it
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = copy.deepcopy(module, memo)
+    except TypeError as error:  # a lock, a socket, a generator
+        raise TypeError(
+            f"the teacher cannot be copied: {error}. It holds something that belongs to one process, such as "
+            "a lock or an open file. Take it out of the module, or leave it out in its __deepcopy__."
+        ) from error
     twin.eval().requires_grad_(False)
     for layer in twin.modules():
         if isinstance(layer, nn.RNNBase):
