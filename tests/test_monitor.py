@@ -316,6 +316,25 @@ def test_a_monitor_that_is_collected_by_its_own_thread() -> None:
     assert vram.errors == ()
 
 
+def test_a_thread_that_cannot_start_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no thread left, entering fails as a whole, and the monitor can run again."""
+    gpu = FakeGPU()
+    vram = gpu.monitor(interval_s=60.0)
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            vram.__enter__()
+    assert not vram.is_running
+    assert gpu.ledger._scopes == []
+    with vram:
+        gpu.allocate(100)
+    assert vram.peak.allocated_bytes == 100
+
+
 def test_a_phase_closed_by_another_thread() -> None:
     """A phase that one thread opened and another closed, as a generator's may be, is out of the way."""
     gpu = FakeGPU()

@@ -97,7 +97,11 @@ class VRAMMonitor:
         # Stops the thread also when the monitor is dropped without being left, and at the interpreter's exit.
         # Neither the thread nor this refers to the monitor, which would keep it alive.
         self._run, self._stop = run, weakref.finalize(self, run.close)
-        run.open(self.interval_s)
+        try:
+            run.open(self.interval_s)
+        except BaseException:  # no thread to be had, or an interrupt: nobody will leave what was not entered
+            self._stop()
+            raise
         return self
 
     def __exit__(

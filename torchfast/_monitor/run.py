@@ -40,11 +40,13 @@ class Run:
         self.start_s = self.clock()
         self._scope.__enter__()
         self.sample(fresh=True)
-        if interval_s is not None:
-            self._thread = threading.Thread(
-                target=self._watch, args=(interval_s,), name="torchfast-vram-monitor", daemon=True
-            )
-            self._thread.start()
+        if interval_s is None:
+            return
+        thread = threading.Thread(
+            target=self._watch, args=(interval_s,), name="torchfast-vram-monitor", daemon=True
+        )
+        thread.start()
+        self._thread = thread
 
     def close(self) -> None:
         """Stop the thread and close the run's scope; nothing is read any more but the register."""
