@@ -128,6 +128,38 @@ def test_converting_neither_a_module_nor_a_batch() -> None:
         to_channels_last(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1))))
 
 
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_converting_several_modules_at_once(kind: str) -> None:
+    """A list or dict of modules is no batch: it is not passed through as if all were done."""
+    conv = nn.Conv2d(3, 4, 3)
+    with pytest.raises(TypeError, match="modules") as error:
+        to_channels_last([conv, conv] if kind == "list" else {"a": conv})
+    assert text_of(error) == (
+        f"to_channels_last was given a {kind} with modules in it, which is no batch, and would leave them as "
+        "they are. Convert each: for model in models: to_channels_last(model)."
+    )
+
+
+def test_options_of_a_conversion_that_make_no_sense() -> None:
+    """Wrong options are refused before anything changes."""
+    model = nn.Conv2d(3, 4, 3)
+    wrong: list[dict[str, Any]] = [{"report": 5}, {"is_image": 5}, {"enabled": "no"}]
+    texts = []
+    for options in wrong:
+        with pytest.raises(TypeError, match="Give one") as error:
+            to_channels_last(model, **options)
+        texts.append(text_of(error))
+    assert model.weight.is_contiguous()
+    assert texts == [
+        "report= takes a function, but was given an object of type int. Give one that is called with a "
+        "LayoutReport, such as print, or leave it out.",
+        "is_image= takes a function, but was given an object of type int. Give one that is called with a "
+        "tensor and says yes or no, or leave it out.",
+        "enabled='no' was given to to_channels_last, which is neither True (channels last) nor False (the "
+        "plain layout). Give one of the two.",
+    ]
+
+
 def test_an_optimizer_for_a_batch() -> None:
     """A batch has no optimizer."""
     with pytest.raises(TypeError, match="batch") as error:
@@ -373,6 +405,16 @@ def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
         f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
         "as images have channels, for values between 0 and 1, none of std zero, and a floating-point dtype, "
         "as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+    )
+
+
+def test_loader_image_dtype_without_normalisation() -> None:
+    """A type for images that nothing makes is refused, with what makes them."""
+    with pytest.raises(ValueError, match="image_dtype=") as error:
+        DeviceLoader([], "cpu", image_dtype=torch.bfloat16)
+    assert text_of(error) == (
+        "image_dtype=torch.bfloat16 without normalize=: it is the type of the images that normalize= makes, "
+        "and would change nothing. Give normalize=(mean, std), or convert in transform=."
     )
 
 

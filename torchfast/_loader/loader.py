@@ -331,6 +331,11 @@ def _check_across_epochs(loader: object, *, across_epochs: bool) -> None:
 
 def _normalization(normalize: Any, image_dtype: torch.dtype, *, channels_last: bool) -> Normalization | None:
     if normalize is None:
+        if image_dtype is not torch.float32:
+            raise ValueError(
+                f"image_dtype={image_dtype} without normalize=: it is the type of the images that normalize= "
+                "makes, and would change nothing. Give normalize=(mean, std), or convert in transform=."
+            )
         return None
     try:
         mean, std = ([float(number) for number in numbers] for numbers in normalize)
