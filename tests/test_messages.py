@@ -151,12 +151,18 @@ def test_options_of_a_conversion_that_make_no_sense() -> None:
         texts.append(text_of(error))
     assert model.weight.is_contiguous()
     assert texts == [
-        "report= takes a function, but was given an object of type int. Give one that is called with a "
-        "LayoutReport, such as print, or leave it out.",
-        "is_image= takes a function, but was given an object of type int. Give one that is called with a "
-        "tensor and says yes or no, or leave it out.",
-        "enabled='no' was given to to_channels_last, which is neither True (channels last) nor False (the "
-        "plain layout). Give one of the two.",
+        (
+            "report= takes a function, but was given an object of type int. Give one that is called with a "
+            "LayoutReport, such as print, or leave it out."
+        ),
+        (
+            "is_image= takes a function, but was given an object of type int. Give one that is called with a "
+            "tensor and says yes or no, or leave it out."
+        ),
+        (
+            "enabled='no' was given to to_channels_last, which is neither True (channels last) nor False (the "
+            "plain layout). Give one of the two."
+        ),
     ]
 
 

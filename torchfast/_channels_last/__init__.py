@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 from torchfast import _layout
 from torchfast._channels_last.changes import apply, state_changes, to_plain, weight_changes
 from torchfast._channels_last.measuring import Comparison, LayoutReport, compared
-from torchfast._channels_last.refusals import check_batch, check_convertible, check_may_change, optimizers_of
+from torchfast._channels_last.refusals import (
+    check_batch,
+    check_convertible,
+    check_may_change,
+    check_options,
+    optimizers_of,
+)
 from torchfast._tree import map_tensors
 
 T = TypeVar("T")
@@ -75,7 +81,7 @@ def to_channels_last(  # noqa: PLR0913 -- keyword options
         rank_5: in a batch, volumes (N, C, D, H, W) count as images as well. Models need no such flag.
 
     Raises:
-        TypeError: neither a module nor a batch.
+        TypeError: neither a module nor a batch, or an option of the wrong kind.
         ValueError: the model cannot be converted as it is: not materialised yet, already wrapped or scripted,
             weights in memory that others look into, or an optimizer that cannot work with the layout. The
             message names the culprit and the way out.
@@ -92,6 +98,7 @@ def to_channels_last(  # noqa: PLR0913 -- keyword options
 
         return map_tensors(lay_out, batch)
 
+    check_options(enabled=enabled, report=report, is_image=is_image)
     if not isinstance(model_or_batch, nn.Module):
         check_batch(
             model_or_batch, only_for_models={"optimizer": optimizer, "sample": sample, "report": report}

@@ -46,6 +46,14 @@ def check_batch(batch: object, /, *, only_for_models: Mapping[str, object]) -> N
             f"them), but was given {_an(batch)}. "
             "For the batches of a loader, use DeviceLoader(loader, channels_last=True)."
         )
+    parts = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    )
+    if any(isinstance(part, nn.Module) for part in parts):
+        raise TypeError(
+            f"to_channels_last was given a {type(batch).__name__} with modules in it, which is no batch, and "
+            "would leave them as they are. Convert each: for model in models: to_channels_last(model)."
+        )
     for option, value in only_for_models.items():
         if value is not None:
             raise TypeError(
@@ -60,6 +68,22 @@ def _an(thing: object) -> str:
         if isinstance(thing, type)
         else f"an object of type {type(thing).__name__}"
     )
+
+
+def check_options(*, enabled: object, **called: object) -> None:
+    """Refuse options that would fail only when the model has changed."""
+    if enabled not in (True, False):
+        raise TypeError(
+            f"enabled={enabled!r} was given to to_channels_last, which is neither True (channels last) nor "
+            "False (the plain layout). Give one of the two."
+        )
+    for option, function in called.items():
+        kind = "a LayoutReport, such as print" if option == "report" else "a tensor and says yes or no"
+        if function is not None and not callable(function):
+            raise TypeError(
+                f"{option}= takes a function, but was given {_an(function)}. Give one that is called with "
+                f"{kind}, or leave it out."
+            )
 
 
 def check_convertible(model: nn.Module) -> None:
