@@ -131,9 +131,7 @@ class WorkerNumbers(Dataset[int]):
 @ON_EACH_DEVICE
 def test_workers_of_epoch_2_are_those_of_epoch_1(device: str) -> None:
     """A loader made from a dataset keeps its workers from one epoch to the next."""
-    loader: DeviceLoader[torch.Tensor] = DeviceLoader.from_dataset(
-        WorkerNumbers(), device, batch_size=1, num_workers=2
-    )
+    loader = DeviceLoader.from_dataset(WorkerNumbers(), device, batch_size=1, num_workers=2)
     epochs = [{int(process) for process in loader} for _ in range(2)]
     assert len(epochs[0]) == 2
     assert epochs[0] == epochs[1]

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -138,7 +138,7 @@ class DeviceLoader(Generic[T]):
         batch_size: int,
         num_workers: int | None = None,
         **options: Any,
-    ) -> Self:
+    ) -> "DeviceLoader[Any]":
         """Build the `DataLoader` too, with the settings that training on a GPU wants.
 
         Workers stay alive between epochs, each with 4 batches ahead; their number is that of the CPUs of this
