@@ -160,8 +160,8 @@ def test_options_of_a_conversion_that_make_no_sense() -> None:
             "tensor and says yes or no, or leave it out."
         ),
         (
-            "enabled='no' was given to to_channels_last, which is neither True (channels last) nor False (the "
-            "plain layout). Give one of the two."
+            "enabled='no' was given to to_channels_last, which is neither True (channels last) nor False "
+            "(the plain layout). Give one of the two."
         ),
     ]
 
