@@ -1510,12 +1510,11 @@ def test_chunks_whose_rows_are_no_samples() -> None:
     """Outputs that cannot be put together are refused with their shape."""
     predict = oom_guard().chunked(torch.sum)
     with pytest.raises(ValueError, match="one row") as error, inject_oom(above=4, times=None):
-        predict(torch.zeros(8))
+        predict(torch.ones(8))
     assert text_of(error) == (
-        "a chunked function must return tensors with one row for each of its 4 samples, so that the "
-        "rows of several "
-        "chunks can be put together; it returned a tensor of shape (). Return values for each "
-        "sample, and reduce them outside."
+        "a chunked function must return tensors with one row for each sample, so that the rows of several "
+        "chunks can be put together, or what is the same for every chunk; it returned a tensor of shape () "
+        "for 2 samples. Return values for each sample, and reduce them outside."
     )
 
 

@@ -448,6 +448,22 @@ def test_chunks_of_other_things_than_tensors_are_refused(of: Callable[[torch.Ten
         predict(torch.arange(8.0))
 
 
+def test_chunks_as_long_as_what_is_no_row() -> None:
+    """A mean over the chunk with as many features as the chunk has samples is refused; a table is kept."""
+    table, samples = torch.randn(4, 2), torch.randn(8, 4)
+    with inject_oom(above=4, times=None):
+        found = oom_guard().chunked(lambda x: (x * 2, table))(samples)
+    assert torch.equal(found[0], samples * 2)
+    assert torch.equal(found[1], table)
+    wrong: list[Callable[[torch.Tensor], Any]] = [
+        lambda x: x.mean(0),
+        lambda x: (x + 1, [str(row) for row in range(len(x))]),
+    ]
+    for function in wrong:
+        with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None):
+            oom_guard().chunked(function)(samples)
+
+
 def test_fits_whole_then_untouched() -> None:
     """Where the whole batch fits, the function's own output is returned."""
     output = torch.zeros(3)

@@ -141,7 +141,9 @@ class Guard:
         """Return an inference function that works in chunks of the batch where the whole does not fit.
 
         The outputs of the chunks are put together along the batch dimension, so they must have one row for
-        each sample; they are those of the whole batch, up to the rounding of other kernels. The chunk that
+        each sample, or be the same for every chunk; they are those of the whole batch, up to the rounding of
+        other kernels. Where a batch would be worked on in chunks of one size only, the last is halved: by
+        that, rows are told from what is only as long as a chunk, such as a mean over it. The chunk that
         fitted is kept for the next calls and grows back. Tensors among the arguments that have another size
         along the batch dimension go whole to every chunk. A quiet guard's function returns None where even
         one sample does not fit.
@@ -160,7 +162,7 @@ class Guard:
             grow_after: how many calls without a failure go by before a larger chunk is tried, at least 1.
 
         Raises:
-            ValueError: an output does not have one row for each sample.
+            ValueError: an output neither has one row for each sample nor is the same for every chunk.
         """
         from torchfast._oom.chunks import chunked
         from torchfast._oom.ranks import Ranks
@@ -176,6 +178,7 @@ class Guard:
             tokens=None,
             grow_after=max(grow_after, 1),
             ranks=Ranks(),
+            uneven=True,  # by which rows are told
         )
         return chunked(retry, function, self._batch_dim)
 

@@ -61,9 +61,10 @@ class OOMRetry:
         tokens: Callable[[Any], Any] | None,
         grow_after: int,
         ranks: Ranks,
+        uneven: bool = False,
     ) -> None:
         self._guard, self._modules, self._split, self._tokens = guard, modules, split, tokens
-        self._transaction = transaction
+        self._transaction, self._uneven = transaction, uneven
         self._sizes = Sizes(grow_after)
         self._ranks = ranks
         self._has_warned = False
@@ -243,8 +244,9 @@ class OOMAttempt(Generic[T]):
             return iter([Part(self._whole[0], 1.0)])
         self._retry._warn_of_parts(self.size)
         dim, tokens = self._retry._guard._batch_dim, self._retry._tokens
-        parts = _batch.split(self._whole[0], self.size, dim=dim)
-        counts = [float(tokens(p)) if tokens else float(_batch.batch_size(p, dim=dim) or 0) for p in parts]
+        lengths = _batch.lengths_of(self.n_samples, self.size, uneven=self._retry._uneven)
+        parts = _batch.cut(self._whole[0], lengths, dim=dim)
+        counts = [float(tokens(part) if tokens else n) for part, n in zip(parts, lengths, strict=True)]
         total = sum(counts) or 1.0
         return (Part(part, count / total) for part, count in zip(parts, counts, strict=True))
 
