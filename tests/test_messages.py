@@ -1496,6 +1496,67 @@ def test_retry_with_an_unknown_split() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"model": 5},
+            (
+                "model= of guard.retry takes a torch.nn.Module, or several, but was given an object of "
+                "type int. What a retry does not know, it cannot put back."
+            ),
+        ),
+        (
+            {"model": []},
+            (
+                "guard.retry was given no module: model= is empty, so no gradient and no buffer would be "
+                "put back before a step is tried again. Give what the step trains."
+            ),
+        ),
+        (
+            {"optimizer": 5},
+            (
+                "optimizer= of guard.retry takes a torch.optim.Optimizer, several, or None, but was given"
+                " an object of type int. What a retry does not know, it cannot put back."
+            ),
+        ),
+        (
+            {"generators": [5]},
+            (
+                "generators= of guard.retry takes torch.Generators, but was given an object of type int. "
+                "What a retry does not know, it cannot put back."
+            ),
+        ),
+        (
+            {"scaler": 5},
+            (
+                "scaler= of guard.retry takes a torch.amp.GradScaler, but was given an object of type "
+                "int, which has no state to put back. Leave it out if there is none."
+            ),
+        ),
+        (
+            {"tokens": 5},
+            (
+                "tokens= of guard.retry takes a function, but was given an object of type int. Give one "
+                "from a part of the batch to its number of valid tokens, or leave it out."
+            ),
+        ),
+        (
+            {"timeout_s": -1},
+            (
+                "timeout_s=-1 was given to guard.retry; it is how long a rank waits for the others, a "
+                "positive number of seconds."
+            ),
+        ),
+    ],
+)
+def test_retry_with_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+    """What would fail, or protect nothing, in a later step is refused when the retry is made."""
+    with pytest.raises((TypeError, ValueError), match=r"guard\.retry") as error:
+        oom_guard().retry(**{"model": nn.Linear(1, 1), **options})
+    assert text_of(error) == text
+
+
 def test_injection_into_an_unknown_phase() -> None:
     """A step has three phases."""
     with pytest.raises(ValueError, match="phase") as error:

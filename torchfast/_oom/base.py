@@ -14,6 +14,7 @@ from torch import nn
 from torchfast import _batch
 from torchfast._device import resolve_device
 from torchfast._oom import frames, message, telemetry
+from torchfast._oom.refusals import check_options, check_split, generators_of, modules_of, optimizers_of
 from torchfast._oom.release import clean_up, place_of
 from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, SizeSource
 from torchfast._oom.telemetry import Monitor
@@ -113,8 +114,10 @@ class Guard:
             timeout_s: how long a rank waits for the others, in seconds.
 
         Raises:
-            ValueError: an unknown `split`; a model under FSDP or tensor parallelism, or with SyncBatchNorm
-                under DDP, whose collectives a failed rank would block.
+            TypeError: an option of the wrong kind.
+            ValueError: no model, an unknown `split`, a `timeout_s` that is not positive; a model under FSDP
+                or tensor parallelism, or with SyncBatchNorm under DDP, whose collectives a failed rank
+                would block.
 
         What it does not do: undo what the step does outside of these, such as a metric that it updates.
         """
@@ -122,13 +125,14 @@ class Guard:
         from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
-        _check_split(split)
-        modules = (model,) if isinstance(model, nn.Module) else tuple(model)
-        optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
+        check_split(split)
+        check_options(scaler=scaler, tokens=tokens, timeout_s=timeout_s)
+        modules = modules_of(model)
+        subjects = Subjects(modules, optimizers_of(optimizer), scaler, generators_of(generators))
         return OOMRetry(
             self,
             modules,
-            Transaction(Subjects(modules, optimizers, scaler, tuple(generators)), copy=copy),
+            Transaction(subjects, copy=copy),
             split=split,
             tokens=tokens,
             grow_after=max(grow_after, 1),
@@ -169,7 +173,7 @@ class Guard:
         from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
-        _check_split(split)
+        check_split(split)
         retry = OOMRetry(
             self,
             (function,) if isinstance(function, nn.Module) else (),
@@ -262,14 +266,6 @@ class Guard:
             self._monitor,
             self._asked_device,
             keep_frames=self._keep_frames,
-        )
-
-
-def _check_split(split: str) -> None:
-    if split not in ("safe", "always", "never"):
-        raise ValueError(
-            f"split={split!r} was given to oom_guard; it says when a batch may be worked on in parts: "
-            '"safe", "always" or "never".'
         )
 
 
