@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from torchfast._batch import Gathered, batch_size, cut, lengths_of, split
+from torchfast._batch import Gathered, batch_size, cut, lengths_of
 
 
 def test_size_is_what_most_tensors_share() -> None:
@@ -38,19 +38,21 @@ def test_splitting_keeps_every_sample(n_samples: int, size: int, dim: int) -> No
     shape[dim] = n_samples
     batch: dict[str, Any] = {"x": torch.randn(shape), "table": torch.ones(100, 100, 100), "name": "n"}
     twin: dict[str, Any] = {**batch, "y": batch["x"]}
-    parts = split(twin, size, dim=dim)
     if batch_size(twin, dim=dim) != n_samples:
         return  # another size is the commoner one
+    parts = cut(twin, lengths_of(n_samples, size), dim=dim)
     assert torch.equal(torch.cat([part["x"] for part in parts], dim), batch["x"])
     assert all(part["x"].shape[dim] <= size or size >= n_samples for part in parts)
     assert all(part["table"] is batch["table"] and part["y"] is part["x"] for part in parts)
 
 
-def test_what_has_no_samples_is_not_split() -> None:
-    """A batch of one part, and one without tensors, are the very objects that were given."""
-    batch = {"x": torch.zeros(4)}
-    assert split(batch, 4)[0] is batch
-    assert split("text", 2) == ["text"]
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_uneven_parts_have_two_sizes(n_samples: int, size: int) -> None:
+    """Parts hold all samples, at most so many each, and with `uneven` not all as many."""
+    even, uneven = lengths_of(n_samples, size), lengths_of(n_samples, size, uneven=True)
+    assert sum(even) == sum(uneven) == n_samples
+    assert max(even) == max(uneven) <= size
+    assert size == 1 or len(uneven) == 1 or len(set(uneven)) > 1
 
 
 # --- parts put together again -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A batch's size is the size of dimension 0 that most of its tensors share; on a t
 of that size in dimension 0 are split along it; all others (masks, tables, scalars, lengths of one) belong to
 every part. A batch whose samples lie along another dimension names it with `dim`.
 
-`split` takes a batch apart; `Gathered` puts together what a function returned for its parts.
+`cut` takes a batch apart; `Gathered` puts together what a function returned for its parts.
 """
 
 from collections import Counter
@@ -40,23 +40,8 @@ def size_along(tensor: torch.Tensor, dim: int, /) -> int | None:
     return tensor.size(dim)  # a nested tensor has a size, but no shape
 
 
-def split(batch: T, size: int, /, *, dim: int = 0) -> list[T]:
-    """Return the batch in parts of at most `size` samples, as views, in order; whole if it has no samples.
-
-    Example:
-        >>> import torch
-        >>> from torchfast._batch import split
-        >>> [part.tolist() for part in split(torch.arange(5), 2)]
-        [[0, 1], [2, 3], [4]]
-    """
-    n_samples = batch_size(batch, dim=dim)
-    if not n_samples or size >= n_samples:
-        return [batch]
-    return cut(batch, lengths_of(n_samples, size), dim=dim)
-
-
 def lengths_of(n_samples: int, size: int, /, *, uneven: bool = False) -> list[int]:
-    """Return how many samples each part has, if it has at most `size`.
+    """Return how many samples each part of a batch has, if it has at most `size`.
 
     With `uneven`, parts that would all be of one size get a last one in two halves: by that `Gathered` tells
     rows from what is only as long as a part.
@@ -67,13 +52,20 @@ def lengths_of(n_samples: int, size: int, /, *, uneven: bool = False) -> list[in
         ([4, 4], [4, 2, 2], [4, 3])
     """
     lengths = [min(size, n_samples - start) for start in range(0, n_samples, size)]
-    if uneven and lengths[-1] == size > 1:
+    if uneven and len(lengths) > 1 and lengths[-1] == size > 1:
         lengths[-1:] = [size - size // 2, size // 2]
     return lengths
 
 
 def cut(batch: T, lengths: Sequence[int], /, *, dim: int = 0) -> list[T]:
-    """Return parts of the batch that have these numbers of samples, as views, from its first sample on."""
+    """Return parts of the batch that have these numbers of samples, as views, from its first sample on.
+
+    Example:
+        >>> import torch
+        >>> from torchfast._batch import cut, lengths_of
+        >>> [part.tolist() for part in cut(torch.arange(5), lengths_of(5, 2))]
+        [[0, 1], [2, 3], [4]]
+    """
     n_samples = batch_size(batch, dim=dim)
     leaves, structure = flatten(batch)
     return [
@@ -99,9 +91,9 @@ class Gathered:
 
     Example:
         >>> import torch
-        >>> from torchfast._batch import Gathered, split
+        >>> from torchfast._batch import Gathered, cut
         >>> gathered = Gathered(5, refusal=ValueError)
-        >>> for part in split(torch.arange(5), 2):
+        >>> for part in cut(torch.arange(5), [2, 2, 1]):
         ...     gathered.add((part * 10, "tens"), len(part))
         >>> gathered.whole()
         (tensor([ 0, 10, 20, 30, 40]), 'tens')
