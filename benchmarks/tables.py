@@ -53,7 +53,7 @@ def distillation(result: dict[str, Any]) -> str:
         "|---|" + "---:|" * len(sizes),
     ]
     for name in names:
-        row = [_speed(cells[name, size]) for size in sizes]
+        row = [_speed(cells[name, size]) if (name, size) in cells else "not measured" for size in sizes]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join([*lines, "", _source(result), ""])
 
