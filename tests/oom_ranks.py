@@ -149,6 +149,21 @@ def work_hopeless(rank: int) -> str:
     return "no error"
 
 
+def work_no_room(rank: int) -> str:
+    """Run out of memory on rank 1 before the step begins, and return what each rank sees."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    retry = oom_guard().retry(model=model, copy=True, timeout_s=20)
+    try:
+        with inject_oom(operator="clone", rank=1):
+            for attempt in retry.attempts(batch_of(0, rank)):
+                with attempt:
+                    for (samples, labels), weight in attempt:
+                        (F.cross_entropy(model(samples), labels) * weight).backward()
+    except (OutOfMemoryError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def work_unused(rank: int) -> list[torch.Tensor]:
     """Use a parameter on rank 1 only, and return its gradient on each."""
     model = DistributedDataParallel(small_net(), find_unused_parameters=True)
@@ -170,4 +185,5 @@ WORK: dict[str, Callable[[int], Any]] = {
     "unused": work_unused,
     "bug": work_bug,
     "hopeless": work_hopeless,
+    "no_room": work_no_room,
 }

@@ -60,6 +60,12 @@ def test_optimizer_without_a_copy_ends_both(results: Results) -> None:
     assert "the optimizer had begun to change parameters" in results[1]["hopeless"]
 
 
+def test_no_room_for_a_copy_on_one_rank_ends_both(results: Results) -> None:
+    """A rank that has no memory to note its state says so to the other, which would wait for it."""
+    assert results[0]["no_room"].startswith("RuntimeError: another rank ran out of memory")
+    assert results[1]["no_room"].startswith("OutOfMemoryError: ")
+
+
 class FullyShardedDataParallel(nn.Linear):
     """Has the name by which sharded modules are known."""
 

@@ -242,9 +242,20 @@ def test_errors_that_no_retry_helps_are_raised_at_once() -> None:
 def test_no_room_for_the_copy_is_an_error() -> None:
     """Where the copy of the state does not fit, the attempt does not begin, and the error says so."""
     attempts = oom_guard().retry(model=nn.Linear(4, 4), copy=True).attempts(torch.zeros(8))
-    attempt = next(attempts)
     with inject_oom(operator="clone"), pytest.raises(OutOfMemoryError, match="Try batch_size=4"):
-        attempt.__enter__()
+        next(attempts)
+
+
+def test_no_room_for_the_copy_ends_a_quiet_step() -> None:
+    """A quiet guard offers no attempt where the state does not fit twice, and says why in its report."""
+    guard = oom_guard(reraise=False)
+    retry = guard.retry(model=nn.Linear(4, 4), copy=True)
+    step = retry(lambda attempt: attempt.number)
+    with inject_oom(operator="clone"):
+        assert step(torch.zeros(8)) is None
+    assert guard.report is not None
+    assert guard.report.suggested_batch_size == 4
+    assert step(torch.zeros(8)) == 1
 
 
 def test_other_errors_pass_through_an_attempt() -> None:

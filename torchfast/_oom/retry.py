@@ -103,6 +103,8 @@ class OOMRetry:
         n_samples = _batch.batch_size(batch, dim=self._guard._batch_dim) or 1
         may_repeat = not self._sizes.is_trial  # a size on trial that fails was simply too large
         number = 1
+        if not self._begins(self._sizes.of(n_samples)):
+            return
         while True:
             attempt = OOMAttempt(self, batch, n_samples, number, may_repeat=may_repeat)
             yield attempt
@@ -117,6 +119,26 @@ class OOMRetry:
                 self._sizes.shrink(attempt.size)
             may_repeat = False
             number += 1
+
+    def _begins(self, size: int) -> bool:
+        """Note where the step begins; False where a quiet guard gives up, as that takes memory too."""
+        bound = frames.bound_in(sys._getframe())
+        try:
+            self._transaction.begin()
+        except Exception as error:
+            report = self._explained(error, bound, size)
+            self._ranks.begin()  # the others are in the step already
+            try:
+                outcome = Outcome.ERROR if report is None else Outcome.GIVE_UP
+                self._ranks.agree(outcome, can_roll_back=True, thrashes=False)
+            finally:
+                self._ranks.end()
+            if report is None:
+                raise
+            if not self._guard._is_quiet:
+                raise error_of(report) from error
+            return False
+        return True
 
     def __call__(self, step: "Callable[[OOMAttempt[Any]], R]", /) -> Callable[[Any], R | None]:
         """Return a function that takes a batch and runs `step(attempt)` on it, again where it must.
@@ -253,20 +275,9 @@ class OOMAttempt(Generic[T]):
     def __enter__(self) -> Self:
         retry = self._retry
         self._bound = frames.bound_in(sys._getframe(1))
-        if self.number == 1:
-            self._begin()
         retry._transaction.watch()
         retry._ranks.begin()
         return self
-
-    def _begin(self) -> None:
-        try:
-            self._retry._transaction.begin()
-        except Exception as error:  # copying state takes memory too
-            report = self._retry._explained(error, self._bound, self.size)
-            if report is None:
-                raise
-            raise error_of(report) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
