@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from torchfast import _tree
+from torchfast import _batch, _tree
 from torchfast._estimate.checks import check_options, what
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
@@ -166,7 +166,7 @@ def _subject(plan: Plan) -> Subject:
         model=type(plan.model).__name__,
         optimizer=_optimizer_name(plan.optimizer),
         precision=precision,
-        batch_size=batch_size_of((plan.inputs, plan.target)),
+        batch_size=_batch.batch_size((plan.inputs, plan.target)),
         teacher=None if plan.teacher is None else type(plan.teacher).__name__,
     )
 
@@ -181,12 +181,6 @@ def _optimizer_name(optimizer: Any) -> str | None:
         return getattr(optimizer, "__name__", type(optimizer).__name__)
     is_fused = any(group.get("fused") for group in sample.param_groups)
     return f"{'fused ' if is_fused else ''}{type(sample).__name__}"
-
-
-def batch_size_of(batch: Any) -> int | None:
-    """Return the leading dimension that most tensors of the batch share; the first met wins a tie."""
-    sizes = [t.shape[0] for t in _tree.tensors(batch) if t.dim() > 0]
-    return max(sizes, key=sizes.count) if sizes else None
 
 
 def _resized(batch: Any, old: int, new: int) -> Any:
@@ -238,7 +232,7 @@ class _Retrace:
                 "The model of this estimate is gone, and what was asked for needs it to be run on paper "
                 "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
             )
-        old = batch_size_of((plan.inputs, plan.target))
+        old = _batch.batch_size((plan.inputs, plan.target))
         if batch_size is not None and old is not None:
             plan = replace(
                 plan,
