@@ -1,11 +1,11 @@
 """What a `DeviceLoader` knows about the loaders it wraps."""
 
 import copy
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torchfast._loader.staging import cpu_share
 from torchfast._loader.thread import no_state
 
 FORWARDED = frozenset({
@@ -46,9 +46,7 @@ def writes_afresh(loader: object) -> bool:
 
 
 def default_workers() -> int:
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(MAX_WORKERS, n_cpus // n_processes - 1))
+    return max(0, min(MAX_WORKERS, cpu_share() - 1))
 
 
 def warn_of_lost_workers(loader: object, stacklevel: int) -> None:

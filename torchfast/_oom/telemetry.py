@@ -99,10 +99,6 @@ class StepLog:
             return 0
         return self.start.allocated_bytes - self.first_start_bytes
 
-    def has_worked(self, n_samples: int) -> bool:
-        """Tell whether a step of this size has worked before."""
-        return n_samples in self._needs
-
 
 class _Step(AbstractContextManager["_Step", None]):
     """One step: while it runs the log knows its size; when it ends well the log keeps its peak."""
