@@ -13,6 +13,7 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
@@ -30,6 +31,8 @@ class Movable(Protocol):
 
 Leaf = torch.Tensor | Movable
 Rebuild = Callable[[Sequence[Any]], Any]
+Part = int | Rebuild
+"""What rebuilds a part of a batch; for a leaf its index: a closure for each is slow to make and to call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Structure:
 def flatten(tree: Any, /) -> tuple[list[Leaf], Structure]:
     """Take a batch apart into its distinct leaves and the structure around them."""
     leaves: list[Leaf] = []
-    rebuild = _take_apart(tree, leaves, {}, [])
-    return leaves, Structure(len(leaves), _constant(tree) if rebuild is None else rebuild)
+    part = _take_apart(tree, leaves, {}, [])
+    return leaves, Structure(len(leaves), _constant(tree) if part is None else _rebuilding(part))
 
 
 def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], tree: T, /) -> T:
@@ -65,11 +68,11 @@ def tensors(tree: Any, /) -> list[torch.Tensor]:
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
-# Each of the following returns a function that rebuilds its part from the leaves, or None for a part without
-# leaves. `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
+# Each of the following returns what rebuilds its part from the leaves, or None for a part without leaves.
+# `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
 
 
-def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int]) -> Rebuild | None:
+def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int]) -> Part | None:
     if isinstance(part, torch.Tensor):
         return _leaf(part, leaves, seen)
     if part is None or isinstance(part, (str, bytes, int, float, complex, type, torch.nn.Module)):
@@ -83,17 +86,29 @@ def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[
             "Walking it would never end: break the cycle."
         )
     path.append(id(part))
-    rebuilds = [(key, _take_apart(child, leaves, seen, path)) for key, child in children]
+    changing: list[tuple[Any, Part]] = []
+    for key, child in children:
+        is_tensor = type(child) is torch.Tensor  # most children are, and a call for each is what costs
+        taken = _leaf(child, leaves, seen) if is_tensor else _take_apart(child, leaves, seen, path)
+        if taken is not None:
+            changing.append((key, taken))
     path.pop()
-    changing = [(key, rebuild) for key, rebuild in rebuilds if rebuild is not None]
     return _container(part, changing) if changing else None
 
 
-def _leaf(part: Leaf, leaves: list[Leaf], seen: dict[int, int]) -> Rebuild:
+def _leaf(part: Leaf, leaves: list[Leaf], seen: dict[int, int]) -> int:
     index = seen.setdefault(id(part), len(leaves))
     if index == len(leaves):
         leaves.append(part)
-    return lambda new: new[index]
+    return index
+
+
+def _rebuilding(part: Part) -> Rebuild:
+    return itemgetter(part) if isinstance(part, int) else part
+
+
+def _rebuilt(part: Part, new: Sequence[Any]) -> Any:
+    return new[part] if isinstance(part, int) else part(new)
 
 
 def _is_movable(part: Any) -> bool:
@@ -117,30 +132,30 @@ def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
     return None
 
 
-def _container(part: Any, changing: list[tuple[Any, Rebuild]]) -> Rebuild:
+def _container(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
     if isinstance(part, tuple):
         return _tuple(part, changing)
     if isinstance(part, Mapping) and not hasattr(part, "__setitem__"):
         kind: Callable[[dict[Any, Any]], Any] = type(part)
-        return lambda new: kind({**part, **{key: rebuild(new) for key, rebuild in changing}})
+        return lambda new: kind({**part, **{key: _rebuilt(child, new) for key, child in changing}})
     put = _set_field if dataclasses.is_dataclass(part) and not isinstance(part, dict) else _set_item
 
     def rebuild_copy(new: Sequence[Any]) -> Any:
         # A shallow copy keeps what a constructor would not take back: default factories, extra attributes,
         # fields with init=False.
         twin = copy.copy(part)
-        for key, rebuild in changing:
-            put(twin, key, rebuild(new))
+        for key, child in changing:
+            put(twin, key, _rebuilt(child, new))
         return twin
 
     return rebuild_copy
 
 
-def _tuple(part: Any, changing: list[tuple[Any, Rebuild]]) -> Rebuild:
+def _tuple(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
     def rebuild_tuple(new: Sequence[Any]) -> Any:
         items = list(part)
-        for index, rebuild in changing:
-            items[index] = rebuild(new)
+        for index, child in changing:
+            items[index] = _rebuilt(child, new)
         return part._make(items) if hasattr(part, "_make") else type(part)(items)
 
     return rebuild_tuple
