@@ -1,4 +1,4 @@
-"""Trying again: in parts with the whole batch's gradient, with sizes that shrink, are kept and grow back."""
+"""Trying again: whole, then in parts with the whole batch's gradient."""
 
 import gc
 import weakref
@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from tests import oom_faults
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
-from torchfast._memory import AllocatorStats
-from torchfast._oom.sizes import Sizes
-from torchfast._oom.thrash import Thrash
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -47,7 +42,7 @@ def mean_loss(model: nn.Module, part: Any) -> torch.Tensor:
     return F.cross_entropy(model(samples), labels)
 
 
-# --- parts ------------------------------------------------------------------------------------------------
+# --- parts -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["transformer", "rnn", "first_step"])
@@ -105,7 +100,7 @@ def test_whole_batch_is_the_users_own_object() -> None:
     assert [part.weight for part in parts] == [1.0]
 
 
-# --- what parts would change ------------------------------------------------------------------------------
+# --- what parts would change -------------------------------------------------------------------------------
 
 
 def test_whole_batch_layers_are_not_split_unasked() -> None:
@@ -147,41 +142,7 @@ def test_splitting_can_be_switched_off() -> None:
         steps_of(model, batch, mean_loss, above=4, split="never")
 
 
-# --- attempts ---------------------------------------------------------------------------------------------
-
-
-def sizes_tried(n_samples: int, above: int, retry: Any) -> list[int]:
-    """Return the sizes of all attempts at a step that fails above a size."""
-    tried = []
-    with inject_oom(above=above, times=None):
-        for attempt in retry.attempts(torch.zeros(n_samples)):
-            tried.append(attempt.size)
-            with attempt:
-                for part, _ in attempt:
-                    part + 1
-    return tried
-
-
-def test_same_size_first_then_ever_smaller() -> None:
-    """After a failure the same size is tried once more, then halves; what fitted is kept."""
-    retry = oom_guard().retry(model=nn.Linear(1, 1))
-    assert sizes_tried(20, 4, retry) == [20, 20, 10, 5, 3]
-    assert retry.micro_batch_size == 3
-    assert sizes_tried(20, 4, retry) == [3]
-    assert sizes_tried(2, 4, retry) == [2]
-
-
-def test_a_fault_that_passes_costs_no_size() -> None:
-    """A failure that does not come again at the same size leaves the size as it was."""
-    retry, batch = oom_guard().retry(model=nn.Linear(1, 1)), torch.zeros(8)
-    with inject_oom(times=1):
-        tried = []
-        for attempt in retry.attempts(batch):
-            tried.append(attempt.size)
-            with attempt:
-                for part, _ in attempt:
-                    part + 1
-    assert (tried, retry.micro_batch_size) == ([8, 8], None)
+# --- attempts ----------------------------------------------------------------------------------------------
 
 
 def test_one_sample_that_does_not_fit_is_an_error() -> None:
@@ -343,180 +304,3 @@ def test_batch_is_let_go_after_the_step() -> None:
     del batch
     assert reference() is None
     assert attempt.outcome == 0
-
-
-# --- sizes ------------------------------------------------------------------------------------------------
-
-
-def test_size_grows_back_after_quiet_steps() -> None:
-    """After so many steps without a failure, twice the size is tried, up to the whole batch."""
-    retry = oom_guard().retry(model=nn.Linear(1, 1), grow_after=2)
-    assert sizes_tried(8, 2, retry) == [8, 8, 4, 2]
-    assert [sizes_tried(8, 100, retry)[0] for _ in range(6)] == [2, 4, 4, 8, 8, 8]
-    assert retry.micro_batch_size is None
-
-
-def test_size_that_never_fits_is_tried_ever_less_often() -> None:
-    """Each trial of a larger size that fails doubles the quiet steps until the next, and fails only once."""
-    retry = oom_guard().retry(model=nn.Linear(1, 1), grow_after=2)
-    sizes_tried(8, 2, retry)
-    history = [sizes_tried(8, 2, retry) for _ in range(12)]
-    trials = [index for index, tried in enumerate(history) if tried == [4, 2]]
-    assert trials == [1, 5]
-    assert all(tried in ([2], [4, 2]) for tried in history)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 64)), max_size=200), st.integers(1, 5))
-def test_sizes_stay_within_bounds(steps: list[tuple[bool, int]], grow_after: int) -> None:
-    """Whatever fails, a size is at least 1 and at most the batch, and shrinking strictly decreases it."""
-    sizes = Sizes(grow_after)
-    for fails, n_samples in steps:
-        size = sizes.of(n_samples)
-        assert 1 <= size <= n_samples
-        if fails and sizes.shrink(size):
-            assert sizes.of(n_samples) < size
-        elif not fails:
-            sizes.worked()
-
-
-# --- close to the limit -----------------------------------------------------------------------------------
-
-
-def test_thrash_goes_down_a_size_before_the_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the allocator flushes its cache in two steps running, the guard says so and works in parts."""
-    n_flushes = iter([0, 1, 2, 2, 2])
-    blank = AllocatorStats(*[0] * len(AllocatorStats._fields))
-    monkeypatch.setattr(
-        "torchfast._oom.retry.allocator_stats", lambda _: blank._replace(n_alloc_retries=next(n_flushes))
-    )
-    retry = oom_guard().retry(model=nn.Linear(1, 1))
-    assert sizes_tried(8, 100, retry) == [8]
-    assert sizes_tried(8, 100, retry) == [8]
-    with pytest.warns(UserWarning, match="in 2 steps running"):
-        assert sizes_tried(8, 100, retry) == [8]
-    assert sizes_tried(8, 100, retry) == [4]
-
-
-def test_steps_tell_of_thrash_once() -> None:
-    """A count that rises in two steps running is told once, a single rise or an old count is not."""
-    thrash, device = Thrash(), torch.device("cuda", 0)
-    assert [thrash.has_risen(n, device) for n in (7, 7, 8, 8, 9)] == [False] * 5
-    with pytest.warns(UserWarning, match="cuda:0 is so full") as warned:
-        assert [thrash.has_risen(n, device) for n in (10, 11, 12)] == [True, False, True]
-    assert len(warned) == 1
-
-
-# --- inference --------------------------------------------------------------------------------------------
-
-
-class TwoHeads(nn.Module):
-    """A net with a nested output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(4, 6)
-
-    def forward(self, samples: torch.Tensor, scale: torch.Tensor | None = None) -> dict[str, Any]:
-        """Return features and their norms."""
-        features = self.trunk(samples) * (1 if scale is None else scale)
-        return {"features": features, "norms": (features.norm(dim=-1), None), "name": "two"}
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("above", [5, 4, 1])
-def test_chunks_give_the_whole_output(above: int, grad: bool) -> None:  # noqa: FBT001 -- a parameter of the test
-    """Chunked outputs, nested ones too, are those of the whole batch, in order, with their graph."""
-    model = TwoHeads()
-    samples, scale = torch.randn(11, 4), torch.rand(1, 6)
-    with torch.set_grad_enabled(grad):
-        whole = model(samples, scale=scale)
-        predict = oom_guard().chunked(model)
-        with inject_oom(at=1, above=above, times=None):
-            chunks = predict(samples, scale=scale)
-    torch.testing.assert_close(chunks["features"], whole["features"])
-    torch.testing.assert_close(chunks["norms"][0], whole["norms"][0])
-    assert (chunks["norms"][1], chunks["name"]) == (None, "two")
-    assert chunks["features"].requires_grad == grad
-
-
-def test_chunks_of_rows_that_are_no_samples_are_refused() -> None:
-    """An output without one row a sample cannot be put together."""
-
-    def total(samples: torch.Tensor) -> torch.Tensor:
-        return samples.sum()
-
-    predict = oom_guard().chunked(total)
-    assert predict(torch.ones(8)).item() == 8
-    with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None):
-        predict(torch.ones(8))
-
-
-@pytest.mark.parametrize("of", [torch.Tensor.tolist, lambda rows: {"rows": rows, "names": rows.tolist()}])
-def test_chunks_of_other_things_than_tensors_are_refused(of: Callable[[torch.Tensor], Any]) -> None:
-    """Values for each sample that are no tensors cannot be put together, and are not lost without a word."""
-    predict = oom_guard().chunked(lambda samples: of(samples * 2))
-    with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None, operator="mul"):
-        predict(torch.arange(8.0))
-
-
-def test_chunks_as_long_as_what_is_no_row() -> None:
-    """A mean over the chunk with as many features as the chunk has samples is refused; a table is kept."""
-    table, samples = torch.randn(4, 2), torch.randn(8, 4)
-    with inject_oom(above=4, times=None):
-        found = oom_guard().chunked(lambda x: (x * 2, table))(samples)
-    assert torch.equal(found[0], samples * 2)
-    assert torch.equal(found[1], table)
-    wrong: list[Callable[[torch.Tensor], Any]] = [
-        lambda x: x.mean(0),
-        lambda x: (x + 1, [str(row) for row in range(len(x))]),
-    ]
-    for function in wrong:
-        with pytest.raises(ValueError, match="one row for each"), inject_oom(above=4, times=None):
-            oom_guard().chunked(function)(samples)
-
-
-def test_fits_whole_then_untouched() -> None:
-    """Where the whole batch fits, the function's own output is returned."""
-    output = torch.zeros(3)
-    assert oom_guard().chunked(lambda _: output)(torch.zeros(8)) is output
-
-
-# --- the injection ----------------------------------------------------------------------------------------
-
-
-def test_injection_counts_and_fails_where_told() -> None:
-    """The operator is chosen by number, name and phase; the failed operator has changed nothing."""
-    tensor = torch.zeros(3)
-    injection = inject_oom(1, operator="add_")
-
-    def work() -> None:
-        with injection:
-            tensor.mul_(2)
-            tensor.add_(1)
-            tensor.add_(1)
-
-    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .* in place of aten.add_"):
-        work()
-    assert tensor.tolist() == [1, 1, 1]
-    assert (injection.n_operators, injection.n_failures) == (2, 1)
-
-
-def test_injection_by_rank() -> None:
-    """On another rank than the one named nothing fails."""
-    with inject_oom(rank=1) as injection:
-        torch.zeros(2) + 1
-    assert injection.n_failures == 0
-    assert injection.n_operators > 0
-
-
-def test_injection_finds_the_phases() -> None:
-    """Operators of the forward pass, the backward pass and the optimizer's step are told apart."""
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    counts = [inject_oom(times=0, phase=phase) for phase in ("forward", "backward", "optimizer")]
-    everything = inject_oom(times=0)
-    with counts[0], counts[1], counts[2], everything:
-        model(torch.ones(1, 3)).sum().backward()
-        optimizer.step()
-    assert all(count.n_operators > 0 for count in counts)
-    assert sum(count.n_operators for count in counts) < everything.n_operators  # the input and the sum

@@ -101,9 +101,10 @@ class OOMRetry:
 
     def _attempts(self, batch: T) -> "Iterator[OOMAttempt[T]]":
         n_samples = _batch.batch_size(batch, dim=self._guard._batch_dim) or 1
-        may_repeat = not self._sizes.is_trial  # a size on trial that fails was simply too large
+        size = self._sizes.of(n_samples)
+        may_repeat = not self._sizes.is_trial(size)  # a size on trial that fails was simply too large
         number = 1
-        if not self._begins(self._sizes.of(n_samples)):
+        if not self._begins(size):
             return
         while True:
             attempt = OOMAttempt(self, batch, n_samples, number, may_repeat=may_repeat)
@@ -175,10 +176,11 @@ class OOMRetry:
             clean_up(error, bound)
         return None if error is None else self._guard._explained(error, bound, size)
 
-    def _worked(self, size: int, *, thrashes: bool) -> None:
-        self._sizes.worked()
+    def _worked(self, n_samples: int, size: int, *, thrashes: bool) -> None:
         if thrashes and self._refusal(size) is None:
-            self._sizes.shrink(size)
+            self._sizes.add_a_part(n_samples)
+        else:
+            self._sizes.worked(size)
 
     def _thrashes(self) -> bool:
         device = self._guard._device()
@@ -299,7 +301,7 @@ class OOMAttempt(Generic[T]):
         )
         if self.outcome == Outcome.DONE:
             self._whole.clear()
-            retry._worked(self.size, thrashes=thrashes)
+            retry._worked(self.n_samples, self.size, thrashes=thrashes)
             return False
         if self.outcome == Outcome.ERROR:
             return self._pass_on(error)

@@ -1,0 +1,45 @@
+"""`inject_oom`: fails where it is told to, and counts."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchfast import inject_oom
+
+
+def test_injection_counts_and_fails_where_told() -> None:
+    """The operator is chosen by number, name and phase; the failed operator has changed nothing."""
+    tensor = torch.zeros(3)
+    injection = inject_oom(1, operator="add_")
+
+    def work() -> None:
+        with injection:
+            tensor.mul_(2)
+            tensor.add_(1)
+            tensor.add_(1)
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate .* in place of aten.add_"):
+        work()
+    assert tensor.tolist() == [1, 1, 1]
+    assert (injection.n_operators, injection.n_failures) == (2, 1)
+
+
+def test_injection_by_rank() -> None:
+    """On another rank than the one named nothing fails."""
+    with inject_oom(rank=1) as injection:
+        torch.zeros(2) + 1
+    assert injection.n_failures == 0
+    assert injection.n_operators > 0
+
+
+def test_injection_finds_the_phases() -> None:
+    """Operators of the forward pass, the backward pass and the optimizer's step are told apart."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counts = [inject_oom(times=0, phase=phase) for phase in ("forward", "backward", "optimizer")]
+    everything = inject_oom(times=0)
+    with counts[0], counts[1], counts[2], everything:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert all(count.n_operators > 0 for count in counts)
+    assert sum(count.n_operators for count in counts) < everything.n_operators  # the input and the sum
