@@ -2,8 +2,8 @@
 
     python benchmarks/vram_batch_size.py
 
-Ten models under limits of 8, 16 and 24 GiB (`torch.cuda.set_per_process_memory_fraction`). Each batch size is
-tried in a process of its own, three training steps: the one found, 3 % more, 3 % less.
+Fifteen models under limits of 8, 16 and 24 GiB (`torch.cuda.set_per_process_memory_fraction`). Each batch
+size is tried in a process of its own, three training steps: the one found, 3 % more, 3 % less.
 """
 
 import math
@@ -29,8 +29,7 @@ LLAMA = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
-
-
+T5 = {"decoder_start_token_id": 0}
 COLUMNS = ("source", "model", "size", "batch", "optimizer", "precision")
 ROWS: tuple[tuple[Any, ...], ...] = (  # the columns, the limit in GiB, and what else there is
     ("timm", "resnet50", 224, 32, "adamw", "fp32", 8, {}),
@@ -43,6 +42,11 @@ ROWS: tuple[tuple[Any, ...], ...] = (  # the columns, the limit in GiB, and what
     ("custom", "unet", 128, 4, "adamw", "amp_bf16", 8, {}),
     ("custom", "encoder", 256, 8, "adamw", "fp32", 16, {}),
     ("custom", "mlp", 2048, 512, "adamw", "fp32", 24, {}),
+    ("timm", "densenet121", 224, 16, "adamw", "fp32", 8, {}),
+    ("timm", "swin_tiny_patch4_window7_224", 224, 16, "adamw", "amp_bf16", 16, {}),
+    ("torchvision", "deeplabv3_resnet50", 256, 4, "sgdm", "amp_bf16", 16, {}),
+    ("hf", "t5", 256, 4, "adafactor", "fp32", 8, {"auto": "AutoModelForSeq2SeqLM", "config": T5}),
+    ("custom", "language_model", 256, 16, "adamw", "fp32", 24, {}),
 )
 JOBS: list[tuple[Job, int]] = [
     ({"id": f"{row[1]}-{row[5]}", **dict(zip(COLUMNS, row, strict=False)), **row[7]}, row[6]) for row in ROWS

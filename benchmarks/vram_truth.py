@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from zoo import AUTOCAST, Built, Job, build, let_torchvision_import
 
+from torchfast._estimate.step import call, own_loss
 from torchfast._tree import map_tensors
 
 ONE_FORK = threading.Lock()  # file locks of other packages refuse two forks at a time
@@ -114,9 +115,9 @@ def train(  # noqa: PLR0913 - the parts of a step
         wanted = [] if target is None else [target]
         if built.teacher is not None:
             with torch.no_grad():
-                wanted.append(built.teacher(inputs))
-        output = built.model(**inputs) if isinstance(inputs, dict) else built.model(inputs)
-        loss = output.loss if built.loss is None else built.loss(output, *wanted)
+                wanted.append(call(built.teacher, inputs))
+        output = call(built.model, inputs)
+        loss = own_loss(output) if built.loss is None else built.loss(output, *wanted)
     del output
     (loss if scaler is None else scaler.scale(loss)).backward()
     if clip:

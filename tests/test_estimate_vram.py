@@ -238,6 +238,23 @@ def test_mappings_tuples_and_tensors() -> None:
     assert estimate(nn.Linear(4, 4), torch.randn(2, 4)).peak_allocated_bytes > 0
 
 
+def test_values_name_modules_as_they_do_off_paper() -> None:
+    """A model that looks a part up by a value of the batch finds it: values are written as numbers."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({f"part_{i}": nn.Linear(4, 4) for i in range(3)})
+
+        def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+            for i in chosen:
+                x = self.parts[f"part_{i}"](x)
+            return x
+
+    found = estimate_vram(Parts(), (torch.zeros(2, 4), torch.tensor([2, 0])))
+    assert {moment.module for moment in found.timeline} >= {"parts.part_2", "parts.part_0"}
+
+
 def test_inference_keeps_no_graph() -> None:
     """training=False runs a forward pass without gradients, in eval mode, and says so."""
     model = mlp(width=256, depth=6)

@@ -71,6 +71,10 @@ class PaperTensor(torch.Tensor):
         memo[id(self)] = twin
         return twin  # type: ignore[return-value]  # clone of a paper tensor is one
 
+    def __format__(self, spec: str) -> str:
+        """Write a single value as PyTorch does for plain tensors: models look modules up by such names."""
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # as in torch
         """Say what is known of it."""
         del tensor_contents
