@@ -1,140 +1,152 @@
-"""A million numbered batches under a GPU that lags behind: `python benchmarks/device_loader_reliability.py`.
+"""How reliable a DeviceLoader is, counted: `python benchmarks/device_loader_reliability.py [PART...]`.
 
-Every batch holds its own number; the GPU sleeps before it reads it, so that the host is always ahead; the
-comparison is made on the GPU and drops the batch at once. Small packed batches and large ones alternate, from
-pageable, pinned and reused memory. The same count is made of prefetchers that are known to race, so that it
-is seen to be able to count.
+- `batches`   a million numbered batches under a GPU that lags behind: none is wrong (`loader_numbered.py`)
+- `peers`     the same count of prefetchers that race, so that it is seen to be able to count
+- `memory`    reserved and pinned memory over 50 epochs (`loader_leftovers.py`)
+- `breaks`    a thousand early breaks with persistent workers, each followed by a whole pass
+- `faults`    errors in dataset, collate, worker, transfer, transform; killed workers (`loader_faults.py`)
+- `exits`     ends of the interpreter in the middle of a pass
+
+Every job is a process of its own, all at the same time; the result file is written as they report.
 """
 
 import argparse
-import itertools
-import multiprocessing
+import multiprocessing as mp
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
-import loader_peers as peers
+import loader_faults
+import loader_leftovers
+import loader_numbered
 import record
 import torch
 
-from torchfast import DeviceLoader
-
 PROTOCOL = (
-    "batch k holds k in every element; the GPU sleeps, then compares the batch with k, and counts; the loop "
-    "drops its batch at once and never waits for the GPU within a pass"
+    "batch k holds k in every element; the GPU sleeps, 20 us or now and then 1 ms, then compares the batch "
+    "with k, and counts; the loop drops its batch at once and does not wait for the GPU; all jobs at the "
+    "same time, each in a process of its own"
 )
-N_PER_PASS = 1000
-SLEEP_CYCLES = 40_000
-"""About 20 us: with six processes on one GPU, each finds it behind all the time."""
-
-SHAPES = {"packed": (3, 5_000), "large": (1, 300_000)}
-"""Tensors of a batch, elements of each: 3 of 20 KB, or one of 1.2 MB."""
+Job = tuple[str, Any, dict[str, Any]]
+NEEDS_GPU = ("batches", "peers", "memory")
+PARTS = (*NEEDS_GPU, "breaks", "faults", "exits")
+WORKERS: list[dict[str, Any]] = [{}, {"pin_memory": True}, {"in_order": False}, {"across_epochs": True}]
 
 
 def main() -> None:
-    """Count, print and write the result file."""
+    """Run the parts asked for, all by default, and write the result file as they go."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument(
+        "parts", nargs="*", default=[part for part in PARTS if has_gpu or part not in NEEDS_GPU]
+    )
     parser.add_argument("--n-batches", type=int, default=1_000_000)
-    parser.add_argument("--limit-s", type=float, default=3600, help="count no longer than this")
-    arguments = parser.parse_args()
-    rows = list(itertools.chain(races(), campaign(arguments.n_batches, arguments.limit_s)))
-    path = record.write("loader_reliability", PROTOCOL, rows)
-    print(f"written: {path}")
+    parser.add_argument("--n-peer-batches", type=int, default=10_000)
+    parser.add_argument("--n-epochs", type=int, default=50)
+    parser.add_argument("--n-breaks", type=int, default=1000)
+    parser.add_argument("--n-faults", type=int, default=120, help="in each place")
+    parser.add_argument("--n-kills", type=int, default=40)
+    parser.add_argument("--n-exits", type=int, default=20)
+    parser.add_argument("--limit-s", type=float, default=3600, help="begin nothing new after this")
+    options = parser.parse_args()
+    jobs = [job for part in options.parts for job in jobs_of(part, options)]
+    results = Results(jobs)
+    run(jobs, results)
+    print(f"written: {results.write()}")
 
 
-def campaign(n_batches: int, limit_s: float) -> Iterator[dict[str, Any]]:
-    """Count DeviceLoader's wrong batches: six kinds of source at a time, a process for each.
-
-    The processes take turns on the GPU, which makes each of them wait for it, now and then for milliseconds.
-    """
-    kinds = list(itertools.product(SHAPES, ["pageable", "pinned", "reused"]))
-    shares = [-(-n_batches // len(kinds))] * len(kinds)
-    with ProcessPoolExecutor(len(kinds), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from map(shown, pool.map(counted, kinds, shares, [limit_s] * len(kinds)))
-
-
-def counted(kind: tuple[str, str], n_batches: int, limit_s: float) -> dict[str, Any]:
-    """Count one kind, on one loader for all its passes."""
-    loader = DeviceLoader(Numbered(N_PER_PASS, *kind), "cuda")
-    began_s, wrong, n_seen = time.perf_counter(), 0, 0
-    while n_seen < n_batches and time.perf_counter() - began_s < limit_s:
-        wrong += n_wrong(loader, sleep_cycles=SLEEP_CYCLES)
-        n_seen += N_PER_PASS
-    return row("torchfast", kind, n_seen, wrong, began_s)
-
-
-def races() -> Iterator[dict[str, Any]]:
-    """Count the wrong batches of prefetchers without an edge back from the consumer."""
-    for shape in SHAPES:
-        batches = list(Numbered(300, shape, "pinned"))
-        began_s = time.perf_counter()
-        wrong = n_wrong(peers.unsafe(batches), sleep_cycles=5_000_000)
-        yield shown(row("side stream, no edge back", (shape, "pinned"), 300, wrong, began_s))
-    images = [[torch.full((8, 3, 224, 224), float(number)).pin_memory()] for number in range(300)]
-    began_s = time.perf_counter()
-    wrong = n_wrong(unnormalised(peers.timm(images)), sleep_cycles=5_000_000)
-    yield shown(row("timm PrefetchLoader, ordinary loop", ("images", "pinned"), 300, wrong, began_s))
-
-
-def unnormalised(batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-    """Undo what timm's loader computes, as far as the number of a batch goes."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device="cuda").view(1, 3, 1, 1) * 255
-    std = torch.tensor([0.229, 0.224, 0.225], device="cuda").view(1, 3, 1, 1) * 255
-    for images, _ in batches:
-        torch.cuda._sleep(5_000_000)
-        yield [images.mul(std).add_(mean).round_()]
-
-
-class Numbered:
-    """Batches that hold their own number, the same in every pass."""
-
-    def __init__(self, n_batches: int, shape: str, kind: str) -> None:
-        n_leaves, n_elements = SHAPES[shape]
-        self._n_batches, self._n_leaves, self._n_elements = n_batches, n_leaves, n_elements
-        self._kind = kind
-
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        """Make the batches, one by one; "reused" ones in one and the same pinned memory."""
-        buffers = self._empty()
-        for number in range(self._n_batches):
-            leaves = buffers if self._kind == "reused" else self._empty()
-            yield [leaf.fill_(float(number)) for leaf in leaves]
-
-    def _empty(self) -> list[torch.Tensor]:
-        is_pinned = self._kind != "pageable"
-        return [torch.empty(self._n_elements, pin_memory=is_pinned) for _ in range(self._n_leaves)]
-
-
-def n_wrong(batches: Iterable[list[torch.Tensor]], *, sleep_cycles: int) -> int:
-    """Count, on the GPU, the batches that do not hold their number when the GPU comes to them."""
-    wrong = torch.zeros((), dtype=torch.long, device="cuda")
-    numbers = itertools.count()  # enumerate would hold on to each batch
-    for batch in batches:
-        torch.cuda._sleep(sleep_cycles)
-        number = next(numbers)
-        wrong += (torch.cat([leaf.view(-1) for leaf in batch]) != number).any()
-        del batch
-    return int(wrong)
-
-
-def row(peer: str, kind: tuple[str, str], n_batches: int, wrong: int, began_s: float) -> dict[str, Any]:
-    """Return a row of the result."""
-    what = {"peer": peer, "shape": kind[0], "source": kind[1]}
-    return {
-        **what,
-        "n_batches": n_batches,
-        "n_wrong": wrong,
-        "seconds": round(time.perf_counter() - began_s, 1),
+def jobs_of(part: str, options: argparse.Namespace) -> Iterator[Job]:
+    """Return what a part consists of: for each job its part, a function and its arguments."""
+    limited = {"limit_s": options.limit_s}
+    n_batches = -(-options.n_batches // len(loader_numbered.KINDS))
+    n_breaks = -(-options.n_breaks // len(WORKERS))
+    jobs: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        "batches": [
+            (
+                loader_numbered.count_ours,
+                {"shape": shape, "source": source, "n_batches": n_batches, **limited},
+            )
+            for shape, source in loader_numbered.KINDS
+        ],
+        "peers": [
+            (loader_numbered.count_peer, {"peer": peer, "n_batches": options.n_peer_batches, **limited})
+            for peer in loader_numbered.PEERS
+        ],
+        "memory": [
+            (loader_leftovers.count_memory, {"source": source, "depth": depth, "n_epochs": options.n_epochs})
+            for source, depth in (("pinned", 1), ("pinned", 2), ("pageable", 2), ("pageable", 4))
+        ],
+        "breaks": [
+            (loader_leftovers.count_breaks, {"options": workers, "n_breaks": n_breaks, **limited})
+            for workers in WORKERS
+        ],
+        "faults": [
+            (loader_faults.count_kills, {"n_kills": options.n_kills, **limited}),
+            *[
+                (loader_faults.count_faults, {"place": place, "n_faults": options.n_faults, **limited})
+                for place in loader_faults.PLACES
+            ],
+        ],
+        "exits": [(loader_leftovers.count_exits, {"n_exits": options.n_exits})],
     }
+    return iter([(part, *job) for job in jobs[part]])
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """Print a row and return it."""
-    print(row, flush=True)
-    return row
+class Results:
+    """The rows of all jobs, and the file in which they are."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._parts = [job[0] for job in jobs]
+        self._rows: list[dict[str, Any]] = [{} for _ in jobs]
+        self._written_s = 0.0
+
+    def put(self, index: int, row: dict[str, Any]) -> None:
+        """Replace a job's row; write the file, at most once a second."""
+        self._rows[index] = {"part": self._parts[index], **row}
+        print(self._rows[index], flush=True)
+        if time.monotonic() - self._written_s > 1:
+            self.write()
+
+    def fail(self, index: int, status: int | None) -> None:
+        """Note that a job's process ended badly."""
+        self.put(index, {**self._rows[index], "ended_with_status": status, "n_wrong": 1})
+
+    def write(self) -> Any:
+        """Write the file."""
+        self._written_s = time.monotonic()
+        return record.write("loader_reliability", PROTOCOL, [row for row in self._rows if row])
+
+
+def run(jobs: list[Job], results: Results) -> None:
+    """Run each job in a process of its own, and collect what they report."""
+    context = mp.get_context("spawn")
+    pending = dict[Any, int]()
+    processes = []
+    for index, (_, function, kind) in enumerate(jobs):
+        reader, writer = context.Pipe(duplex=False)
+        processes.append(context.Process(target=work, args=(writer, mp.get_start_method(), function, kind)))
+        processes[-1].start()
+        writer.close()  # the job's own end is then the last, and closes with it
+        pending[reader] = index
+    while pending:
+        for reader in list[Any](wait(list(pending))):
+            try:
+                results.put(pending[reader], reader.recv())
+            except EOFError:
+                del pending[reader]
+    for index, process in enumerate(processes):
+        process.join()
+        if process.exitcode:
+            results.fail(index, process.exitcode)
+
+
+def work(writer: Any, start_method: str, function: Any, kind: dict[str, Any]) -> None:
+    """Do one job, in its process; its workers are started as elsewhere, not as it was itself."""
+    mp.set_start_method(start_method, force=True)
+    function(writer.send, **kind)
 
 
 if __name__ == "__main__":

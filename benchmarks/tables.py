@@ -128,13 +128,32 @@ def device_loader(result: dict[str, Any]) -> str:
 
 
 def loader_reliability(result: dict[str, Any]) -> str:
-    """Render how many numbered batches were handed out, and how many were wrong."""
+    """Render how many numbered batches were handed out, and how many were wrong; then the other counts."""
     lines = ["| loader | batches | source | handed out | wrong |", "|---|---|---|---:|---:|"]
     lines += [
         f"| {row['peer']} | {row['shape']} | {row['source']} | {row['n_batches']:,} | {row['n_wrong']:,} |"
         for row in result["rows"]
+        if "peer" in row
     ]
+    others = [row for row in result["rows"] if "peer" not in row]
+    if others:
+        lines += ["", "| counted beside them | times | wrong |", "|---|---:|---:|"]
+        lines += [f"| {_counted(row)} | {row['n_wrong']:,} |" for row in others]
     return "\n".join([*lines, "", _source(result).replace("Medians", "Counted", 1), ""])
+
+
+def _counted(row: dict[str, Any]) -> str:
+    """Render what was counted beside numbered batches, and how often."""
+    if row["part"] == "memory":
+        most = row["reserved_bytes_most"] / row["batch_bytes"]
+        what = f"epochs, {row['source']}, depth {row['depth']}: {most:g} batches reserved, in each"
+        return f"{what} | {row['n_epochs']:,}"
+    if row["part"] == "breaks":
+        options = ", ".join(f"`{name}={value}`" for name, value in row["options"].items())
+        return f"early breaks with persistent workers{options and ', ' + options} | {row['n_breaks']:,}"
+    if row["part"] == "faults":
+        return f"errors: {row['fault']} | {row['n_faults']:,}"
+    return f"ends of the interpreter in the middle of a pass | {row['n_exits']:,}"
 
 
 def vram_accuracy(result: dict[str, Any]) -> str:

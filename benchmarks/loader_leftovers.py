@@ -1,0 +1,234 @@
+"""What a DeviceLoader leaves behind: memory over epochs, early breaks, ends of the interpreter.
+
+Part of `device_loader_reliability.py`. Without a GPU, breaks and ends are counted on the CPU.
+"""
+
+import gc
+import itertools
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchfast import DeviceLoader
+
+Report = Callable[[dict[str, Any]], None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count_memory(report: Report, *, source: str, depth: int, n_epochs: int) -> None:
+    """Compare the memory reserved after the first epoch with that of all later ones."""
+    batch_bytes, n_batches = 32 * 2**20, 20
+    host = torch.zeros(batch_bytes // 4, pin_memory=source == "pinned")
+    loader = DeviceLoader([host] * n_batches, "cuda", depth=depth)
+    torch.cuda._sleep(1)
+    before_bytes = torch.cuda.memory_reserved()
+    reserved, pinned = list[int](), list[int]()
+    for _ in range(n_epochs):
+        for batch in loader:
+            torch.cuda._sleep(200_000)
+            batch.add_(1)
+            del batch
+        reserved.append(torch.cuda.memory_reserved() - before_bytes)
+        pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+    report(
+        {
+            "source": source,
+            "depth": depth,
+            "n_epochs": n_epochs,
+            "batch_bytes": batch_bytes,
+            "allowed_bytes": (depth + 2) * batch_bytes,
+            "reserved_bytes_first_epoch": reserved[0],
+            "reserved_bytes_most": max(reserved),
+            "reserved_bytes_last_epoch": reserved[-1],
+            "n_pinned_allocations_after_first_epoch": pinned[-1] - pinned[0],
+            "n_wrong": int(max(reserved) > (depth + 2) * batch_bytes or len(set(reserved)) > 1)
+            + int(pinned[-1] != pinned[0]),
+        }
+    )
+
+
+def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limit_s: float) -> None:
+    """Leave a pass early, take the next one whole, and look for anything left behind; again and again."""
+    torch.set_num_threads(1)
+    began_s, empty = time.perf_counter(), Leftovers()
+    loader = _with_workers(**options)
+    for number in range(2):
+        _break_and_go_on(loader, number)  # what is made once and kept: workers, streams, the pinned ring
+    before = Leftovers()
+    left, n_lost = dict[str, int](), 0
+
+    def tell(n_seen: int, **more: Any) -> None:
+        row = {"options": options, "n_asked": n_breaks, "n_breaks": n_seen, "n_epochs_not_whole": n_lost}
+        seconds = round(time.perf_counter() - began_s, 1)
+        report({**row, "left_behind": dict(left), "n_wrong": n_lost + len(left), "seconds": seconds, **more})
+
+    for n_seen in range(1, n_breaks + 1):
+        n_lost += not _break_and_go_on(loader, n_seen)
+        left = {name: max(n, left.get(name, 0)) for name, n in Leftovers().beyond(before).items()}
+        if n_seen % 50 == 0:
+            tell(n_seen)
+        if time.perf_counter() - began_s > limit_s:
+            break
+    del loader
+    left |= _left_at_the_end(empty)
+    tell(n_seen, is_over=True)
+
+
+def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
+    """Return what outlives the loader; the CUDA context, its handles and pinned caches stay by design."""
+    patience_s = time.perf_counter() + 10  # a queue's feeder thread ends a moment after its queue
+    while True:
+        left = Leftovers().beyond(empty)
+        left = {name: n for name, n in left.items() if name in ("threads", "processes", "device_bytes")}
+        if not left or time.perf_counter() > patience_s:
+            return left
+
+
+N_SAMPLES, BATCH_SIZE = 96, 4
+
+
+def _with_workers(**options: Any) -> DeviceLoader[Any]:
+    numbers = torch.arange(N_SAMPLES)
+    dataset = TensorDataset(numbers, numbers.float()[:, None].expand(-1, 5000).contiguous())
+    settings: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4}
+    own = {name: value for name, value in options.items() if name == "across_epochs"}
+    theirs = {name: value for name, value in options.items() if name not in own}
+    return DeviceLoader(DataLoader(dataset, BATCH_SIZE, **{**settings, **theirs}), DEVICE, **own)
+
+
+def _break_and_go_on(loader: DeviceLoader[Any], number: int) -> bool:
+    """Break after a changing number of batches; say whether that pass and the next held what they must."""
+    n_taken = number % (N_SAMPLES // BATCH_SIZE)
+    seen = []
+    for index, (numbers, rows) in enumerate(loader):
+        seen.append((numbers, rows[:, 0]))
+        if index == n_taken:
+            break
+    del numbers, rows
+    threads = [thread.name for thread in threading.enumerate()]
+    is_right = len(seen) == n_taken + 1 and "torchfast-loader" not in threads
+    whole = [(numbers, rows[:, 0]) for numbers, rows in loader]
+    return (
+        is_right
+        and _come_in_turn(seen, loader)
+        and len(whole) == len(loader)
+        and _come_in_turn(whole, loader)
+    )
+
+
+def _come_in_turn(seen: list[tuple[torch.Tensor, torch.Tensor]], loader: DeviceLoader[Any]) -> bool:
+    """Say whether batches are the first ones of a pass; without `in_order`, only whether each came once."""
+    numbers, rows = (torch.cat(column).tolist() for column in zip(*seen, strict=True))
+    if loader.in_order:
+        return numbers == rows == list(range(len(numbers)))
+    firsts = sorted(numbers[::BATCH_SIZE])
+    return numbers == rows and firsts == sorted(set(firsts))
+
+
+class Leftovers:
+    """What a process holds: threads, processes, file handles, pinned and device memory."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.held = {
+            "threads": threading.active_count(),
+            "processes": len(list(_children())),
+            "file handles": len(list(Path("/proc/self/fd").iterdir())),
+        }
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            host = torch.cuda.host_memory_stats()
+            self.held |= {
+                "device_bytes": torch.cuda.memory_allocated(),
+                "reserved_bytes": torch.cuda.memory_reserved(),
+                "pinned allocations": host["num_host_alloc"],
+                "pinned_bytes": host["allocated_bytes.current"],
+            }
+
+    def beyond(self, before: "Leftovers") -> dict[str, int]:
+        """Return what there is more of than before."""
+        return {name: n - before.held[name] for name, n in self.held.items() if n > before.held[name]}
+
+
+def _children() -> list[str]:
+    return [
+        child
+        for thread in Path("/proc/self/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+
+
+def count_exits(report: Report, *, n_exits: int) -> None:
+    """End interpreters in the middle of a pass, in several ways; each must end as a bare loop's would."""
+    jobs = list(itertools.islice(itertools.cycle(itertools.product(ENDS, LOADERS)), n_exits))
+    began_s = time.perf_counter()
+    failures = list[str]()
+    with ThreadPoolExecutor(3) as pool:
+        for n_seen, failure in enumerate(pool.map(lambda job: _ended_badly(*job), jobs), start=1):
+            failures += [failure] if failure else []
+            report(
+                {
+                    "n_asked": n_exits,
+                    "n_exits": n_seen,
+                    "n_wrong": len(failures),
+                    "failures": failures[:5],
+                    "seconds": round(time.perf_counter() - began_s, 1),
+                }
+            )
+
+
+SCRIPT = """
+import os, sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchfast import DeviceLoader
+
+data = TensorDataset(torch.zeros(64, 300_000))
+loader = {loader}
+for number, batch in enumerate(loader):
+    if number == 2:
+        if {is_cuda}:
+            torch.cuda._sleep(100_000_000)
+        {end}
+"""
+LOADERS = {
+    "workers": "DeviceLoader(DataLoader(data, num_workers=2, persistent_workers=True), {device!r})",
+    "pin_memory": "DeviceLoader(DataLoader(data, num_workers=2, pin_memory={is_cuda}), {device!r})",
+    "no workers": "DeviceLoader(DataLoader(data), {device!r})",
+    "across epochs": "DeviceLoader([torch.zeros(300_000)] * 5, {device!r}, across_epochs=True)",
+    "endless": "DeviceLoader((torch.zeros(9) for _ in iter(int, 1)), {device!r})",
+}
+ENDS = {
+    "break": ("break", 0, ""),
+    "sys.exit": ("sys.exit(3)", 3, ""),
+    "error": ("raise LookupError('mine')", 1, "LookupError: mine"),
+    "held": ("held = iter(loader); next(held); break", 0, "RuntimeWarning: a new pass"),
+}
+
+
+def _ended_badly(end: str, loader: str) -> str | None:
+    """Run a script to its end; return what is wrong with it, or None."""
+    statement, status, last_words = ENDS[end]
+    code = textwrap.dedent(SCRIPT).format(
+        loader=LOADERS[loader].format(device=DEVICE, is_cuda=DEVICE == "cuda"),
+        end=statement,
+        is_cuda=DEVICE == "cuda",
+    )
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return f"{end}, {loader}: hangs"
+    is_quiet = not ended.stderr if not last_words else last_words in ended.stderr
+    if ended.returncode == status and is_quiet and ended.stderr.count("Traceback") == (end == "error"):
+        return None
+    return f"{end}, {loader}: status {ended.returncode}, {ended.stderr[-1000:]!r}"

@@ -1,0 +1,187 @@
+"""Numbered batches under a GPU that lags behind: the count of wrong ones in `device_loader_reliability.py`.
+
+Batch k of a pass holds k in every element. The GPU sleeps before it reads a batch, so that the host is ahead
+of it; the comparison is made on the GPU; the loop drops its batch at once and does not wait for the GPU.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import loader_peers as peers
+import torch
+
+from torchfast import DeviceLoader
+
+N_PER_PASS = 1000
+N_PASSES_PER_REPORT = 10
+SLEEP_CYCLES, LONG_SLEEP_CYCLES = 40_000, 2_000_000
+"""About 20 us before each batch, and 1 ms before each hundredth, in which the host gets far ahead."""
+
+SHAPES = {"packed": (3, (5_000,)), "large": (1, (300_000,)), "images": (1, (2, 3, 224, 224))}
+"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 1 of 1.2 MB; images, 1.2 MB too."""
+
+KINDS = list(itertools.product(("packed", "large"), ("pinned", "pageable", "reused")))
+Peer = Callable[[Any], Iterable[Sequence[torch.Tensor]]]
+Report = Callable[[dict[str, Any]], None]
+
+
+def count_ours(report: Report, *, shape: str, source: str, n_batches: int, limit_s: float) -> None:
+    """Count DeviceLoader's wrong batches, on one loader for all its passes."""
+    _count(
+        "torchfast", lambda batches: DeviceLoader(batches, "cuda"), report, shape, source, n_batches, limit_s
+    )
+
+
+def _wrapped(batches: Any) -> DeviceLoader[list[torch.Tensor]]:
+    return DeviceLoader(batches, "cuda")
+
+
+def count_peer(report: Report, *, peer: str, n_batches: int, limit_s: float) -> None:
+    """Count a peer's wrong batches, on the same batches by the same loop."""
+    shape = "images" if peer.startswith("timm") else "large"
+    _count(peer, PEERS[peer], report, shape, "pinned", n_batches, limit_s)
+
+
+def _count(  # noqa: PLR0913, PLR0917 - what a row says
+    name: str, peer: Peer, report: Report, shape: str, source: str, n_batches: int, limit_s: float
+) -> None:
+    torch.set_num_threads(1)  # many processes share the cores
+    batches = peer(_source(shape, source))
+    wrong = torch.zeros((), dtype=torch.long, device="cuda")
+    lag = Lag()
+    began_s, n_seen = time.perf_counter(), 0
+    while n_seen < n_batches and time.perf_counter() - began_s < limit_s:
+        for _ in range(min(N_PASSES_PER_REPORT, -(-(n_batches - n_seen) // N_PER_PASS))):
+            n_seen += compare(batches, wrong, lag)
+        report(
+            {
+                "peer": name,
+                "shape": shape,
+                "source": source,
+                "n_asked": n_batches,
+                "n_batches": n_seen,
+                "n_wrong": int(wrong),
+                "gpu_was_behind": lag.share,
+                "seconds": round(time.perf_counter() - began_s, 1),
+            }
+        )
+
+
+class Lag:
+    """How often the GPU had not finished a batch when the loop came with the next one."""
+
+    def __init__(self) -> None:
+        self.n_asked = self.n_behind = 0
+        self._event: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        """Note where a step ends on the GPU's timeline."""
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def ask(self) -> None:
+        """Count whether the GPU has got to the mark, if there is one."""
+        if self._event is not None:
+            self.n_asked += 1
+            self.n_behind += not self._event.query()
+            self._event = None
+
+    @property
+    def share(self) -> float:
+        """The share of the questions to which the answer was no."""
+        return round(self.n_behind / max(1, self.n_asked), 3)
+
+
+def compare(batches: Iterable[Sequence[torch.Tensor]], wrong: torch.Tensor, lag: Lag) -> int:
+    """Add the wrong batches of one pass to `wrong`, on the GPU; return how many batches there were."""
+    numbers = itertools.count()  # enumerate would hold on to each batch
+    for batch in batches:
+        number = next(numbers)
+        lag.ask()
+        torch.cuda._sleep(SLEEP_CYCLES if number % 100 else LONG_SLEEP_CYCLES)
+        wrong += (torch.cat([leaf.view(-1) for leaf in batch]) != number).any()
+        del batch
+        if number % 16 == 15:
+            lag.mark()
+    return next(numbers)
+
+
+def _source(shape: str, source: str) -> Any:
+    """Return a source of the batches of a pass: a list of pinned ones, or one that makes them as it goes."""
+    return list(Made(shape, "pinned")) if source == "pinned" else Made(shape, source)
+
+
+class Made:
+    """Batches that hold their own number, the same in every pass; "reused" ones in one pinned buffer."""
+
+    def __init__(self, shape: str, source: str) -> None:
+        self._n_leaves, self._shape = SHAPES[shape]
+        self._source = source
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        """Make the batches, one by one."""
+        buffers = self._empty()
+        for number in range(N_PER_PASS):
+            leaves = buffers if self._source == "reused" else self._empty()
+            yield [leaf.fill_(float(number)) for leaf in leaves]
+
+    def _empty(self) -> list[torch.Tensor]:
+        is_pinned = self._source != "pageable"
+        return [torch.empty(self._shape, pin_memory=is_pinned) for _ in range(self._n_leaves)]
+
+
+class Again:
+    """A peer's generator function, called anew for each pass."""
+
+    def __init__(self, make: Peer, batches: Any) -> None:
+        self._make, self._batches = make, batches
+
+    def __iter__(self) -> Iterator[Sequence[torch.Tensor]]:
+        """Begin a pass."""
+        return iter(self._make(self._batches))
+
+
+def apex_unrecorded(batches: Iterable[peers.Batch]) -> Iterator[peers.Batch]:
+    """Copy one batch ahead on a side stream: apex's data_prefetcher as it is often copied, unrecorded."""
+    side = torch.cuda.Stream()
+    source = iter(batches)
+
+    def preload() -> peers.Batch | None:
+        batch = next(source, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(side):
+            return [leaf.to("cuda", non_blocking=True) for leaf in batch]
+
+    ahead = preload()
+    while ahead is not None:
+        torch.cuda.current_stream().wait_stream(side)
+        batch = ahead
+        ahead = preload()
+        yield batch
+        del batch
+
+
+class Timm:
+    """timm's own PrefetchLoader, the same one for every pass; what it computes is undone."""
+
+    def __init__(self, batches: Sequence[peers.Batch]) -> None:
+        self._loader = peers.timm(batches)
+        numbers = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+        self._mean, self._std = (255 * torch.tensor(n, device="cuda").view(1, 3, 1, 1) for n in numbers)
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        """Begin a pass. The GPU sleeps before its first look at a batch, as before ours."""
+        for images, _ in self._loader:
+            torch.cuda._sleep(SLEEP_CYCLES)
+            yield [images.mul(self._std).add_(self._mean).round_()]
+
+
+PEERS: dict[str, Peer] = {
+    "apex without record_stream": lambda batches: Again(apex_unrecorded, batches),
+    "side stream, no edge back": lambda batches: Again(peers.unsafe, batches),
+    "apex, record_stream": lambda batches: Again(peers.apex, batches),
+    "timm PrefetchLoader": Timm,
+}
