@@ -593,6 +593,23 @@ def test_entering_keeps_nothing_alive() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_dict_of_locals_is_the_users_own(*, fails: bool) -> None:
+    """What `locals()` returned before the block, often a run's settings, has its entries afterwards."""
+
+    def train(rate: float, depth: int) -> dict[str, Any]:
+        settings = locals()
+        with oom_guard(reraise=False):
+            rate, hidden = rate / 2, torch.zeros(4)
+            if fails:
+                run_out(hidden)
+        return settings
+
+    settings = train(0.5, 3)
+    assert settings["depth"] == 3
+    assert set(settings) >= {"rate", "depth"}
+
+
 # --- types --------------------------------------------------------------------------------------------------
 
 

@@ -11,24 +11,30 @@ import sys
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from torchfast._oom.blocks import names_bound
 from torchfast._oom_errors import classify
 from torchfast._tree import flatten
 
 _CO_OPTIMIZED = 1  # a function's frame; a module's variables are its globals
-_Tensor, _ref = torch.Tensor, weakref.ref
+_UNBOUND = object()
+# Looked up once: a guard is entered at every step.
+_Tensor, _ref, _exception, _make_tuple = torch.Tensor, weakref.ref, sys.exception, tuple.__new__
 _WRITES_THROUGH = sys.version_info >= (3, 13)
+_N_OURS = 4  # references to a snapshot: the frame's, its reader's, and two in the functions that look
+_n_references = sys.getrefcount
 
 
 class Bound(NamedTuple):
-    """What the names of a frame were bound to; holds nothing alive."""
+    """What the names were bound to that a block may bind; holds nothing alive."""
 
     frame_id: int
+    names: tuple[str, ...] | None  # those that the block may bind; None: any
     values: dict[str, object]  # name: a weak reference to a tensor, else the id
     handled_id: int  # of the exception that was being handled by then: every later one has it as its context
 
@@ -36,22 +42,20 @@ class Bound(NamedTuple):
 def bound_in(frame: FrameType, /) -> Bound:
     """Note what the variables of a running frame are bound to, without keeping any of it alive.
 
-    This is what a guard costs while nothing fails: 3 µs for a frame of 15 variables. A tensor's id may be
-    used again for another one as soon as it is gone, so tensors are noted by weak references.
+    Almost all that a guard costs while nothing fails. A tensor's id may be used again for another one as soon
+    as it is gone, so tensors are noted by weak references.
     """
-    code, variables = frame.f_code, frame.f_locals
-    if code.co_flags & _CO_OPTIMIZED:
-        values: dict[str, object] = {
-            name: _ref(value) if type(value) is _Tensor else id(value)  # inline: a call would double it
-            for name, value in variables.items()
-        }
-        if not _WRITES_THROUGH:
-            variables.clear()
-    else:
-        # A notebook's globals are many, but a cell's code names few of them.
-        names = [name for name in code.co_names if name in variables]
-        values = {name: _identity(variables[name]) for name in names}
-    return Bound(id(frame), values, id(sys.exception()))
+    names = names_bound(frame.f_code, frame.f_lasti)
+    values: dict[str, object] = {}
+    if names != ():
+        variables = frame.f_locals
+        for name in _all_names(frame, variables) if names is None else names:
+            value = variables.get(name, _UNBOUND)
+            if value is not _UNBOUND:
+                values[name] = _ref(value) if type(value) is _Tensor else id(value)
+        _drop_snapshot(frame, variables)
+    # Past the Python function that makes a named tuple, which costs as much again.
+    return _make_tuple(Bound, (id(frame), names, values, id(_exception())))
 
 
 def let_go(error: BaseException, bound: Bound | None, /) -> None:
@@ -63,8 +67,9 @@ def let_go(error: BaseException, bound: Bound | None, /) -> None:
     for related in related_errors(error, 0 if bound is None else bound.handled_id):
         traceback.clear_frames(related.__traceback__)
         for frame in _frames(related.__traceback__):
-            if not _WRITES_THROUGH and frame.f_code.co_flags & _CO_OPTIMIZED:
-                _drop_snapshot(frame, frame.f_locals)
+            if not _WRITES_THROUGH:
+                variables = frame.f_locals
+                _drop_snapshot(frame, variables)
     if bound is not None:
         for frame in _frames(error.__traceback__):
             if id(frame) == bound.frame_id:
@@ -149,35 +154,37 @@ def _frames(tb: TracebackType | None) -> Iterator[FrameType]:
 
 def _values(frame: FrameType) -> list[Any]:
     variables = frame.f_locals
-    if not frame.f_code.co_flags & _CO_OPTIMIZED:
-        return [variables[name] for name in frame.f_code.co_names if name in variables]
-    values = list(variables.values())
+    values = [variables[name] for name in _all_names(frame, variables)]
     _drop_snapshot(frame, variables)
     return values
 
 
-def _identity(value: object) -> object:
-    return _ref(value) if type(value) is _Tensor else id(value)
+def _all_names(frame: FrameType, variables: Mapping[str, Any]) -> list[str]:
+    if frame.f_code.co_flags & _CO_OPTIMIZED:
+        return list(variables)
+    # A notebook's globals are many, but a cell's code names few of them.
+    return [name for name in frame.f_code.co_names if name in variables]
 
 
 def _drop_snapshot(frame: FrameType, variables: Any) -> None:
-    """Empty the dict that reading `f_locals` leaves in a frame before Python 3.13: it pins the values."""
-    if not _WRITES_THROUGH and frame.f_code.co_flags & _CO_OPTIMIZED:
+    """Empty the dict that reading `f_locals` leaves in a frame before Python 3.13: it pins the values.
+
+    Unless somebody else has it too: `locals()` returns the very same dict there.
+    """
+    if not _WRITES_THROUGH and frame.f_code.co_flags & _CO_OPTIMIZED and _n_references(variables) <= _N_OURS:
         variables.clear()
 
 
 def _unbind(frame: FrameType, bound: Bound) -> None:
     variables = frame.f_locals
-    optimized = bool(frame.f_code.co_flags & _CO_OPTIMIZED)
-    names = list(variables) if optimized else [name for name in frame.f_code.co_names if name in variables]
-    for name in names:
-        value = variables[name]
+    for name in _all_names(frame, variables) if bound.names is None else bound.names:
+        value = variables.get(name)
         before = bound.values.get(name)
         is_same = before() is value if isinstance(before, weakref.ref) else before == id(value)
         if not is_same and _is_made_of_tensors(value):
             variables[name] = None
         del value
-    if optimized and not _WRITES_THROUGH:
+    if not _WRITES_THROUGH and frame.f_code.co_flags & _CO_OPTIMIZED:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
         _drop_snapshot(frame, variables)
 

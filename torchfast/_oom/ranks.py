@@ -9,7 +9,7 @@ import datetime as dt
 import enum
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -76,23 +76,27 @@ class DDPRanks(Ranks):
             dist.get_process_group_ranks(model.process_group),
             timeout=dt.timedelta(seconds=timeout_s),
             backend="gloo",
+            use_local_synchronization=True,  # ranks outside of the model's group need not take part
         )
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._staging = _staging_for([*self._parameters, *model.module.buffers()])
+        self._parameters = [
+            p for name, p in model.module.named_parameters() if p.requires_grad and self._is_shared(name)
+        ]
+        self._staging = _staging_for([*self._parameters, *self._buffers()])
         self._stack = ExitStack()
         self._agreed: tuple[Outcome, bool] | None = None
         self._is_reduced = False
+        self._warm_up()
 
     def begin(self) -> None:
         """Switch the collectives of forward and backward off."""
         self._agreed, self._is_reduced = None, False
-        self._stack.enter_context(self._model.no_sync())
-        self._model.require_forward_param_sync = False  # buffers are broadcast with the gradients instead
+        self._stack.enter_context(without_collectives(self._model))
 
     def end(self) -> None:
         """Switch them on again."""
         self._stack.close()
 
+    @torch.no_grad()
     def reduce(self) -> None:
         """Agree that all ranks got through, then average the gradients and take rank 0's buffers."""
         has, lacks = self._vote_on_gradients()
@@ -107,11 +111,10 @@ class DDPRanks(Ranks):
         n_ranks = dist.get_world_size(group)
         gradients = [p.grad for p, some in zip(self._parameters, has, strict=True) if some]
         for flat in self._staged([g for g in gradients if g is not None]):
-            dist.all_reduce(flat, group=group)
-            flat.div_(n_ranks)
+            dist.all_reduce(flat.div_(n_ranks), group=group)  # in this order float16 does not overflow
         if self._model.broadcast_buffers:
             source = dist.get_process_group_ranks(group)[0]
-            for flat in self._staged(list(self._model.module.buffers())):
+            for flat in self._staged(self._buffers()):
                 dist.broadcast(flat, source, group=group)
 
     def agree(self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool) -> tuple[Outcome, bool]:
@@ -147,10 +150,29 @@ class DDPRanks(Ranks):
             flat = staging[: sum(t.numel() for t in bucket)]
             pieces = flat.split([t.numel() for t in bucket])
             views = [piece.view(t.shape) for piece, t in zip(pieces, bucket, strict=True)]
-            with torch.no_grad():
-                copy_all(views, bucket)
-                yield flat
-                copy_all(bucket, views)
+            copy_all(views, bucket)
+            yield flat
+            copy_all(bucket, views)
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [buffer for name, buffer in self._model.module.named_buffers() if self._is_shared(name)]
+
+    def _is_shared(self, name: str) -> bool:
+        return name not in getattr(self._model, "parameters_to_ignore", ())
+
+    def _warm_up(self) -> None:
+        """Run what will be run while memory is short: NCCL allocates at the first use of each of its ways.
+
+        It chooses among them by size.
+        """
+        group = self._model.process_group
+        source = dist.get_process_group_ranks(group)[0]
+        for staging in self._staging.values():
+            flat = staging.zero_()
+            while len(flat):
+                dist.all_reduce(flat, group=group)
+                dist.broadcast(flat, source, group=group)
+                flat = flat[: len(flat) // 16]
 
     def _vote(
         self, outcome: Outcome, *, can_roll_back: bool, thrashes: bool, has_gradient: list[bool]
@@ -168,6 +190,30 @@ class DDPRanks(Ranks):
             ) from error
         numbers: list[int] = votes.tolist()
         return numbers
+
+
+@contextmanager
+def without_collectives(model: DistributedDataParallel) -> Iterator[None]:
+    """Switch off the collectives that the wrapper hides in its forward and backward pass."""
+    if model._join_config.enable:
+        raise RuntimeError(
+            "guard.retry cannot be used within Join: its forward pass asks the other ranks whether they go "
+            "on, and one that ran out of memory would leave them waiting. Give all ranks as many batches."
+        )
+    # After the first step that the wrapper itself has averaged, its next forward pass sorts the buckets
+    # anew, together with the other ranks. If that fails here, it does so in the block as well.
+    with suppress(RuntimeError):
+        model.reducer._rebuild_buckets()
+    is_enqueued = getattr(model, "_static_graph_delay_allreduce_enqueued", None)
+    with model.no_sync():
+        model.require_forward_param_sync = False  # buffers are broadcast with the gradients instead
+        if is_enqueued is not None:
+            model._static_graph_delay_allreduce_enqueued = True
+        try:
+            yield
+        finally:
+            if is_enqueued is not None:
+                model._static_graph_delay_allreduce_enqueued = is_enqueued
 
 
 def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
@@ -189,6 +235,7 @@ def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
             f"guard.retry was given {len(wrappers)} DistributedDataParallel models; it reduces the "
             "gradients of one. Wrap what is trained together in one module."
         )
+    _refuse_sparse(everything)
     return DDPRanks(wrappers[0], timeout_s)
 
 
@@ -202,6 +249,15 @@ def _refuse_sharded(modules: Sequence[nn.Module]) -> None:
             "rank that ran "
             "out of memory would leave the others waiting for ever. Use oom_guard without retry: it "
             "explains the error and names a batch size to restart with."
+        )
+
+
+def _refuse_sparse(modules: Sequence[nn.Module]) -> None:
+    found = [m for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+    if found:
+        raise ValueError(
+            f"guard.retry cannot average the sparse gradients of {type(found[0]).__name__}(sparse=True) over "
+            "the ranks. Use sparse=False, or oom_guard without retry."
         )
 
 
