@@ -11,6 +11,7 @@ from typing import Any
 
 import loader_peers as peers
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from torchfast import DeviceLoader
 
@@ -22,7 +23,11 @@ SLEEP_CYCLES, LONG_SLEEP_CYCLES = 40_000, 2_000_000
 SHAPES = {"packed": (3, (5_000,)), "large": (1, (300_000,)), "images": (1, (2, 3, 224, 224))}
 """Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 1 of 1.2 MB; images, 1.2 MB too."""
 
-KINDS = list(itertools.product(("packed", "large"), ("pinned", "pageable", "reused")))
+KINDS = list(itertools.product(("packed", "large"), ("pinned", "fresh", "pageable", "reused")))
+"""Sources: a list of pinned batches, a `DataLoader` that pins each anew and drops it, a generator of pageable
+ones, and one that fills the same pinned memory again and again.
+"""
+
 Peer = Callable[[Any], Iterable[Sequence[torch.Tensor]]]
 Report = Callable[[dict[str, Any]], None]
 
@@ -109,27 +114,44 @@ def compare(batches: Iterable[Sequence[torch.Tensor]], wrong: torch.Tensor, lag:
 
 
 def _source(shape: str, source: str) -> Any:
-    """Return a source of the batches of a pass: a list of pinned ones, or one that makes them as it goes."""
-    return list(Made(shape, "pinned")) if source == "pinned" else Made(shape, source)
+    """Return a source of the batches of a pass."""
+    if source == "fresh":
+        return DataLoader(Filled(*SHAPES[shape]), batch_size=None, pin_memory=True)
+    made = Made(*SHAPES[shape], is_pinned=source != "pageable", is_reused=source == "reused")
+    return list(made) if source == "pinned" else made
 
 
 class Made:
-    """Batches that hold their own number, the same in every pass; "reused" ones in one pinned buffer."""
+    """Batches that hold their own number, the same in every pass, made one by one."""
 
-    def __init__(self, shape: str, source: str) -> None:
-        self._n_leaves, self._shape = SHAPES[shape]
-        self._source = source
+    def __init__(self, n_leaves: int, shape: tuple[int, ...], *, is_pinned: bool, is_reused: bool) -> None:
+        self._n_leaves, self._shape = n_leaves, shape
+        self._is_pinned, self._is_reused = is_pinned, is_reused
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        """Make the batches, one by one."""
+        """Make them, in new memory each, or all in the same."""
         buffers = self._empty()
         for number in range(N_PER_PASS):
-            leaves = buffers if self._source == "reused" else self._empty()
+            leaves = buffers if self._is_reused else self._empty()
             yield [leaf.fill_(float(number)) for leaf in leaves]
 
     def _empty(self) -> list[torch.Tensor]:
-        is_pinned = self._source != "pageable"
-        return [torch.empty(self._shape, pin_memory=is_pinned) for _ in range(self._n_leaves)]
+        return [torch.empty(self._shape, pin_memory=self._is_pinned) for _ in range(self._n_leaves)]
+
+
+class Filled(Dataset[list[torch.Tensor]]):
+    """The same batches, for a `DataLoader`."""
+
+    def __init__(self, n_leaves: int, shape: tuple[int, ...]) -> None:
+        self._n_leaves, self._shape = n_leaves, shape
+
+    def __len__(self) -> int:
+        """Return how many there are in a pass."""
+        return N_PER_PASS
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        """Make one."""
+        return [torch.full(self._shape, float(index)) for _ in range(self._n_leaves)]
 
 
 class Again:
