@@ -10,7 +10,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import loader_peers as peers
@@ -24,7 +24,8 @@ MIB = 2**20
 N_WARMUP = 8
 PROTOCOL = (
     "CUDA events from the 8th batch of a pass to its last, nothing drained in between; a sample is one pass; "
-    "ideal = max(compute with a resident batch, one pinned copy of the batch's bytes)."
+    "ideal = the longest of the step with a resident batch, one pinned copy of the batch's bytes, and, with "
+    "workers, a batch of the loader by itself."
 )
 Step = Callable[[peers.Batch], None]
 
@@ -39,8 +40,7 @@ def main() -> None:
         "resnet50": resnet50,
         "workers": workers,
         "host_time": host_time,
-        "sweep_pinned": functools.partial(sweep, "pinned"),
-        "sweep_pageable": functools.partial(sweep, "pageable"),
+        "sweep": sweep,
     }
     parser.add_argument("parts", nargs="*", default=list(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
@@ -48,15 +48,11 @@ def main() -> None:
     check()
     for name in arguments.parts:
         subject = "device_loader" if name == "workloads" else f"loader_{name}"
-        path = record.write(subject, PROTOCOL, list(shown(parts[name](arguments.n_samples))))
-        print(f"written: {path}")
-
-
-def shown(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Print each row as it comes."""
-    for row in rows:
-        print({key: value for key, value in row.items() if not key.startswith("samples")}, flush=True)
-        yield row
+        rows = []
+        for row in parts[name](arguments.n_samples):
+            print({key: value for key, value in row.items() if not key.startswith("samples")}, flush=True)
+            rows.append(row)
+            record.write(subject, PROTOCOL, rows)  # each time: what is cut off keeps what it has
 
 
 def check() -> None:
@@ -123,22 +119,24 @@ def with_item(step: Step) -> Step:
 # --- timing ----------------------------------------------------------------------------------------------
 
 
+def pass_ms(batches: Iterable[peers.Batch], step: Step) -> float:
+    """Return the time of a step in one pass."""
+    torch.cuda.synchronize()
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    n_steps = 0
+    for batch in batches:
+        step(batch)
+        n_steps += 1
+        if n_steps == N_WARMUP:
+            began.record()
+    ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / (n_steps - N_WARMUP)
+
+
 def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, n_samples: int) -> list[float]:
     """Return the time of a step in each of several passes, after one that is not counted."""
-    samples = []
-    for _ in range(n_samples + 1):
-        torch.cuda.synchronize()
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        n_steps = 0
-        for batch in make():
-            step(batch)
-            n_steps += 1
-            if n_steps == N_WARMUP:
-                began.record()
-        ended.record()
-        ended.synchronize()
-        samples.append(began.elapsed_time(ended) / (n_steps - N_WARMUP))
-    return samples[1:]
+    return [pass_ms(make(), step) for _ in range(n_samples + 1)][1:]
 
 
 @functools.cache
@@ -153,29 +151,46 @@ def copy_ms(n_bytes: int) -> float:
 
 
 def compared(
-    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], n_samples: int, **what: Any
+    made: Mapping[str, Callable[[], Iterable[peers.Batch]]],
+    resident: Iterable[peers.Batch],
+    step: Step,
+    n_samples: int,
+    limits_ms: Sequence[float],
+    **what: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Time every peer on the same batches, and a resident batch as the floor."""
-    resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
-    timed = {"resident": passes_ms(lambda: resident, step, n_samples)}
-    for name in names:
-        make = functools.partial(PEERS[name], batches)
-        torch.cuda.empty_cache()
-        timed[name] = passes_ms(make, step, n_samples)
-    limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
-    work_ms = record.median(timed["resident"])
-    serial_ms, ideal_ms = work_ms + limit_ms, max(work_ms, limit_ms)
+    """Time every peer in turn, round after round, and a resident batch as the floor.
+
+    `limits_ms` are the other parts of a step: of them and of the work the longest is the ideal.
+    """
+    ways: dict[str, Callable[[], Iterable[peers.Batch]]] = {"resident": lambda: resident, **made}
+    timed: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(n_samples + 1):
+        for name, make in ways.items():
+            timed[name].append(pass_ms(make(), step))
+    parts_ms = [record.median(timed["resident"][1:]), *limits_ms]
+    serial_ms, ideal_ms = sum(parts_ms), max(parts_ms)
     for name, samples in timed.items():
-        step_ms = record.median(samples)
-        hideable_ms = serial_ms - ideal_ms
+        step_ms = record.median(samples[1:])
         yield {
             **what,
             "peer": name,
             "step_ms": step_ms,
             "ideal_ms": ideal_ms,
-            "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / hideable_ms), 3),
-            "samples_ms": samples,
+            "ideal_share": round(ideal_ms / step_ms, 3),
+            "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / (serial_ms - ideal_ms)), 3),
+            "samples_ms": [round(sample, 4) for sample in samples[1:]],
         }
+
+
+def compared_on(
+    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], n_samples: int, **what: Any
+) -> Iterator[dict[str, Any]]:
+    """Compare peers on a list of host batches."""
+    torch.cuda.empty_cache()
+    resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
+    limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
+    made = {name: functools.partial(PEERS[name], batches) for name in names}
+    yield from compared(made, resident, step, n_samples, [limit_ms], **what)
 
 
 PEERS = {**peers.PEERS, "timm PrefetchLoader": peers.timm}
@@ -206,28 +221,36 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
         names = [name for name in PEERS if n_leaves == 1 or name != "timm PrefetchLoader"]
         if n_leaves == 1:
             batches = [[batch[0].view(256, 3, 224, 224)] for batch in batches]
-        yield from compared(batches, step(), names, n_samples, workload=what, source=source)
+        yield from compared_on(batches, step(), names, n_samples, workload=what, source=source)
 
 
-def sweep(source: str, n_samples: int) -> Iterator[dict[str, Any]]:
-    """Time batches of 38.5 MB at many ratios of compute to transfer."""
+RATIOS = (0.25, 0.5, 1, 2, 4, 16)
+SWEPT = [
+    name for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "torchfast") if name in PEERS
+]
+
+
+def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time batches of 38.5 MB at many ratios of compute to transfer; with workers, of compute to loading."""
     n_elements = 64 * 3 * 224 * 224
     limit_ms = copy_ms(n_elements * 4)
-    names = ["bare", "pinned, non_blocking", "apex, record_stream", "torchfast"]
-    for n_leaves in (1, 8, 512):
+    for n_leaves, source in itertools.product((1, 8, 512), ("pinned", "pageable")):
         batches = host_batches(n_leaves, n_elements // n_leaves, source, 32)
-        for ratio, consumer in itertools.product([0.25, 0.5, 1, 2, 4, 16], ["free-running", "item"]):
-            step = products(ratio * limit_ms)
-            yield from compared(
-                batches,
-                step if consumer == "free-running" else with_item(step),
-                names,
-                n_samples,
-                ratio=ratio,
-                n_leaves=n_leaves,
-                source=source,
-                consumer=consumer,
-            )
+        for ratio, consumer in itertools.product(RATIOS, CONSUMERS):
+            step = CONSUMERS[consumer](products(ratio * limit_ms))
+            what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
+            yield from compared_on(batches[: 32 if ratio < 16 else 20], step, SWEPT, n_samples, **what)
+    for pin_memory, consumer in itertools.product((True, False), CONSUMERS):
+        loader = workers_loader(make_s=0.02, is_jittered=False, pin_memory=pin_memory)
+        load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, 1))
+        for ratio in (0.25, 1, 4):
+            step = CONSUMERS[consumer](products(ratio * load_ms))
+            source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
+            what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
+            yield from compared_with_workers(loader, step, n_samples, load_ms, **what)
+
+
+CONSUMERS: dict[str, Callable[[Step], Step]] = {"free-running": lambda step: step, "item": with_item}
 
 
 def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
@@ -251,7 +274,7 @@ def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
         [torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8).pin_memory()] for _ in range(3)
     ] * 8
     names = ["bare", "pinned, non_blocking", "apex, record_stream", "torchfast"]
-    yield from compared(
+    yield from compared_on(
         floats, step, names, n_samples, workload="ResNet-50, bfloat16, batch 256", source="float32"
     )
     means, stds = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -263,12 +286,13 @@ def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
     yield {**what, "peer": "torchfast", "step_ms": record.median(samples), "samples_ms": samples}
 
 
-class Jittered(Dataset[torch.Tensor]):
-    """Batches of 64 uint8 images; one in ten takes five times as long to make."""
+class Made(Dataset[torch.Tensor]):
+    """Batches of 64 uint8 images that take so long to make; one in ten five times as long, if jittered."""
 
-    def __init__(self, n_batches: int, make_s: float) -> None:
+    def __init__(self, n_batches: int, make_s: float, *, is_jittered: bool) -> None:
         self._n_batches = n_batches
         self._make_s = make_s
+        self._is_jittered = is_jittered
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -276,51 +300,39 @@ class Jittered(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Make a batch."""
-        time.sleep(self._make_s * (5 if index % 10 == 7 else 1))
+        time.sleep(self._make_s * (5 if self._is_jittered and index % 10 == 7 else 1))
         return torch.full((64, 3, 224, 224), index % 256, dtype=torch.uint8)
 
 
 def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
-    step, resident = products(8.0), [[torch.zeros(1, device="cuda")]] * 80
-    work_ms = record.median(passes_ms(lambda: resident, step, n_samples))
-    transfer_ms = copy_ms(64 * 3 * 224 * 224)
     for pin_memory in (False, True):
-        loader: Iterable[torch.Tensor] = DataLoader(
-            Jittered(80, 0.03),
-            batch_size=None,
-            num_workers=8,
-            persistent_workers=True,
-            pin_memory=pin_memory,
-            prefetch_factor=4,
-        )
+        loader = workers_loader(make_s=0.03, is_jittered=True, pin_memory=pin_memory)
         load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, n_samples))
-        serial_ms, ideal_ms = work_ms + transfer_ms + load_ms, max(work_ms, transfer_ms, load_ms)
-        device_loader = DeviceLoader(loader, "cuda")
-        made = {name: functools.partial(fed, peer, loader) for name, peer in LISTED.items()}
-        made["torchfast"] = functools.partial(fed, iter, device_loader)
-        for name, make in made.items():
-            samples = passes_ms(make, step, n_samples)
-            step_ms = record.median(samples)
-            yield {
-                "loader": "8 workers, one in ten 5 x late",
-                "pin_memory": pin_memory,
-                "peer": name,
-                "step_ms": step_ms,
-                "work_ms": work_ms,
-                "load_ms": load_ms,
-                "ideal_ms": ideal_ms,
-                "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / (serial_ms - ideal_ms)), 3),
-                "stats": repr(device_loader.stats) if name == "torchfast" else None,
-                "samples_ms": samples,
-            }
+        what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "load_ms": load_ms}
+        yield from compared_with_workers(loader, products(8.0), n_samples, load_ms, **what)
 
 
-LISTED: dict[str, Callable[[Any], Any]] = {
-    "bare": peers.bare,
-    "pinned, non_blocking": peers.non_blocking,
-    "apex, record_stream": peers.apex,
-}
+def workers_loader(*, make_s: float, is_jittered: bool, pin_memory: bool) -> DataLoader[torch.Tensor]:
+    """Return a DataLoader whose eight workers take so long to make a batch of 9.6 MB."""
+    return DataLoader(
+        Made(80, make_s, is_jittered=is_jittered),
+        batch_size=None,
+        num_workers=8,
+        persistent_workers=True,
+        pin_memory=pin_memory,
+        prefetch_factor=4,
+    )
+
+
+def compared_with_workers(
+    loader: DataLoader[torch.Tensor], step: Step, n_samples: int, load_ms: float, **what: Any
+) -> Iterator[dict[str, Any]]:
+    """Compare peers on a DataLoader with workers."""
+    made = {name: functools.partial(fed, PEERS[name], loader) for name in SWEPT if name != "torchfast"}
+    made["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader, "cuda"))
+    resident = [[torch.zeros(1, device="cuda")]] * 80
+    yield from compared(made, resident, step, n_samples, [copy_ms(64 * 3 * 224 * 224), load_ms], **what)
 
 
 def fed(peer: Callable[[Any], Any], loader: Iterable[torch.Tensor]) -> Any:

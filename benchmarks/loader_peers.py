@@ -3,7 +3,12 @@
 A host batch is a list of tensors. Peers that want a `DataLoader` get one that hands out the same batches.
 """
 
+import importlib
+import importlib.util
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -102,6 +107,26 @@ def accelerate(batches: Sequence[Batch]) -> Iterable[Batch]:
     return prepared
 
 
+def torchtnt(batches: Sequence[Batch]) -> Iterable[Batch]:
+    """Use torchtnt's prefetcher, one batch ahead: it has no edge back, so its speed is not safe to have."""
+    module = importlib.import_module("torchtnt.utils.data.data_prefetcher")
+    prefetcher: Iterable[Batch] = module.CudaDataPrefetcher(batches, torch.device("cuda"), 1)
+    return prefetcher
+
+
+def spdl(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Copy two batches ahead in a background thread by SPDL's transfer, as its guide shows."""
+    transfer = importlib.import_module("spdl.io").transfer_tensor_h2d
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as executor:
+        ahead = deque(executor.submit(transfer, batch) for batch in itertools.islice(source, 2))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(executor.submit(transfer, more) for more in itertools.islice(source, 1))
+            yield batch
+            del batch
+
+
 class Torchfast:
     """DeviceLoader, the same one for every pass, as a training run has it."""
 
@@ -119,5 +144,7 @@ PEERS: dict[str, Peer] = {
     "pinned, non_blocking": non_blocking,
     "apex, record_stream": apex,
     "accelerate": accelerate,
+    **({"torchtnt": torchtnt} if importlib.util.find_spec("torchtnt") else {}),
+    **({"SPDL": spdl} if importlib.util.find_spec("spdl") else {}),
     "torchfast": Torchfast(),
 }

@@ -117,14 +117,83 @@ def device_loader(result: dict[str, Any]) -> str:
     lines = ["| step, source | resident | best peer | torchfast | hidden |", "|---|---:|---|---:|---:|"]
     for what in dict.fromkeys((row["workload"], row["source"]) for row in result["rows"]):
         rows = {row["peer"]: row for row in result["rows"] if (row["workload"], row["source"]) == what}
-        resident, ours = rows.pop("resident"), rows.pop("torchfast")
-        best = min(rows.values(), key=lambda row: row["step_ms"])
+        resident, ours, best = _three(rows)
         lines.append(
             f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
             f"| {best['step_ms']:.4g} ms ({best['peer']}) "
             f"| {ours['step_ms']:.4g} ms | {max(0.0, ours['overlap_efficiency']):.0%} |"
         )
     return "\n".join([*lines, "", _source(result), ""])
+
+
+def loader_workers(result: dict[str, Any]) -> str:
+    """Render loaders with workers: each peer's step, and the longest of its parts by itself."""
+    lines = ["| batches pinned by | work | loading | best peer | torchfast | ideal / torchfast |"]
+    lines.append("|---|---:|---:|---|---:|---:|")
+    for is_pinned in dict.fromkeys(row["pin_memory"] for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if row["pin_memory"] == is_pinned}
+        resident, ours, best = _three(rows)
+        lines.append(
+            f"| {'DataLoader' if is_pinned else 'DeviceLoader'} | {resident['step_ms']:.4g} ms "
+            f"| {ours['load_ms']:.4g} ms | {best['step_ms']:.4g} ms ({best['peer']}) "
+            f"| {ours['step_ms']:.4g} ms | {ours['ideal_share']:.3f} |"
+        )
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def loader_resnet50(result: dict[str, Any]) -> str:
+    """Render the training step of ResNet-50, by how its images come."""
+    lines = ["| images | loader | ms a step |", "|---|---|---:|"]
+    lines += [f"| {row['source']} | {row['peer']} | {row['step_ms']:.4g} |" for row in result["rows"]]
+    return "\n".join([*lines, "", _source(result), ""])
+
+
+def loader_host_time(result: dict[str, Any]) -> str:
+    """Render what one `next` costs the loop's thread."""
+    lines = ["| tensors in a batch | bytes of each | median | 99th percentile |", "|---:|---:|---:|---:|"]
+    lines += [
+        f"| {row['n_leaves']} | {row['leaf_bytes']:,} | {row['median_us']:.3g} µs | {row['p99_us']:.3g} µs |"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def loader_sweep(result: dict[str, Any]) -> str:
+    """Render torchfast against the fastest peer in each cell of the sweep, and count the cells it loses."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result["rows"]:
+        where = (row["source"], row["n_leaves"], row["consumer"], row["ratio"])
+        cells.setdefault(where, {})[row["peer"]] = row
+    cells = {where: rows for where, rows in cells.items() if "torchfast" in rows}
+    ratios = sorted({where[3] for where in cells})
+    lines = ["| source | tensors | loop | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"]
+    lines.append("|---|---:|---|" + "---:|" * len(ratios))
+    n_lost = n_ideal = 0
+    for line in dict.fromkeys(where[:3] for where in cells):
+        texts = []
+        for ratio in ratios:
+            if (*line, ratio) not in cells:
+                texts.append("")
+                continue
+            _, ours, best = _three(cells[*line, ratio])
+            is_lost = ours["step_ms"] > best["step_ms"] + max(0.02 * best["step_ms"], 0.05)
+            n_lost += is_lost
+            n_ideal += ours["step_ms"] <= 1.02 * ours["ideal_ms"] + 0.05
+            ratio_text = f"{ours['step_ms'] / best['step_ms']:.2f}"
+            texts.append(f"**{ratio_text}**" if is_lost else ratio_text)
+        lines.append(f"| {line[0]} | {line[1]} | {line[2]} | " + " | ".join(texts) + " |")
+    more = (
+        "Step time over that of the fastest peer, by ratio of work to transfer (with workers: to loading). "
+        f"Of {len(cells)} cells, {n_lost} are slower by more than 2 % and 50 µs (bold); "
+        f"in {n_ideal} a step takes at most 1.02 x ideal + 50 µs."
+    )
+    return "\n".join([*lines, "", more, "", _source(result), ""])
+
+
+def _three(rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the rows of the resident batch, of torchfast, and of the best of the others."""
+    others = [row for name, row in rows.items() if name not in ("resident", "torchfast")]
+    return rows["resident"], rows["torchfast"], min(others, key=lambda row: float(row["step_ms"]))
 
 
 def loader_reliability(result: dict[str, Any]) -> str:
@@ -255,7 +324,11 @@ def _put(page: Path, text: str) -> bool:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "device_loader": device_loader,
+    "loader_host_time": loader_host_time,
     "loader_reliability": loader_reliability,
+    "loader_resnet50": loader_resnet50,
+    "loader_sweep": loader_sweep,
+    "loader_workers": loader_workers,
     "distillation": distillation,
     "monitor": monitor,
     "oom_guard_faults": oom_guard_faults,
