@@ -1,5 +1,6 @@
 """What two ranks do in the tests of several ranks: training steps in which one of them runs out of memory."""
 
+import datetime as dt
 import gc
 import os
 import random
@@ -7,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,21 +53,32 @@ def in_group(rank: int, folder: str, names: list[str], backend: str) -> None:
     if backend == "nccl":
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
-    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=N_RANKS)
+    dist.init_process_group(
+        backend,
+        f"file://{folder}/store",
+        rank=rank,
+        world_size=N_RANKS,
+        timeout=dt.timedelta(seconds=60),  # what hangs is to fail
+    )
     torch.save({name: WORK[name](rank) for name in names}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def train(
-    rank: int, n_steps: int, fault: Callable[[int], inject_oom], *, sync_by: str = "retry"
+    rank: int,
+    n_steps: int,
+    fault: Callable[[int], inject_oom],
+    *,
+    n_bare: int = 0,
+    **options: Any,
 ) -> list[torch.Tensor]:
-    """Train for some steps with a fault in each, and return the state at the end."""
-    model = DistributedDataParallel(small_net(), find_unused_parameters=sync_by == "ddp")
+    """Train for some steps, the first few by DDP itself and the others with a fault; return the state."""
+    model = DistributedDataParallel(small_net(), find_unused_parameters=n_bare > 0, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     retry = oom_guard().retry(model=model, optimizer=optimizer, copy=True, timeout_s=20)
     for step in range(n_steps):
         batch = batch_of(step, rank)
-        if sync_by == "ddp":
+        if step < n_bare:
             F.cross_entropy(model(batch[0]), batch[1]).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -105,6 +119,95 @@ def parameters_of(state: list[torch.Tensor]) -> list[torch.Tensor]:
     names = list(small_net().state_dict())
     kept = dict(small_net().named_parameters())
     return [tensor for name, tensor in zip(names, state, strict=True) if name in kept]
+
+
+def work_bare_first(rank: int) -> int:
+    """Let DDP average one step, fail on rank 1 before the next forward pass, and count the attempts."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    retry = oom_guard().retry(model=model, timeout_s=20)
+    samples, labels = batch_of(0, rank)
+    F.cross_entropy(model(samples), labels).backward()
+    injection = inject_oom(operator="clone", rank=1)
+    for attempt in retry.attempts((samples, labels)):
+        with attempt, injection:
+            for (part, targets), _ in attempt:
+                F.cross_entropy(model(part.clone()), targets).backward()
+    return attempt.number
+
+
+def work_kept_apart(rank: int) -> list[torch.Tensor | None]:
+    """Train a net of which the wrapper is to ignore one parameter and one buffer, and return these two."""
+    net = small_net()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["3.bias", "1.running_mean"])
+    model = DistributedDataParallel(net, find_unused_parameters=True)
+    for attempt in oom_guard().retry(model=model, timeout_s=20).attempts(batch_of(0, rank)):
+        with attempt:
+            for (samples, labels), _ in attempt:
+                F.cross_entropy(model(samples), labels).backward()
+    return [model.get_parameter("module.3.bias").grad, model.get_buffer("module.1.running_mean")]
+
+
+def work_large_halves(_: int) -> list[torch.Tensor | None]:
+    """Average a gradient in half precision whose sum over the ranks would be infinite."""
+    model = DistributedDataParallel(nn.Linear(1, 1, bias=False).half())
+    for attempt in oom_guard().retry(model=model, timeout_s=20).attempts(torch.full((1, 1), 4e4).half()):
+        with attempt:
+            for samples, weight in attempt:
+                (model(samples).sum() * weight).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def work_alone(rank: int) -> str:
+    """Make a retry in a group of one rank, of which the other knows nothing."""
+    groups = [dist.new_group([other]) for other in range(N_RANKS)]
+    if rank == 1:
+        return "took no part"
+    model = DistributedDataParallel(nn.Linear(6, 3), process_group=groups[rank])
+    for attempt in oom_guard().retry(model=model, timeout_s=20).attempts(batch_of(0, rank)):
+        with attempt:
+            for (samples, labels), _ in attempt:
+                F.cross_entropy(model(samples), labels).backward()
+    return "done"
+
+
+def work_warm_up(_: int) -> list[dict[str, int]]:
+    """Return the largest size of each kind of collective: in the making of a retry, and in a step."""
+    model = DistributedDataParallel(small_net(), find_unused_parameters=True)
+    seen: list[dict[str, int]] = [{}, {}]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "broadcast"):
+            patch.setattr(dist, name, noting(getattr(dist, name), model.process_group, seen))
+        retry = oom_guard().retry(model=model, timeout_s=20)
+        seen.reverse()
+        for attempt in retry.attempts(torch.ones(2, 6)):
+            with attempt:
+                for samples, weight in attempt:
+                    (model(samples).sum() * weight).backward()
+    return seen
+
+
+def noting(run: Callable[..., Any], of: Any, seen: list[dict[str, int]]) -> Callable[..., Any]:
+    """Return the collective, noting the size of what is sent through a group."""
+
+    def noted(tensor: torch.Tensor, *args: Any, group: Any) -> Any:
+        if group is of:
+            kind = f"{run.__name__} of {tensor.dtype}"
+            seen[0][kind] = max(seen[0].get(kind, 0), tensor.numel())
+        return run(tensor, *args, group=group)
+
+    return noted
+
+
+def work_refused(rank: int) -> list[str]:
+    """Use what a retry cannot be used with, and return the errors."""
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    attempts = oom_guard().retry(model=model, timeout_s=20).attempts(batch_of(0, rank))
+    with Join([model]), pytest.raises(RuntimeError) as joined:
+        next(attempts).__enter__()
+    bag = DistributedDataParallel(nn.EmbeddingBag(4, 2, sparse=True))
+    with pytest.raises(ValueError, match="sparse") as sparse:
+        oom_guard().retry(model=bag)
+    return [str(joined.value), str(sparse.value)]
 
 
 def work_split(rank: int) -> tuple[int, int]:
@@ -177,8 +280,10 @@ def work_unused(rank: int) -> list[torch.Tensor]:
 
 
 WORK: dict[str, Callable[[int], Any]] = {
-    "bare": lambda rank: train(rank, 4, no_fault, sync_by="ddp"),
+    "bare": lambda rank: train(rank, 4, no_fault, n_bare=4),
     "guarded": lambda rank: train(rank, 4, no_fault),
+    "static": lambda rank: train(rank, 4, random_fault, static_graph=True),
+    "views": lambda rank: train(rank, 4, random_fault, gradient_as_bucket_view=True),
     "faulty": lambda rank: train(rank, N_FAULTS, random_fault),
     "clean": lambda rank: train(rank, N_FAULTS, no_fault),
     "split": work_split,
@@ -186,4 +291,10 @@ WORK: dict[str, Callable[[int], Any]] = {
     "bug": work_bug,
     "hopeless": work_hopeless,
     "no_room": work_no_room,
+    "bare_first": work_bare_first,
+    "kept_apart": work_kept_apart,
+    "large_halves": work_large_halves,
+    "alone": work_alone,
+    "warm_up": work_warm_up,
+    "refused": work_refused,
 }

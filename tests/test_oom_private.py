@@ -73,6 +73,17 @@ def test_wrapper_has_the_switch_for_its_buffers() -> None:
     assert "require_forward_param_sync" in DistributedDataParallel.will_sync_module_buffers.__code__.co_names
 
 
+def test_wrapper_has_the_parts_in_which_its_collectives_hide() -> None:
+    """What a retry switches off or does beforehand is still there, by these names."""
+    before, after = (
+        DistributedDataParallel._pre_forward.__code__,
+        DistributedDataParallel._post_forward.__code__,
+    )
+    assert {"_rebuild_buckets", "_join_config"} <= set(before.co_names)
+    assert "_static_graph_delay_allreduce_enqueued" in after.co_names
+    assert "parameters_to_ignore" in DistributedDataParallel.__init__.__code__.co_names
+
+
 def test_layers_are_known_by_their_base() -> None:
     """Batch norms and dropouts of all dimensions share a base class each."""
     assert issubclass(nn.BatchNorm3d, nn.modules.batchnorm._BatchNorm)

@@ -38,6 +38,53 @@ def test_fault_on_one_rank_leaves_no_trace(results: Results) -> None:
     assert oom_ranks.same(first["faulty"], first["clean"])
 
 
+@pytest.mark.parametrize("option", ["static", "views"])
+def test_wrappers_own_options_change_nothing(results: Results, option: str) -> None:
+    """With a static graph, or gradients that are views of buckets, faults leave no trace either."""
+    assert all(oom_ranks.same(result[option], result["guarded"]) for result in results)
+
+
+def test_wrapper_that_has_averaged_by_itself(results: Results) -> None:
+    """After a step without the retry, a fault before the forward pass leaves no rank waiting inside it."""
+    assert [result["bare_first"] for result in results] == [2, 2]
+
+
+def test_parameters_that_the_wrapper_ignores(results: Results) -> None:
+    """What DistributedDataParallel was told to leave alone stays each rank's own."""
+    first, second = (result["kept_apart"] for result in results)
+    assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_half_precision_does_not_overflow(results: Results) -> None:
+    """Gradients are divided before they are added up, as DistributedDataParallel does."""
+    assert [result["large_halves"][0].item() for result in results] == [4e4, 4e4]
+
+
+def test_group_of_some_ranks(results: Results) -> None:
+    """A retry concerns the ranks of its model's group and no others."""
+    assert [result["alone"] for result in results] == ["done", "took no part"]
+
+
+def test_collectives_are_run_when_the_retry_is_made(results: Results) -> None:
+    """Each kind is run at full size while there is memory, as NCCL allocates at the first use."""
+    making, step = results[0]["warm_up"]
+    assert {"all_reduce of torch.float32", "broadcast of torch.int64"} <= set(step)
+    assert all(making.get(kind, 0) >= n_elements for kind, n_elements in step.items())
+
+
+def test_what_cannot_be_averaged_is_refused(results: Results) -> None:
+    """Uneven batches within Join and sparse gradients are refused, with the reason, on both ranks."""
+    within_join = (
+        "guard.retry cannot be used within Join: its forward pass asks the other ranks whether they go "
+        "on, and one that ran out of memory would leave them waiting. Give all ranks as many batches."
+    )
+    sparse = (
+        "guard.retry cannot average the sparse gradients of EmbeddingBag(sparse=True) over the ranks. "
+        "Use sparse=False, or oom_guard without retry."
+    )
+    assert [result["refused"] for result in results] == [[within_join, sparse]] * 2
+
+
 def test_ranks_go_down_together(results: Results) -> None:
     """Where one rank needs smaller parts, both take them."""
     assert [result["split"] for result in results] == [(4, 2), (4, 2)]

@@ -72,11 +72,14 @@ class DDPRanks(Ranks):
     def __init__(self, model: DistributedDataParallel, timeout_s: float) -> None:
         self._model = model
         self._timeout_s = timeout_s
+        ranks = dist.get_process_group_ranks(model.process_group)
         self._group = dist.new_group(
-            dist.get_process_group_ranks(model.process_group),
+            ranks,
             timeout=dt.timedelta(seconds=timeout_s),
             backend="gloo",
-            use_local_synchronization=True,  # ranks outside of the model's group need not take part
+            # Where some ranks train a model of their own, the others take no part. Elsewhere the name of the
+            # group then hangs on how many others each rank has made.
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         self._parameters = [
             p for name, p in model.module.named_parameters() if p.requires_grad and self._is_shared(name)
