@@ -171,7 +171,7 @@ def work_alone(rank: int) -> str:
 
 
 def work_warm_up(_: int) -> list[dict[str, int]]:
-    """Return the largest size of each kind of collective: in the making of a retry, and in a step."""
+    """Return the largest size of each kind of collective: in a step, and in the making of its retry."""
     model = DistributedDataParallel(small_net(), find_unused_parameters=True)
     seen: list[dict[str, int]] = [{}, {}]
     with pytest.MonkeyPatch.context() as patch:

@@ -67,7 +67,7 @@ def test_group_of_some_ranks(results: Results) -> None:
 
 def test_collectives_are_run_when_the_retry_is_made(results: Results) -> None:
     """Each kind is run at full size while there is memory, as NCCL allocates at the first use."""
-    making, step = results[0]["warm_up"]
+    step, making = results[0]["warm_up"]
     assert {"all_reduce of torch.float32", "broadcast of torch.int64"} <= set(step)
     assert all(making.get(kind, 0) >= n_elements for kind, n_elements in step.items())
 
