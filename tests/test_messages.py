@@ -3,6 +3,7 @@
 Each part of the library has its section, in the order of the files.
 """
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.fake_gpu import FakeGPU
@@ -435,6 +437,71 @@ def test_loader_batch_that_does_not_fit_its_static_tensors() -> None:
         "into= holds tensors of (3,) torch.float32, but this batch has (2,) torch.float32. A CUDA graph "
         "reads the same memory each time, so every batch must fill it exactly. "
         "drop_last=True leaves out a smaller last batch."
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (
+            {"b": torch.zeros(3), "a": torch.zeros(3)},
+            "(3,) torch.float32, (3,) torch.float32, in other places of the batch or in another order",
+        ),
+        ({"a": torch.zeros(3)}, "(3,) torch.float32"),
+        ({"a": torch.zeros(3), "b": pack_sequence([torch.zeros(3)])}, "(3,) torch.float32, no tensor"),
+    ],
+    ids=["order", "number", "kind"],
+)
+def test_loader_batch_with_other_places_than_its_static_tensors(batch: object, found: str) -> None:
+    """A batch whose tensors lie elsewhere would fill the wrong ones: it is refused, and nothing is filled."""
+    static = {"a": torch.ones(3), "b": torch.ones(3)}
+    with pytest.raises(ValueError, match="into=") as error:
+        next(iter(DeviceLoader([batch], "cpu", into=static)))
+    assert text_of(error).startswith(
+        f"into= holds tensors of (3,) torch.float32, (3,) torch.float32, but this batch has {found}. A CUDA"
+    )
+    assert torch.cat([static["a"], static["b"]]).tolist() == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("into", "found"),
+    [([], "nothing"), ([torch.zeros(3), pack_sequence([torch.zeros(3)])], "(3,) torch.float32, no tensor")],
+)
+def test_loader_static_batch_that_is_none(into: object, found: str) -> None:
+    """Without tensors, or with what is none, there is nothing that a graph could read."""
+    with pytest.raises(ValueError, match="into=") as error:
+        DeviceLoader([], "cpu", into=into)
+    assert text_of(error) == (
+        f"into= holds {found}: give a batch of tensors, as many and in the same places as each batch will "
+        "have, which a CUDA graph then reads."
+    )
+
+
+def test_loader_static_batch_elsewhere() -> None:
+    """Static tensors on another device, or in an autograd graph, are refused before any batch is taken."""
+    into = [torch.zeros(3, device="meta"), torch.zeros(3, requires_grad=True)]
+    with pytest.raises(ValueError, match="into=") as error:
+        DeviceLoader([], "cpu", into=into)
+    assert text_of(error) == (
+        "into= holds tensors on meta, cpu with requires_grad, but batches are brought to cpu and copied "
+        "there, outside of any autograd graph. Make them with device='cpu', requires_grad=False."
+    )
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_loader_that_is_copied(duplicate: Callable[[object], object]) -> None:
+    """Neither a loader nor a pass can be copied or pickled, and what can is named."""
+    loader = DeviceLoader([1], "cpu")
+    with pytest.raises(TypeError) as error:
+        duplicate(loader)
+    assert text_of(error) == (
+        "DeviceLoader cannot be copied or pickled: it has a thread, streams and batches under way. Copy or "
+        "send the loader it wraps, .loader, and wrap that where it is used."
+    )
+    with pytest.raises(TypeError) as error:
+        duplicate(iter(loader))
+    assert text_of(error) == (
+        "a pass over a DeviceLoader cannot be copied or pickled: its batches can be taken once only."
     )
 
 

@@ -1,5 +1,6 @@
 """The walk over nested batches."""
 
+import dataclasses
 from collections import UserDict, defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from hypothesis import given
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from tests.strategies import Encoding, Pair, Sample, batches
-from torchfast._tree import flatten, map_tensors, tensors
+from torchfast._tree import flatten, map_tensors, places, tensors
 
 
 def same(left: Any, right: Any) -> bool:
@@ -53,6 +54,22 @@ def test_mapping_composes(batch: Any) -> None:
     twice = map_tensors(torch.neg, map_tensors(torch.Tensor.float, batch))
     once = map_tensors(lambda tensor: tensor.float().neg(), batch)
     assert all(torch.equal(a, b) for a, b in zip(tensors(twice), tensors(once), strict=True))
+
+
+@given(batches())
+def test_places_lead_to_the_leaves(batch: Any) -> None:
+    """Whoever follows the keys of each place meets the leaves, in the order of `flatten`."""
+
+    def follow(part: Any, place: tuple[Any, ...]) -> Any:
+        for key in place:
+            part = getattr(part, key) if dataclasses.is_dataclass(part) else part[key]
+        return part
+
+    met = [follow(batch, place) for place in places(batch)]
+    first_met = list({id(leaf): leaf for leaf in met}.values())
+    leaves, _ = flatten(batch)
+    assert len(first_met) == len(leaves)
+    assert all(here is there for here, there in zip(first_met, leaves, strict=True))
 
 
 def test_aliases_stay_aliases() -> None:

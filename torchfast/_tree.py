@@ -68,6 +68,18 @@ def tensors(tree: Any, /) -> list[torch.Tensor]:
     return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
+def places(tree: Any, /) -> list[tuple[Any, ...]]:
+    """Return the keys that lead to each leaf, in the order of `flatten`; to an alias, once for each place."""
+    if isinstance(tree, torch.Tensor):
+        return [()]
+    if _holds_nothing(tree):
+        return []
+    children = _children(tree)
+    if children is None:
+        return [()] if _is_movable(tree) else []
+    return [(key, *further) for key, child in children for further in places(child)]
+
+
 # Each of the following returns what rebuilds its part from the leaves, or None for a part without leaves.
 # `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
 
@@ -75,7 +87,7 @@ def tensors(tree: Any, /) -> list[torch.Tensor]:
 def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int]) -> Part | None:
     if isinstance(part, torch.Tensor):
         return _leaf(part, leaves, seen)
-    if part is None or isinstance(part, (str, bytes, int, float, complex, type, torch.nn.Module)):
+    if _holds_nothing(part):
         return None
     children = _children(part)
     if children is None:
@@ -109,6 +121,10 @@ def _rebuilding(part: Part) -> Rebuild:
 
 def _rebuilt(part: Part, new: Sequence[Any]) -> Any:
     return new[part] if isinstance(part, int) else part(new)
+
+
+def _holds_nothing(part: Any) -> bool:
+    return part is None or isinstance(part, (str, bytes, int, float, complex, type, torch.nn.Module))
 
 
 def _is_movable(part: Any) -> bool:

@@ -89,6 +89,9 @@ class Epoch(Iterator[T]):
         """Let go of device memory that is held ahead of use, without losing a batch."""
         self._feed.release_memory()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise uncopyable("a pass over a DeviceLoader", "its batches can be taken once only.")
+
     def __del__(self) -> None:
         # A constructor that failed leaves no state behind; what is closed already may outlive the driver.
         if getattr(self, "_state", None) == "open":
@@ -125,6 +128,10 @@ def to_close_at_exit() -> WeakSet[Closable]:
 
     atexit.register(close_all)
     return open_ones
+
+
+def uncopyable(what: str, why: str) -> TypeError:
+    return TypeError(f"{what} cannot be copied or pickled: {why}")
 
 
 def closed_error() -> RuntimeError:

@@ -7,13 +7,13 @@ import torch
 
 from torchfast._layout import is_image, to_channels_last_tensor
 from torchfast._loader.normalize import Normalization
-from torchfast._tree import flatten, map_tensors
+from torchfast._tree import flatten, map_tensors, places
 
 Step = Callable[[Any], Any]
 
 
 def finishing(
-    transform: Step | None, normalization: Normalization | None, into: Any, *, channels_last: bool
+    transform: Step | None, normalization: Normalization | None, into: "Into | None", *, channels_last: bool
 ) -> Step | None:
     """Return the steps asked for as one function, or None where there are none."""
     steps: list[Step] = []
@@ -24,7 +24,7 @@ def finishing(
     if transform is not None:
         steps.append(transform)
     if into is not None:
-        steps.append(Into(into))
+        steps.append(into)
     if not steps:
         return None
 
@@ -47,16 +47,31 @@ def _laid_out(leaf: torch.Tensor) -> torch.Tensor:
 class Into:
     """Copies each batch into the same tensors, which a CUDA graph reads."""
 
-    def __init__(self, batch: Any) -> None:
-        self._targets = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, torch.Tensor)]
+    def __init__(self, batch: Any, device: torch.device) -> None:
+        leaves, _ = flatten(batch)
+        self._targets = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not self._targets or len(self._targets) < len(leaves):
+            raise ValueError(
+                f"into= holds {_text(_layouts(leaves)) or 'nothing'}: give a batch of tensors, as many and "
+                "in the same places as each batch will have, which a CUDA graph then reads."
+            )
+        if any(target.device != device or target.requires_grad for target in self._targets):
+            found = ", ".join(
+                f"{target.device}{' with requires_grad' * target.requires_grad}" for target in self._targets
+            )
+            raise ValueError(
+                f"into= holds tensors on {found}, but batches are brought to {device} and copied there, "
+                f"outside of any autograd graph. Make them with device={str(device)!r}, requires_grad=False."
+            )
+        self._places = places(batch)
 
     def __call__(self, batch: Any) -> Any:
         """Return the batch around the static tensors, which then hold its values."""
         leaves, structure = flatten(batch)
-        found, wanted = _layouts(leaves), _layouts(self._targets)
-        if found != wanted:
+        if _layouts(leaves) != _layouts(self._targets) or places(batch) != self._places:
             raise ValueError(
-                f"into= holds tensors of {_text(wanted)}, but this batch has {_text(found)}. "
+                f"into= holds tensors of {_text(_layouts(self._targets))}, but this batch has "
+                f"{_text(_layouts(leaves))}{self._where(leaves)}. "
                 "A CUDA graph reads the same memory each time, so every batch must fill it exactly. "
                 "drop_last=True leaves out a smaller last batch."
             )
@@ -64,10 +79,21 @@ class Into:
             target.copy_(cast(torch.Tensor, leaf))
         return structure.rebuild(self._targets)
 
+    def _where(self, leaves: Sequence[Any]) -> str:
+        are_alike = _layouts(leaves) == _layouts(self._targets)
+        return ", in other places of the batch or in another order" if are_alike else ""
 
-def _layouts(leaves: Sequence[Any]) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
-    return [(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+Layout = tuple[tuple[int, ...], torch.dtype]
 
 
-def _text(layouts: Sequence[tuple[tuple[int, ...], torch.dtype] | None]) -> str:
+def _layout(leaf: Any) -> Layout | None:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None
+
+
+def _layouts(leaves: Sequence[Any]) -> list[Layout | None]:
+    return [_layout(leaf) for leaf in leaves]
+
+
+def _text(layouts: Sequence[Layout | None]) -> str:
     return ", ".join("no tensor" if layout is None else f"{layout[0]} {layout[1]}" for layout in layouts)

@@ -9,9 +9,9 @@ import torch
 from torchfast import _holders
 from torchfast._device import resolve_device
 from torchfast._loader import wrapped
-from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, warn_of_open_epoch
+from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, uncopyable, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.finish import finishing
+from torchfast._loader.finish import Into, finishing
 from torchfast._loader.normalize import Normalization
 from torchfast._loader.stats import LoaderStats, Tally
 
@@ -81,8 +81,8 @@ class DeviceLoader(Generic[T]):
 
     Raises:
         TypeError: the loader cannot be iterated over, or `transform` not be called.
-        ValueError: no such device, a depth below 1, means and stds that do not match, or, from `next`, a
-            batch that does not fit `into`.
+        ValueError: no such device, a depth below 1, means and stds that do not match, `into` not on the
+            device, or, from `next`, a batch that does not fit `into`.
 
     What it does not do: it runs one pass at a time. A second `iter` closes the first, with a warning, and a
     bare iterator that is left early has already given up the batches that were loaded ahead.
@@ -113,7 +113,8 @@ class DeviceLoader(Generic[T]):
         self._streams = tuple(streams)
         self._poison = poison
         self._across_epochs = across_epochs
-        self._finish = finishing(transform, normalization, into, channels_last=channels_last)
+        static = None if into is None else Into(into, self.device)
+        self._finish = finishing(transform, normalization, static, channels_last=channels_last)
         self._inner: DeviceLoader[Any] | None = None
         if wrapped.looks_ahead(loader):
             source: Any = loader
@@ -220,6 +221,13 @@ class DeviceLoader(Generic[T]):
         passed = f", {self.stats!r}" if self._n_passes else ""
         name = type(self.loader).__name__
         return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{passed})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise uncopyable(
+            "DeviceLoader",
+            "it has a thread, streams and batches under way. Copy or send the loader it wraps, .loader, and "
+            "wrap that where it is used.",
+        )
 
     def _state_dict(self) -> Any:
         # As of the batch handed out last, whatever was loaded ahead since; after an early break too.
