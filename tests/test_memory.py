@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from torchfast import _memory
-from torchfast._memory import AllocatorStats, allocator_stats, driver_memory
+from torchfast._bytes import GIB
+from torchfast._memory import AllocatorStats, DriverMemory, Room, allocator_stats, driver_memory, room_on
 
 CUDA = torch.device("cuda", 0)
 COUNTERS = ["allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "inactive_split_bytes"]
@@ -84,3 +85,35 @@ def test_contexts_where_pytorch_does_not_tell(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = [driver_memory(torch.device("cuda", index)) is not None for index in range(3)]
     assert found == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "fraction", "expected"),
+    [
+        (3 * GIB, 1.0, Room(80 * GIB, 10 * GIB, 3 * GIB)),
+        (60 * GIB, 0.5, Room(40 * GIB, 10 * GIB, 30 * GIB)),  # PyTorch may hold half of the device
+        (60 * GIB, 0.1, Room(8 * GIB, 10 * GIB, 0)),  # it held more when the limit was set
+    ],
+)
+def test_room_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, fraction: float, expected: Room
+) -> None:
+    """What a process may have is what it holds and what is free, within the limit set for it."""
+    stats = EXPECTED._replace(reserved_bytes=10 * GIB)
+    monkeypatch.setattr(_memory, "allocator_stats", lambda _: stats)
+    monkeypatch.setattr(_memory, "driver_memory", lambda _: DriverMemory(free_bytes, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    room = room_on(CUDA)
+    assert room == expected
+    assert room is not None
+    assert room.usable_bytes == expected.held_bytes + expected.untaken_bytes
+
+
+def test_no_room_is_known_where_nothing_is() -> None:
+    """On a CPU nobody knows."""
+    assert room_on(torch.device("cpu")) is None
+
+
+def test_cached_is_neither_in_use_nor_the_rest_of_a_segment() -> None:
+    """Blocks that another stream may still use are not cached, and nor are pieces of segments in use."""
+    assert EXPECTED._replace(reserved_bytes=100).cached_bytes == 100 - 30 - 50

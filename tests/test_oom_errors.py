@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 
 from torchfast._bytes import GIB, KIB, MIB
-from torchfast._memory import AllocatorStats, DriverMemory
+from torchfast._memory import Room
 from torchfast._oom_errors import classify, is_memory_short
 
 TEXTS: dict[str, list[dict[str, Any]]] = json.loads((Path(__file__).parent / "oom_texts.json").read_text())
@@ -191,23 +191,11 @@ def test_no_evidence_without_a_device() -> None:
     assert json.loads(answer.stdout) == [False, False]
 
 
-@pytest.mark.parametrize(
-    ("free_bytes", "reserved_bytes", "fraction", "is_short"),
-    [
-        (GIB, 0, 1.0, True),
-        (5 * GIB, 0, 1.0, False),
-        (60 * GIB, 10 * GIB, 0.5, False),
-        (60 * GIB, 39 * GIB, 0.5, True),  # PyTorch may take only half of the device
-    ],
-)
-def test_a_little_free_is_short(
-    monkeypatch: pytest.MonkeyPatch, free_bytes: int, reserved_bytes: int, fraction: float, *, is_short: bool
+@pytest.mark.parametrize(("untaken_bytes", "is_short"), [(GIB, True), (3 * GIB, False)])
+def test_a_little_left_is_short(
+    monkeypatch: pytest.MonkeyPatch, untaken_bytes: int, *, is_short: bool
 ) -> None:
-    """Less than a twentieth of the device, or of what this process may have of it, is taken as evidence."""
-    memory = DriverMemory(free_bytes, 80 * GIB)
-    stats = AllocatorStats(*[0] * len(AllocatorStats._fields))._replace(reserved_bytes=reserved_bytes)
+    """Less than a twentieth of what this process may have is taken as evidence."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
-    monkeypatch.setattr("torchfast._memory.driver_memory", lambda _: memory)
-    monkeypatch.setattr("torchfast._memory.allocator_stats", lambda _: stats)
+    monkeypatch.setattr("torchfast._memory.room_on", lambda _: Room(40 * GIB, 30 * GIB, untaken_bytes))
     assert is_memory_short(torch.device("cuda", 0)) is is_short

@@ -8,31 +8,37 @@ from torch import nn
 
 from torchfast import oom_guard
 from torchfast._bytes import GIB, MIB
-from torchfast._memory import AllocatorStats, DriverMemory
-from torchfast._oom import transaction
-from torchfast._oom.transaction import Subjects, Transaction, _Copies, _has_room
+from torchfast._memory import AllocatorStats, Room
+from torchfast._oom import step_probe
+from torchfast._oom.transaction import Subjects, Transaction, _Copies
 
 BLANK = AllocatorStats(*[0] * len(AllocatorStats._fields))
 
 
 @pytest.mark.parametrize(
-    ("free_bytes", "allocated_bytes", "fraction", "fits"),
+    ("untaken_bytes", "active_bytes", "fits"),
     [
-        (3 * GIB, 10 * GIB, 1.0, True),
-        (GIB, 10 * GIB, 1.0, False),
-        (GIB, 8 * GIB, 1.0, True),  # two of the ten that are reserved are free
-        (3 * GIB, 10 * GIB, 0.125, False),  # of 80 GiB this process may use ten
+        (3 * GIB, 10 * GIB, True),
+        (GIB, 10 * GIB, False),
+        (GIB, 8 * GIB, True),  # two of the ten that are held are free
     ],
 )
-def test_room_is_what_is_free_within_the_limit(
-    monkeypatch: pytest.MonkeyPatch, free_bytes: int, allocated_bytes: int, fraction: float, *, fits: bool
+def test_room_for_a_step(
+    monkeypatch: pytest.MonkeyPatch, untaken_bytes: int, active_bytes: int, *, fits: bool
 ) -> None:
-    """A step that needs 1 GiB has room where twice that is free or cached, within the process's limit."""
-    stats = BLANK._replace(reserved_bytes=10 * GIB, allocated_bytes=allocated_bytes)
-    monkeypatch.setattr(transaction, "allocator_stats", lambda _: stats)
-    monkeypatch.setattr(transaction, "driver_memory", lambda _: DriverMemory(free_bytes, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
-    assert _has_room(torch.device("cuda", 0), GIB) is fits
+    """A step that needs 1 GiB has room where twice that is cached or may be taken."""
+    stats = BLANK._replace(reserved_bytes=10 * GIB, active_bytes=active_bytes)
+    monkeypatch.setattr(step_probe, "allocator_stats", lambda _: stats)
+    monkeypatch.setattr(step_probe, "room_on", lambda _: Room(80 * GIB, 10 * GIB, untaken_bytes))
+    assert step_probe._has_room(torch.device("cuda", 0), GIB) is fits
+
+
+def test_driver_is_not_asked_where_enough_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the backward pass has let go of is enough as a rule: then nobody waits for the driver."""
+    stats = BLANK._replace(reserved_bytes=10 * GIB, active_bytes=7 * GIB)
+    monkeypatch.setattr(step_probe, "allocator_stats", lambda _: stats)
+    monkeypatch.setattr(step_probe, "room_on", lambda _: pytest.fail("asked"))
+    assert step_probe._has_room(torch.device("cuda", 0), GIB)
 
 
 def test_copies_follow_tensors_that_change() -> None:

@@ -47,6 +47,11 @@ class AllocatorStats(NamedTuple):
         """Return the peaks, none of which ever falls except by a reset of the register."""
         return self[5:10]
 
+    @property
+    def cached_bytes(self) -> int:
+        """Return what PyTorch holds for nobody: whole segments, which it hands out or gives back."""
+        return self.reserved_bytes - self.active_bytes - self.inactive_split_bytes
+
 
 class DriverMemory(NamedTuple):
     """What the driver says of one device: all processes together."""
@@ -76,6 +81,31 @@ def driver_memory(device: torch.device, /) -> DriverMemory | None:
         return None
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return DriverMemory(free_bytes, total_bytes)
+
+
+class Room(NamedTuple):
+    """What this process may have of one device, within what `set_per_process_memory_fraction` allows it."""
+
+    limit_bytes: int
+    held_bytes: int
+    """What PyTorch holds already, in use or cached."""
+    untaken_bytes: int
+    """What it may still take from the driver."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """Return what tensors could have, if there were none by now."""
+        return self.held_bytes + self.untaken_bytes
+
+
+def room_on(device: torch.device, /) -> Room | None:
+    """Return what this process may have of `device`; None where that is not known, as on a CPU."""
+    stats, memory = allocator_stats(device), driver_memory(device)
+    if stats is None or memory is None:
+        return None
+    limit_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * memory.total_bytes)
+    untaken_bytes = max(0, min(memory.free_bytes, limit_bytes - stats.reserved_bytes))
+    return Room(limit_bytes, stats.reserved_bytes, untaken_bytes)
 
 
 class HostMemory(NamedTuple):

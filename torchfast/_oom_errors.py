@@ -58,14 +58,10 @@ def is_memory_short(device: torch.device | None = None, /) -> bool:
     """Tell whether less than 5 % of what this process may have of the device is free; False if unknown."""
     if not torch.cuda.is_initialized():
         return False
-    from torchfast._memory import allocator_stats, driver_memory
+    from torchfast._memory import room_on
 
-    asked = torch.device("cuda", torch.cuda.current_device()) if device is None else device
-    memory, stats = driver_memory(asked), allocator_stats(asked)
-    if memory is None or stats is None:
-        return False
-    limit = torch.cuda.get_per_process_memory_fraction(asked) * memory.total_bytes
-    return min(memory.free_bytes, limit - stats.reserved_bytes) < limit / 20
+    room = room_on(torch.device("cuda", torch.cuda.current_device()) if device is None else device)
+    return room is not None and room.untaken_bytes < room.limit_bytes / 20
 
 
 def classify(

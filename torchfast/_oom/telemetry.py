@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 
 from torchfast._bytes import format_bytes
-from torchfast._memory import AllocatorStats, allocator_stats, driver_memory, peak_scope
+from torchfast._memory import AllocatorStats, allocator_stats, peak_scope, room_on
 from torchfast._oom import work
 from torchfast._oom.thrash import Thrash
 
@@ -40,17 +40,15 @@ class Situation(NamedTuple):
 
     allocated_bytes: int | None
     usable_bytes: int | None
-    """What this process's tensors could have had: what PyTorch holds and what is free, within the "
-    "limit set."""
+    """What this process's tensors could have had, within the limit set."""
 
 
 def situation(device: torch.device, /) -> Situation:
     """Read what there is and what there could be; all None on a CPU."""
-    stats, memory = allocator_stats(device), driver_memory(device)
-    if stats is None or memory is None:
+    stats, room = allocator_stats(device), room_on(device)
+    if stats is None or room is None:
         return Situation(None, None)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * memory.total_bytes)
-    return Situation(stats.allocated_bytes, min(stats.reserved_bytes + memory.free_bytes, limit))
+    return Situation(stats.allocated_bytes, room.usable_bytes)
 
 
 class StepLog:

@@ -5,19 +5,19 @@ What a failed step has changed by the time it fails: some gradients, the running
 cheap to keep; the last need a copy, which is the user's to ask for.
 """
 
-import random
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from torchfast._bytes import MIB
-from torchfast._memory import allocator_stats, driver_memory, peak_scope
+from torchfast._oom.random_state import RandomState
+from torchfast._oom.step_probe import StepProbe
 
 State = dict[str, Any]
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+_gradient_of = operator.attrgetter("grad")
 
 
 class Subjects(NamedTuple):
@@ -51,7 +51,8 @@ class Transaction:
         self._buffer_copies = _Copies()
         self._parameter_copies = _Copies()
         self._moment_copies = _Copies()
-        self._probes = [_StepProbe(optimizer) for optimizer in subjects.optimizers]
+        self._probes = [StepProbe(optimizer) for optimizer in subjects.optimizers]
+        self._random = RandomState(subjects.generators)
         self._handles: list[Any] = []
         self._has_step_begun = False
 
@@ -60,9 +61,10 @@ class Transaction:
         self._has_step_begun = False
         self._buffers = [slots[name] for slots, name in self._slots]
         self._buffer_copies.take(self._buffers)
-        self._random = _random_state(self._subjects.generators)
+        self._random.note()
         self._scaler = _scaler_state(self._subjects.scaler)
-        self._gradients = [(p.grad, None if p.grad is None else p.grad.clone()) for p in self._parameters]
+        gradients = map(_gradient_of, self._parameters)
+        self._gradients = [None if g is None else (g, g.clone()) for g in gradients]
         self._optimizers = [_optimizer_state(o, copy=self._copy) for o in self._subjects.optimizers]
         if self._copy:
             self._parameter_copies.take(self._parameters)
@@ -98,10 +100,8 @@ class Transaction:
     @torch.no_grad()
     def roll_back(self) -> None:
         """Restore the state noted by `begin`."""
-        for parameter, (gradient, copy) in zip(self._parameters, self._gradients, strict=True):
-            if gradient is not None and copy is not None:
-                gradient.copy_(copy)
-            parameter.grad = gradient
+        for parameter, before in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = None if before is None else before[0].copy_(before[1])
         for (slots, name), buffer in zip(self._slots, self._buffers, strict=True):
             slots[name] = buffer
         self._buffer_copies.put_back()
@@ -111,7 +111,7 @@ class Transaction:
             self._parameter_copies.put_back()
             self._moment_copies.put_back()
         _restore_scaler(self._subjects.scaler, self._scaler)
-        _restore_random(self._random)
+        self._random.restore()
         self._has_step_begun = False
 
     def end(self) -> None:
@@ -135,7 +135,8 @@ class _Copies:
     @torch.no_grad()
     def take(self, tensors: list[torch.Tensor]) -> None:
         """Copy the tensors: into new memory the first time, and when they are others or of other shapes."""
-        if list(map(id, tensors)) != list(map(id, self._tensors)) or not self._renew():
+        is_same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
+        if not is_same or not self._renew():
             self._tensors, self._copies = tensors, [tensor.clone() for tensor in tensors]
             self._groups = _grouped(self._copies, tensors)
 
@@ -205,103 +206,6 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, *, copy: bool) -> _Optimi
     entries = {key: dict(state) for key, state in optimizer.state.items()}
     tensors = [v for state in entries.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return _OptimizerState(entries, groups, tensors)
-
-
-class _StepProbe:
-    """Finds out whether an optimizer's step will find the memory it needs, before it changes anything.
-
-    A foreach optimizer changes moments before its allocating operator, so a failure inside it cannot be
-    undone. What a step needs is measured at its first success; before that it is taken to be two tensors of
-    state and one of scratch for each parameter. Where free memory is twice that, nothing is tried.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._need_bytes: int | None = None
-        self._n_states = 0  # as long as there are as many, the step needs what was measured
-        self._device: torch.device | None = None
-        self._scope: Any = None
-
-    def check(self) -> None:
-        """Allocate what the step will need and let it go again, unless there is plenty."""
-        if self._need_bytes is not None and self._device is not None:
-            if len(self._optimizer.state) == self._n_states and _has_room(self._device, self._need_bytes):
-                return
-            self._need_bytes = self._need_bytes if len(self._optimizer.state) == self._n_states else None
-        parameters = [p for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
-        self._device = next((p.device for p in parameters if p.is_cuda), None)
-        if self._device is None:
-            return
-        all_bytes = sum(p.nbytes for p in parameters)
-        n_new = sum(p not in self._optimizer.state for p in parameters)
-        need = self._need_bytes
-        if need is None:
-            need = all_bytes + 2 * all_bytes * n_new // len(parameters)
-        if _has_room(self._device, need):
-            return
-        # In the sizes of the parameters, as the step will ask for them: one large block might not be found
-        # where many small ones are.
-        n_each = max(1, round(need / all_bytes))
-        scratch = [torch.empty_like(p) for _ in range(n_each) for p in parameters]
-        scratch.clear()
-
-    def before(self, *_args: Any) -> None:
-        """Find out whether the step will fit; measure what it needs, if that is not known."""
-        self.check()
-        self.stop()
-        if self._device is not None and self._need_bytes is None:
-            self._n_states = len(self._optimizer.state)
-            self._scope = peak_scope(self._device)
-            self._scope.__enter__()
-
-    def after(self, *_: Any) -> None:
-        """Note what the step needed, unless it made its state."""
-        scope = self._scope
-        self.stop()
-        if scope is None or scope.peak_allocated_bytes is None:
-            return
-        if len(self._optimizer.state) == self._n_states:
-            self._need_bytes = scope.peak_allocated_bytes - scope.start.allocated_bytes
-
-    def stop(self) -> None:
-        """Stop measuring."""
-        if self._scope is not None:
-            self._scope.__exit__(None, None, None)
-            self._scope = None
-
-
-def _has_room(device: torch.device, need_bytes: int) -> bool:
-    stats, memory = allocator_stats(device), driver_memory(device)
-    if stats is None or memory is None:
-        return True
-    cached = stats.reserved_bytes - stats.allocated_bytes - stats.inactive_split_bytes
-    limit = torch.cuda.get_per_process_memory_fraction(device) * memory.total_bytes - stats.reserved_bytes
-    return min(memory.free_bytes, limit) + cached > 2 * need_bytes + 64 * MIB
-
-
-# --- random state ----------------------------------------------------------------------------------------
-
-
-def _random_state(
-    generators: Sequence[torch.Generator],
-) -> list[tuple[Callable[[Any], Any], Any]]:
-    """Return, for each source of random numbers, what restores it and its state."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if "numpy" in sys.modules:
-        numpy = sys.modules["numpy"]
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-    if torch.cuda.is_initialized():
-        states += [(g.set_state, g.get_state()) for g in torch.cuda.default_generators]
-    states += [(generator.set_state, generator.get_state()) for generator in generators]
-    return states
-
-
-def _restore_random(states: list[tuple[Callable[[Any], Any], Any]]) -> None:
-    for restore, state in states:
-        restore(state)
 
 
 # --- the gradient scaler ---------------------------------------------------------------------------------
