@@ -85,6 +85,17 @@ def test_operands_in_another_layout_are_copied_first() -> None:
     assert mixed.count(copy) == same.count(copy) + 1
 
 
+def test_strides_alone_say_channels_last() -> None:
+    """A 1 x 1 weight moved to channels_last makes cuDNN run so, although it lies as if contiguous."""
+    model = nn.Conv2d(8, 8, 1, bias=False)
+    image = torch.randn(4, 8, 32, 32)
+    copy = 4 * 8 * 32 * 32 * 4
+    before = sizes_of(estimate(model, image, training=False), "aten.convolution").count(copy)
+    model.weight.data = model.weight.data.to(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous()
+    assert sizes_of(estimate(model, image, training=False), "aten.convolution").count(copy) == before + 1
+
+
 # --- recurrent networks ----------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.layouts import suggests_channels_last
 from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
 from torchfast._estimate.recorder import Recorder
 
@@ -226,16 +227,11 @@ def _workspace(shape: Shape, dtype: torch.dtype, direction: int) -> int:
 
 
 def _memory_format(tensor: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
-    """Return the layout in which cuDNN is called: channels last if either operand is."""
-    if tensor.dim() in (4, 5):
-        last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-        if any(_suggests(operand, last) for operand in (tensor, weight)):
-            return last
+    """Return the layout in which cuDNN is called (cudnn_conv_suggest_memory_format in ConvUtils.h)."""
+    is_last = suggests_channels_last(tensor) or suggests_channels_last(weight)
+    if is_last and tensor.dtype != torch.float64:
+        return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
-
-
-def _suggests(tensor: torch.Tensor, last: torch.memory_format) -> bool:
-    return tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous()
 
 
 def _copies(memory_format: torch.memory_format, *tensors: torch.Tensor) -> list[int]:

@@ -24,6 +24,24 @@ def copy_bytes(tensor: Any) -> tuple[int, ...]:
     return (tensor.numel() * tensor.dtype.itemsize,)
 
 
+def suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch reads a tensor's strides as channels last (c10/core/MemoryFormat.h, torch 2.11).
+
+    Strides alone decide: with one position, a weight of (C, 1, C, C) is in channels last and one of
+    (C, 1, 1, 1) is not, though both are contiguous.
+    """
+    n_dims = tensor.dim()
+    if n_dims not in (4, 5) or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, *range(n_dims - 1, 1, -1), 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if size == 0 or stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
 def suggested_first(position: int) -> Rule:
     """Return the rule of an operator that copies an argument that is dense in neither layout."""
 
