@@ -51,7 +51,10 @@ def in_group(rank: int, folder: str, names: list[str], backend: str) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported by now is not walked after each fault
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        n_gpus = torch.cuda.device_count()
+        if n_gpus < N_RANKS:  # two ranks on one GPU are refused, unless they seem to be on two machines
+            os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        torch.cuda.set_device(rank % n_gpus)
         torch.set_default_device("cuda")
     dist.init_process_group(
         backend,

@@ -300,10 +300,14 @@ def test_faults_in_the_gpus_backward_thread(small_gpu: torch.device) -> None:
         torch.backends.cudnn.deterministic = False
 
 
-@pytest.mark.gpus(2)
-def test_two_gpus_agree(tmp_path: Path) -> None:
+def test_ranks_agree_over_nccl(tmp_path: Path) -> None:
     """Over NCCL, faults on one rank at random operators leave both with the weights of no fault."""
-    first, second = oom_ranks.run_ranks(tmp_path, ["faulty", "clean"], backend="nccl")
+    names = ["faulty", "clean", "static", "views", "guarded", "split", "bare_first", "kept_apart"]
+    first, second = oom_ranks.run_ranks(tmp_path, names, backend="nccl")
     assert oom_ranks.same(first["faulty"], second["faulty"])
-    for one, other in zip(first["faulty"], first["clean"], strict=True):
-        torch.testing.assert_close(one, other)
+    for faulty, clean in (("faulty", "clean"), ("static", "guarded"), ("views", "guarded")):
+        for one, other in zip(first[faulty], first[clean], strict=True):
+            torch.testing.assert_close(one, other)
+    assert [result["split"] for result in (first, second)] == [(4, 2), (4, 2)]
+    assert [result["bare_first"] for result in (first, second)] == [2, 2]
+    assert not any(map(torch.equal, first["kept_apart"], second["kept_apart"]))
