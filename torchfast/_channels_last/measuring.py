@@ -13,6 +13,7 @@ from torch import nn
 from torchfast import _layout
 from torchfast._channels_last.changes import apply
 from torchfast._channels_last.refusals import Changes
+from torchfast._modules import call
 from torchfast._timing import time_ms
 from torchfast._tree import tensors
 
@@ -111,21 +112,13 @@ def compared(model: nn.Module, samples: Mapping[bool, Any], changes: Mapping[boo
 def _pass(model: nn.Module, inputs: Any) -> bool:
     """Run the model as its mode says, and tell whether that had a backward pass."""
     with torch.set_grad_enabled(model.training):
-        outputs = _call(model, inputs)
+        outputs = call(model, inputs)
         wanted = [output.float().sum() for output in tensors(outputs) if output.requires_grad]
     if wanted:
         for parameter in model.parameters():
             parameter.grad = None
         torch.stack(wanted).sum().backward()
     return bool(wanted)
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
 
 
 @contextmanager
@@ -187,7 +180,7 @@ def _first_loss(model: nn.Module, inputs: Any) -> tuple[str | None, str | None]:
             hooks.callback(module.register_forward_hook(after(name)).remove)
         for name, convolution in _layout.convolutions(model):
             hooks.callback(convolution.register_forward_pre_hook(before(name)).remove)
-        _call(model, inputs)
+        call(model, inputs)
     return noticed[0] if noticed else (None, None)
 
 

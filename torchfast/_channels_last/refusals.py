@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from torchfast import _layout
+from torchfast._modules import comes_from, what, without_shape
 from torchfast._tree import flatten
 
 Changes = list[tuple[torch.Tensor, torch.Tensor]]
@@ -24,7 +25,7 @@ def optimizers_of(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Opt
     for each in found:
         if not isinstance(each, Optimizer):
             raise TypeError(
-                f"optimizer= takes a torch.optim.Optimizer, or several, but was given {_an(each)}. "
+                f"optimizer= takes a torch.optim.Optimizer, or several, but was given {what(each)}. "
                 "Its state has to be laid out like the parameters, and only an Optimizer says where it is."
             )
     return [_inner(each) for each in found]
@@ -43,7 +44,7 @@ def check_batch(batch: object, /, *, only_for_models: Mapping[str, object]) -> N
     ):
         raise TypeError(
             "to_channels_last takes a module or a batch (tensors, or dicts, lists, tuples and dataclasses of "
-            f"them), but was given {_an(batch)}. "
+            f"them), but was given {what(batch)}. "
             "For the batches of a loader, use DeviceLoader(loader, channels_last=True)."
         )
     parts = (
@@ -62,14 +63,6 @@ def check_batch(batch: object, /, *, only_for_models: Mapping[str, object]) -> N
             )
 
 
-def _an(thing: object) -> str:
-    return (
-        f"the class {thing.__name__}"
-        if isinstance(thing, type)
-        else f"an object of type {type(thing).__name__}"
-    )
-
-
 def check_options(*, enabled: object, **called: object) -> None:
     """Refuse options that would fail only when the model has changed."""
     if enabled not in (True, False):
@@ -81,7 +74,7 @@ def check_options(*, enabled: object, **called: object) -> None:
         kind = "a LayoutReport, such as print" if option == "report" else "a tensor and says yes or no"
         if function is not None and not callable(function):
             raise TypeError(
-                f"{option}= takes a function, but was given {_an(function)}. Give one that is called with "
+                f"{option}= takes a function, but was given {what(function)}. Give one that is called with "
                 f"{kind}, or leave it out."
             )
 
@@ -90,18 +83,18 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse models whose weights are not there as plain tensors."""
     for name, convolution in _layout.convolutions(model):
         weight = _layout.stored_weight(convolution)
-        if weight is not None and torch.nn.parameter.is_lazy(weight):
+        if without_shape(convolution) is not None:
             raise ValueError(
                 f"the convolution {name!r} has no weight yet: it takes its shape from the first batch. "
                 "Run one batch through the model, then convert it."
             )
-        if weight is not None and _comes_from(weight, "torch.distributed.tensor"):
+        if weight is not None and comes_from(weight, "torch.distributed.tensor"):
             raise ValueError(
                 f"the weight of {name!r} is a DTensor, spread over several processes by fully_shard or "
                 f"tensor parallelism, which keep weights contiguous. {_BATCHES_ALONE}"
             )
     for name, module in model.named_modules():
-        if _comes_from(module, "torch.distributed.fsdp.fully_sharded_data_parallel"):
+        if comes_from(module, "torch.distributed.fsdp.fully_sharded_data_parallel"):
             raise ValueError(
                 f"{name or 'the model'!r} is wrapped in FullyShardedDataParallel, which keeps its weights as "
                 f"pieces of one flat tensor. {_BATCHES_ALONE}"
@@ -116,11 +109,6 @@ def check_convertible(model: nn.Module) -> None:
 _BATCHES_ALONE = (
     "Leave the model as it is and convert its batches: convolutions pass on the layout of their input."
 )
-
-
-def _comes_from(thing: object, module: str) -> bool:
-    """Say whether a thing's class is of that module, without importing it."""
-    return any(base.__module__.startswith(module) for base in type(thing).__mro__)
 
 
 def check_may_change(model: nn.Module, optimizers: list[Optimizer], changes: Changes, /) -> None:

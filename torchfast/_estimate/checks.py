@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchfast._modules import what
+
 
 def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callables: Any) -> None:
     """Refuse options that could only fail, or mislead, once the step runs."""
@@ -37,15 +39,6 @@ def _check_optimizer(model: nn.Module, optimizer: Any, *, has_step: bool) -> Non
             "model, so no step of it would be estimated. Give the optimizer that was made from this "
             "model's parameters, or its class."
         )
-
-
-def what(value: Any, /) -> str:
-    """Name something that is of the wrong type."""
-    return (
-        f"the class {value.__name__}"
-        if isinstance(value, type)
-        else f"an object of type {type(value).__name__}"
-    )
 
 
 _WANTED = {

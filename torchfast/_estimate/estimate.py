@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from torchfast import _batch, _tree
-from torchfast._estimate.checks import check_options, what
+from torchfast._estimate.checks import check_options
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
@@ -18,6 +17,7 @@ from torchfast._estimate.settings import AllocatorSettings, settings_of
 from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace
 from torchfast._estimate.variants import changed, sample_of
+from torchfast._modules import what, without_shape
 
 
 def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
@@ -135,12 +135,12 @@ def _check(model: Any, *, training: bool) -> None:
             f"{type(model).__name__} is a TorchScript module, whose parameters cannot be put on paper. "
             "Give the Python module that it was made from."
         )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"{name!r} of {type(model).__name__} has no shape yet: it takes it from the first batch. "
-                "Run one batch through the model, then estimate."
-            )
+    shapeless = without_shape(model)
+    if shapeless is not None:
+        raise ValueError(
+            f"{shapeless!r} of {type(model).__name__} has no shape yet: it takes it from the first batch. "
+            "Run one batch through the model, then estimate."
+        )
     if training and not any(p.requires_grad for p in model.parameters()):
         found = "is frozen" if any(True for _ in model.parameters()) else "has no parameters"
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchfast import _tree
+from torchfast._modules import call
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +86,6 @@ def _forward(plan: Plan, objects: Objects) -> tuple[torch.Tensor, Any]:
             return own_loss(output), taught
         extra = taught if _takes_three(plan.loss) else ()
         return plan.loss(output, objects.target, *extra), taught
-
-
-def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model the way its inputs say: a mapping as keywords, a tuple or list as arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields"):
-        return model(*inputs)
-    return model(inputs)
 
 
 def own_loss(output: Any) -> torch.Tensor:

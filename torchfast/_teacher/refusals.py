@@ -5,9 +5,9 @@ from os import PathLike
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from torchfast._device import resolve_device
+from torchfast._modules import comes_from, what, without_shape
 from torchfast._teacher.plan import PARTS
 
 
@@ -19,14 +19,10 @@ def bare(teacher: object) -> nn.Module:
             if isinstance(teacher, (str, PathLike, Mapping))
             else "Give an instance of the module that computes the targets."
         )
-        raise TypeError(f"GPUTeacher takes a torch.nn.Module, but was given {_an(teacher)}. {hint}")
+        raise TypeError(f"GPUTeacher takes a torch.nn.Module, but was given {what(teacher)}. {hint}")
     if isinstance(teacher, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return bare(teacher.module)
     return bare(teacher._orig_mod) if hasattr(teacher, "_orig_mod") else teacher
-
-
-def _an(thing: object) -> str:
-    return f"the class {_name(thing)}" if isinstance(thing, type) else f"an object of type {_name(thing)}"
 
 
 def _name(thing: object) -> str:
@@ -108,7 +104,7 @@ def check_factory(factory: object, /) -> None:
     if isinstance(factory, nn.Module) or not callable(factory):
         raise TypeError(
             "GPUTeacher.from_checkpoint takes a function that builds the module, but was given "
-            f"{_an(factory)}. Give it a way to build one without memory: lambda: {_name(factory)}(...)."
+            f"{what(factory)}. Give it a way to build one without memory: lambda: {_name(factory)}(...)."
         )
 
 
@@ -116,7 +112,7 @@ def check_built(module: object, /) -> None:
     """Refuse what a factory built, if it is no module whose weights can be loaded."""
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"the factory given to GPUTeacher.from_checkpoint returned {_an(module)}, not a "
+            f"the factory given to GPUTeacher.from_checkpoint returned {what(module)}, not a "
             "torch.nn.Module. It has to build and return the teacher's module."
         )
     _check_shapes_are_known(module)
@@ -151,13 +147,14 @@ def _check_shapes_are_known(module: nn.Module) -> None:
             f"the teacher, {type(module).__name__}, has no parameters, so it has learnt nothing to teach. "
             "Give the trained module itself; what needs no weights can be called as it is."
         )
+    shapeless = without_shape(module)
+    if shapeless is not None:
+        raise ValueError(
+            f"{shapeless!r} of the teacher has no shape yet: it takes it from the first batch. "
+            "Run one batch through the module, then make it a teacher."
+        )
     for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"{name!r} of the teacher has no shape yet: it takes it from the first batch. "
-                "Run one batch through the module, then make it a teacher."
-            )
-        if any(base.__module__.startswith("torch.distributed.tensor") for base in type(parameter).__mro__):
+        if comes_from(parameter, "torch.distributed.tensor"):
             raise ValueError(
                 f"{name!r} of the teacher is a DTensor, spread over several processes, and a teacher is "
                 "whole on each device. "
