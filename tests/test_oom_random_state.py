@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchfast import _holders
 from torchfast._oom import random_state
 from torchfast._oom.random_state import RandomState
 
@@ -47,34 +49,69 @@ def test_generators_of_the_user() -> None:
     assert torch.equal(torch.rand(2, generator=generator), first)
 
 
-def test_numpy_is_read_only_when_it_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its state, slow to read, is read again only where the words have changed."""
-    np.random.seed(0)  # noqa: NPY002 -- the global state is what this is about
+@pytest.mark.parametrize(
+    ("module", "name", "draw"),
+    [(random, "getstate", random.random), (numpy_random, "get_state", np.random.rand)],
+)
+def test_slow_states_are_read_only_when_used(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, draw: Callable[[], float]
+) -> None:
+    """What is slow to read is read again only where numbers were drawn."""
+    module.seed(0)
+    get_state = getattr(module, name)
     n_reads = 0
-    get_state = numpy_random.get_state
 
-    def counted(*, legacy: bool) -> object:
+    def counted(**options: bool) -> Any:
         nonlocal n_reads
         n_reads += 1
-        return get_state(legacy=legacy)
+        return get_state(**options)
 
-    monkeypatch.setattr(np.random, "get_state", counted)
     state = RandomState(())
+    monkeypatch.setattr(module, name, counted)
     for _ in range(3):
         state.note()
-    np.random.rand()  # noqa: NPY002 -- as above
+    draw()
     for _ in range(3):
         state.note()
     assert n_reads == 2
 
 
+def draw() -> float:
+    """Draw from Python's generator."""
+    return DRAWS["python"]()
+
+
+def test_words_are_where_python_keeps_them() -> None:
+    """CPython's generator lies in memory as expected, and what is read there changes with every number."""
+    random_state._python_is_readable.cache_clear()
+    assert random_state._python_is_readable()
+    mark = random_state._mark_of_python()
+    draw()
+    assert random_state._mark_of_python() != mark
+
+
+def test_words_that_are_not_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory does not agree with Python's own answer, its state is read each time."""
+    random_state._python_is_readable.cache_clear()
+    monkeypatch.setattr(random_state, "_HEADER_BYTES", random_state._HEADER_BYTES - 4)
+    try:
+        assert not random_state._python_is_readable()
+        state = RandomState(())
+        state.note()
+        first = draw()
+        state.restore()
+        assert draw() == first
+    finally:
+        random_state._python_is_readable.cache_clear()
+
+
 def test_words_are_where_numpy_says() -> None:
     """The words read from memory are those of NumPy's own reading."""
-    np.random.seed(7)  # noqa: NPY002 -- as above
-    np.random.rand()  # noqa: NPY002 -- as above
-    words = random_state._words(np.random)
+    numpy_random.seed(7)
+    numpy_random.rand()
+    mark = random_state._mark_of_numpy(numpy_random)
     state = numpy_random.get_state(legacy=False)["state"]
-    assert words == state["key"].tobytes() + np.int32(state["pos"]).tobytes()
+    assert mark == state["key"].tobytes() + np.int32(state["pos"]).tobytes()
 
 
 def test_other_generators_of_numpy() -> None:
@@ -82,7 +119,7 @@ def test_other_generators_of_numpy() -> None:
     bit_generator = numpy_random.get_bit_generator()
     numpy_random.set_bit_generator(np.random.PCG64(3))
     try:
-        assert random_state._words(np.random) is None
+        assert random_state._mark_of_numpy(numpy_random) is None
         state = RandomState(())
         state.note()
         first = np.random.rand()  # noqa: NPY002 -- as above
@@ -98,3 +135,25 @@ def test_numpy_is_not_imported_for_this(monkeypatch: pytest.MonkeyPatch) -> None
     state = RandomState(())
     state.note()
     assert len(state._states) == 2 + len(torch.cuda.default_generators)
+
+
+def test_numbers_that_a_loader_draws_are_drawn_once() -> None:
+    """While a loader's thread draws from the process's generators, these are not put back; others are."""
+
+    class Loader:
+        draws_beside = True
+
+        def release_memory(self) -> None:
+            pass
+
+    loader = Loader()
+    _holders.register(loader)
+    own = torch.Generator().manual_seed(1)
+    state = RandomState((own,))
+    for loader.draws_beside in (True, False):
+        state.note()
+        first = [*(DRAWS[name]() for name in DRAWS), torch.rand(1, generator=own).item()]
+        state.restore()
+        again = [*(DRAWS[name]() for name in DRAWS), torch.rand(1, generator=own).item()]
+        same = [one == other for one, other in zip(first, again, strict=True)]
+        assert same == [not loader.draws_beside] * len(DRAWS) + [True]

@@ -1,7 +1,7 @@
 """Objects that can let go of device memory when somebody runs short of it.
 
 A `DeviceLoader` with batches in flight registers itself here; `oom_guard` asks everybody registered to let
-go. So neither has to know the other.
+go, and whether they draw random numbers. So neither has to know the other.
 """
 
 from contextlib import suppress
@@ -35,3 +35,12 @@ def release_all() -> int:
         with suppress(Exception):
             holder.release_memory()
     return len(holders)
+
+
+def draw_beside() -> bool:
+    """Say whether a holder may be drawing random numbers in a thread beside the caller's.
+
+    Who puts the generators back to an earlier state would then have those numbers drawn twice. A holder says
+    so by an attribute `draws_beside`.
+    """
+    return any(getattr(holder, "draws_beside", False) for holder in list(_holders))

@@ -91,6 +91,11 @@ class ThreadedFeed:
         self._tally.taken(waited_s)
         return batch
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread has more to load."""
+        return self._thread.is_alive()
+
     def begin_pass(self, tally: Tally) -> None:
         """Begin the pass whose batches are already being loaded."""
         self.is_between_passes = False

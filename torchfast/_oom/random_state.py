@@ -1,70 +1,100 @@
-"""The state of all sources of random numbers that a step draws from."""
+"""The state of all sources of random numbers that a step draws from.
+
+Noted at every step, so it must be cheap. Python and NumPy make an object of each of the 624 words of their
+states, which takes 7 and 40 µs, and several times that with the cold caches of a training loop. So the words
+are compared where they lie, which takes less than one, and a state is read only when they have changed.
+"""
 
 import ctypes
+import functools
 import random
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-_MT19937_BYTES = 4 * 624 + 4  # the state of NumPy's default generator: its words, and how many are used up
+from torchfast._holders import draw_beside
+
+_N_WORDS = 624
+_STATE_BYTES = 4 * _N_WORDS + 4  # the words of a Mersenne twister, and how many of them are used up
+_HEADER_BYTES = object.__basicsize__
+
+States = list[tuple[Callable[[Any], Any], Any]]
 
 
 class RandomState:
-    """Notes the state of PyTorch's, Python's and NumPy's generators, and the user's own, and restores it."""
+    """Notes the states of PyTorch's, Python's and NumPy's generators and the user's, and restores them."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
-        self._numpy = _NumpyState()
-        self._states: list[tuple[Callable[[Any], Any], Any]] = []
+        self._own = generators
+        self._python: tuple[object, Any] = None, None
+        self._numpy: tuple[object, Any] = None, None
+        self._states: States = []
 
     def note(self) -> None:
-        """Note the states of now."""
-        self._states = [
-            (torch.set_rng_state, torch.get_rng_state()),
-            (random.setstate, random.getstate()),
-            *self._numpy.noted(),
-        ]
-        generators = [*self._generators]
+        """Note the states of now; of the host's own generators only where no thread beside draws from them.
+
+        Put back, those would give a loader's dataset the numbers once more that it has had for other samples.
+        """
+        generators = [*self._own]
         if torch.cuda.is_initialized():
             generators += torch.cuda.default_generators
-        self._states += [(generator.set_state, generator.get_state()) for generator in generators]
+        is_alone = not draw_beside()
+        if is_alone:
+            generators.append(torch.default_generator)
+        self._states = [(generator.set_state, generator.get_state()) for generator in generators]
+        if is_alone:
+            self._note_python()
+            if "numpy.random" in sys.modules:  # else nobody has drawn from it
+                self._note_numpy(sys.modules["numpy.random"])
 
     def restore(self) -> None:
         """Restore what was noted."""
         for restore, state in self._states:
             restore(state)
 
+    def _note_python(self) -> None:
+        mark = _mark_of_python()
+        if mark is None or mark != self._python[0]:
+            self._python = mark, random.getstate()
+        self._states.append((random.setstate, self._python[1]))
 
-class _NumpyState:
-    """NumPy's global generator, read only when it has been used.
-
-    NumPy makes Python objects of all 624 words, which takes 40 µs; comparing them where they lie takes one.
-    """
-
-    def __init__(self) -> None:
-        self._words: bytes | None = None
-        self._state: Any = None
-
-    def noted(self) -> list[tuple[Callable[[Any], Any], Any]]:
-        """Return the function that restores the state, and the state, if NumPy's generators are loaded."""
-        numpy_random = sys.modules.get("numpy.random")
-        if numpy_random is None:
-            return []
-        words = _words(numpy_random)
-        # Half of a pair of normal numbers may be kept for later, which the words do not tell.
-        if words is None or words != self._words or self._state["has_gauss"]:
-            self._state = numpy_random.get_state(legacy=False)
-            self._words = words
-        return [(numpy_random.set_state, self._state)]
+    def _note_numpy(self, numpy_random: Any) -> None:
+        mark = _mark_of_numpy(numpy_random)
+        # Half of a pair of normal numbers may be kept for later, which the mark does not tell.
+        if mark is None or mark != self._numpy[0] or self._numpy[1]["has_gauss"]:
+            self._numpy = mark, numpy_random.get_state(legacy=False)
+        self._states.append((numpy_random.set_state, self._numpy[1]))
 
 
-def _words(numpy_random: Any) -> bytes | None:
-    """Return the words of NumPy's default generator; None if another one has been put in its place."""
+def _mark_of_python() -> tuple[bytes, float | None] | None:
+    """Return what changes with every number drawn from Python's generator; None if that cannot be read."""
+    if not _python_is_readable():
+        return None
+    generator: Any = random._inst  # private, as is how it lies in memory
+    return ctypes.string_at(id(generator) + _HEADER_BYTES, _STATE_BYTES), generator.gauss_next
+
+
+@functools.cache
+def _python_is_readable() -> bool:
+    """Say whether CPython's generator lies in memory as expected: compared with its own answer, once."""
+    generator = getattr(random, "_inst", None)
+    size = getattr(type(generator), "__basicsize__", 0)
+    if sys.implementation.name != "cpython" or size < _HEADER_BYTES + _STATE_BYTES:
+        return False
+    if not hasattr(generator, "gauss_next"):
+        return False
+    found = struct.unpack(f"{_N_WORDS + 1}I", ctypes.string_at(id(generator) + _HEADER_BYTES, _STATE_BYTES))
+    return bool(random.getstate()[1] == (*found[1:], found[0]))
+
+
+def _mark_of_numpy(numpy_random: Any) -> bytes | None:
+    """Return what changes with every number drawn from NumPy's global generator; None if it is another."""
     if not hasattr(numpy_random, "get_bit_generator"):  # before NumPy 1.24
         return None
     generator = numpy_random.get_bit_generator()
     if type(generator).__name__ != "MT19937":
         return None
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+    return ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
