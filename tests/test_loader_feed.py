@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests.loader_transport import HostTransport
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.late import copied
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
 
@@ -413,3 +415,91 @@ class Fragile(Dataset[int]):
         if index == 7:
             raise LookupError(f"sample {index} is broken")
         return index
+
+
+def test_the_thread_works_under_the_consumers_autocast_and_device() -> None:
+    """Autocast and the default device are those of the thread that began the pass, and stay its own."""
+
+    def source() -> Iterator[Any]:
+        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
+        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
+
+    with torch.autocast("cpu", torch.float16), torch.device("meta"):
+        epoch, _, _ = open_feed(source())
+    assert list(epoch) == [(True, torch.float16, "meta")] * 2
+    assert not torch.is_autocast_enabled("cpu")
+    assert list(open_feed(source())[0]) == [(False, torch.bfloat16, "cpu")] * 2
+
+
+def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
+    """Once its error is handled and forgotten, a pass is gone at once, without the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        epoch, transport, feed = open_feed(DataLoader(Fragile(), batch_size=8, num_workers=1))
+        with pytest.raises(LookupError, match="sample 7"):
+            next(epoch)
+        gone = weakref.ref(transport)
+        del epoch, transport, feed
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Collecting(Dataset[int]):
+    """Collects garbage in its worker, and says what of it was marked."""
+
+    found: list[weakref.ref[Any]] = []  # noqa: RUF012 - the workers' own, by being forked
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return sum(reference() is None for reference in self.found)
+
+
+def test_garbage_is_left_alone_in_workers() -> None:
+    """What was garbage when workers were forked is not destroyed there: CUDA events could not be."""
+
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.collect()
+    gc.disable()
+    try:
+        Collecting.found.append(weakref.ref(Knot()))
+        loader = DataLoader(Collecting(), num_workers=1, multiprocessing_context="fork")
+        (n_destroyed,) = DeviceLoader(loader, "cpu")
+        assert n_destroyed == 0
+        (n_destroyed,) = loader
+        assert n_destroyed == 1
+    finally:
+        gc.enable()
+        Collecting.found.clear()
+
+
+def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
+    """A sequence, an object with a clone and one without: none changes when the loader writes on."""
+
+    class Plain:
+        def __init__(self, numbers: torch.Tensor) -> None:
+            self.numbers = numbers
+
+        def to(self, _: torch.device) -> "Plain":
+            return self
+
+    class Clonable(Plain):
+        def clone(self) -> "Clonable":
+            return Clonable(self.numbers.clone())
+
+    numbers = torch.zeros(3)
+    sequence = pack_sequence([numbers])
+    sequence = PackedSequence(numbers, sequence.batch_sizes)
+    leaves: list[Any] = [numbers, sequence, Clonable(numbers), Plain(numbers)]
+    kept = [copied(leaf) for leaf in leaves]
+    numbers.fill_(7)
+    assert kept[0].tolist() == kept[1].data.tolist() == [0] * 3
+    assert isinstance(kept[1], PackedSequence)
+    assert kept[2].numbers.tolist() == kept[3].numbers.tolist() == [0] * 3

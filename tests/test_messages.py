@@ -37,6 +37,7 @@ from torchfast._device import resolve_device
 from torchfast._estimate import calibrate
 from torchfast._estimate.gpus import GPU_NAMES, resolve_gpu
 from torchfast._estimate.settings import AllocatorSettings
+from torchfast._loader.late import copied
 from torchfast._oom.thrash import Thrash
 from torchfast._tree import flatten
 from torchfast.integrations._repeat import repeating
@@ -485,6 +486,26 @@ def test_loader_static_batch_elsewhere() -> None:
     assert text_of(error) == (
         "into= holds tensors on meta, cpu with requires_grad, but batches are brought to cpu and copied "
         "there, outside of any autograd graph. Make them with device='cpu', requires_grad=False."
+    )
+
+
+def test_loader_whose_batch_cannot_be_kept() -> None:
+    """An object that moves itself and cannot be copied is refused, with the two ways on."""
+
+    class Handle:
+        def to(self, _: torch.device) -> "Handle":
+            return self
+
+        def __reduce_ex__(self, _: object) -> str:
+            raise TypeError("it is an open file")
+
+    with pytest.raises(TypeError, match="Handle") as error:
+        copied(Handle())
+    assert text_of(error) == (
+        "a batch holds a Handle, which moves by its own .to when the batch is handed out. The loader may "
+        "have written its next batch there by then, so a copy is kept, but it has no clone(), and "
+        "copy.deepcopy failed: it is an open file. Give it a clone(), or load by a DataLoader with pin_memory=True, whose "
+        "batches are its own."
     )
 
 

@@ -1,5 +1,6 @@
 """The public class: what is wrapped, what is checked, what is forwarded."""
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -266,6 +267,15 @@ class DeviceLoader(Generic[T]):
         elif self._ahead is not None:
             self._ahead.release_memory()
 
+    @property
+    def draws_beside(self) -> bool:
+        """Whether a thread of this process loads now, as without workers, and so may draw random numbers."""
+        return (
+            isinstance(self._feed, ThreadedFeed)
+            and self._feed.is_loading
+            and not getattr(self.loader, "num_workers", 0)
+        )
+
     def _close_last_pass(self, stacklevel: int) -> None:
         epoch = None if self._epoch is None else self._epoch()
         was_under_way = epoch is not None and epoch.is_under_way
@@ -279,7 +289,9 @@ class DeviceLoader(Generic[T]):
         if self._ahead is not None:
             self._ahead.begin_pass(self._tally)
             return self._ahead
-        source = iter(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
+        source = (
+            wrapped.begun(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
+        )
         if self.device.type != "cuda" or self._inner is not None:
             return InlineFeed(source, self.device, self._tally, wrapped.snapshot_of(self.loader))
         if self._transport is None:
@@ -295,7 +307,7 @@ class DeviceLoader(Generic[T]):
             )
         snapshot = wrapped.snapshot_of(self.loader)
         loader = self.loader
-        begin_again = (lambda: iter(loader)) if self._across_epochs else None
+        begin_again = functools.partial(wrapped.begun, loader) if self._across_epochs else None
         feed = ThreadedFeed(
             source,
             self._transport,

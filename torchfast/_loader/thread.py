@@ -8,12 +8,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
-import torch
-
+from torchfast._loader.modes import Modes
 from torchfast._loader.stats import Tally
 
 
@@ -68,13 +66,12 @@ class Work:
         self.permits: SimpleQueue[Any] = SimpleQueue()
         self.entered = threading.Event()
         self.stopped = False
-        self.grad_enabled = torch.is_grad_enabled()
-        self.inference = torch.is_inference_mode_enabled()
+        self.modes = Modes()
 
     def run(self) -> None:
         """Load and send until told to stop, or until the loader ends."""
         try:
-            torch.set_grad_enabled(self.grad_enabled)
+            self.modes.enter_thread()
             self.transport.enter_thread()
             self.entered.set()
             while not self.stopped and self.step():
@@ -106,7 +103,7 @@ class Work:
         self.transport.settle()
         began_s = time.perf_counter()
         try:
-            with torch.inference_mode() if self.inference else nullcontext():
+            with self.modes.around():
                 batch = next(self.source)
             state = self.snapshot()
         except StopIteration:
@@ -134,8 +131,22 @@ class Work:
         return Stop if self.stopped else permit
 
     def _failed(self, error: BaseException) -> bool:
+        unknot(error)
         self.arrive(Arrival(error=error))
         return True
+
+
+def unknot(error: BaseException, /) -> None:
+    """Break the cycle of an error of a worker: the frame of PyTorch's that raised it anew holds it.
+
+    It would keep this pass, events and all, until the collector finds it; and where that happens in a worker
+    forked since, a CUDA event that goes ends the worker.
+    """
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_globals.get("__name__") == "torch._utils":
+            traceback.tb_frame.clear()
+        traceback = traceback.tb_next
 
 
 def no_state() -> None:

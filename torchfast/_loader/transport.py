@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchfast._loader.late import copied, moved, record_use
 from torchfast._loader.staging import (
     CHUNK_BYTES,
     PinnedRing,
@@ -81,7 +82,7 @@ class CudaTransport:
         self._streams = tuple(streams)
         self._borrows = borrows
         self._copy_stream = torch.cuda.Stream(device)
-        self._consumer = torch.cuda.current_stream(device)
+        self._consumer = self._loading = torch.cuda.current_stream(device)
         self._owners: dict[int, torch.cuda.Stream] = {}
         self._asked = torch.cuda.Event(enable_timing=True)
         self._tally = Tally()
@@ -147,12 +148,23 @@ class CudaTransport:
             for buffer in parcel.blank.buffers if others else ():
                 for other in others:
                     buffer.record_stream(other)
+        batch = self._with_late_leaves(parcel.batch) if parcel.has_late else parcel.batch
         there = _record(stream)
         n_bytes = sum(buffer.nbytes for buffer in parcel.blank.buffers) if parcel.blank else 0
         self._tally.note(Moment(self._asked, there, parcel.spans, n_bytes))
-        if not parcel.has_late:
-            return parcel.batch
-        return _map_leaves(lambda leaf: _move(leaf, self._device), parcel.batch)
+        return batch
+
+    def _with_late_leaves(self, batch: Any) -> Any:
+        """Move what moves by itself. What the loader itself put on the device, it allocated in the thread."""
+        users = [self._consumer] * (self._consumer != self._loading) + [*self._streams]
+
+        def there(leaf: Any) -> Any:
+            leaf = moved(leaf, self._device)
+            for stream in users:
+                record_use(leaf, stream)
+            return leaf
+
+        return _map_leaves(there, batch)
 
     def evict(self, parcel: Parcel) -> None:
         """Bring a batch that nobody has seen yet back to the host, and free its device memory."""
@@ -174,7 +186,8 @@ class CudaTransport:
     def enter_thread(self) -> None:
         """Make the thread work for the device and the stream of the consumer: both belong to a thread."""
         torch.cuda.set_device(self._device)
-        torch.cuda.set_stream(self._consumer)
+        self._loading = self._consumer
+        torch.cuda.set_stream(self._loading)
         torch.set_num_threads(min(torch.get_num_threads(), self._team_size))
 
     def settle(self) -> None:
@@ -198,7 +211,7 @@ class CudaTransport:
         if plan.n_late:
             if self._borrows:
                 # They move when they are asked for; by then the loader may have written its next batch there.
-                leaves = [leaf if is_plain(leaf) else _copied(leaf) for leaf in leaves]
+                leaves = [leaf if is_plain(leaf) else copied(leaf) for leaf in leaves]
                 batch = structure.rebuild(leaves)
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
@@ -208,7 +221,7 @@ class CudaTransport:
             blank = self._fitting(blank, plan)
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
-            return Parcel(_map_leaves(_copied, batch), None, ready, has_late=True)
+            return Parcel(_map_leaves(copied, batch), None, ready, has_late=True)
         try:
             spans = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
@@ -309,7 +322,7 @@ class CudaTransport:
         """Allocate on `stream`, which is current, and set the gate there."""
         # Tensors made in inference mode could never be saved for a backward.
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
-            buffers = [torch.empty(n, dtype=torch.uint8, device=self._device) for n in sizes_bytes]
+            buffers = [_empty(n, self._device) for n in sizes_bytes]
         self._owners[stream.stream_id] = stream
         return Blank(buffers, stream, _record(stream))
 
@@ -320,15 +333,14 @@ def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
-def _move(leaf: Any, device: torch.device) -> Any:
-    # An object's own `.to` may know no more than the device.
-    return leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf.to(device)
+def _empty(n_bytes: int, device: torch.device) -> torch.Tensor:
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    # torch.empty would fill it: a kernel for memory that the copy fills anyway.
+    storage = torch.UntypedStorage(n_bytes, device=device)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
     leaves, structure = flatten(batch)
     return structure.rebuild([change(leaf) for leaf in leaves])
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf

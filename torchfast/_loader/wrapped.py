@@ -1,6 +1,7 @@
 """What a `DeviceLoader` knows about the loaders it wraps."""
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -43,6 +44,21 @@ def writes_afresh(loader: object) -> bool:
     from torch.utils.data import DataLoader
 
     return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
+
+
+def begun(loader: Iterable[Any]) -> Iterator[Any]:
+    """Return the loader's iterator.
+
+    Workers are forked with the garbage of this process. Were their collectors to find a CUDA event in it, its
+    destructor would end them: so what there is by now is kept from them, and costs them no memory either.
+    """
+    if not getattr(loader, "num_workers", 0) or gc.get_freeze_count():
+        return iter(loader)
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def default_workers() -> int:
