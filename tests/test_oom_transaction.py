@@ -10,9 +10,15 @@ from torchfast import oom_guard
 from torchfast._bytes import GIB, MIB
 from torchfast._memory import AllocatorStats, Room
 from torchfast._oom import step_probe
+from torchfast._oom.step_probe import StepProbe
 from torchfast._oom.transaction import Subjects, Transaction, _Copies
 
 BLANK = AllocatorStats(*[0] * len(AllocatorStats._fields))
+
+
+def probe() -> StepProbe:
+    """Return a probe of some optimizer."""
+    return StepProbe(torch.optim.SGD(nn.Linear(2, 2).parameters()))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,7 @@ def test_room_for_a_step(
     stats = BLANK._replace(reserved_bytes=10 * GIB, active_bytes=active_bytes)
     monkeypatch.setattr(step_probe, "allocator_stats", lambda _: stats)
     monkeypatch.setattr(step_probe, "room_on", lambda _: Room(80 * GIB, 10 * GIB, untaken_bytes))
-    assert step_probe._has_room(torch.device("cuda", 0), GIB) is fits
+    assert probe()._has_room(torch.device("cuda", 0), GIB) is fits
 
 
 def test_driver_is_not_asked_where_enough_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +44,7 @@ def test_driver_is_not_asked_where_enough_is_cached(monkeypatch: pytest.MonkeyPa
     stats = BLANK._replace(reserved_bytes=10 * GIB, active_bytes=7 * GIB)
     monkeypatch.setattr(step_probe, "allocator_stats", lambda _: stats)
     monkeypatch.setattr(step_probe, "room_on", lambda _: pytest.fail("asked"))
-    assert step_probe._has_room(torch.device("cuda", 0), GIB)
+    assert probe()._has_room(torch.device("cuda", 0), GIB)
 
 
 def test_copies_follow_tensors_that_change() -> None:

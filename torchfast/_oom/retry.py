@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
+import torch
 from torch import nn
 
 from torchfast import _batch
@@ -182,10 +183,16 @@ class OOMRetry:
         else:
             self._sizes.worked(size)
 
+    @functools.cached_property
+    def _device(self) -> torch.device:
+        return self._guard._device()
+
     def _thrashes(self) -> bool:
-        device = self._guard._device()
-        stats = allocator_stats(device)
-        return stats is not None and self._thrash.has_risen(stats.n_alloc_retries, device)
+        n_alloc_retries = self._transaction.n_alloc_retries  # asked already, for the optimizer's step
+        if n_alloc_retries is None:
+            stats = allocator_stats(self._device)
+            n_alloc_retries = None if stats is None else stats.n_alloc_retries
+        return n_alloc_retries is not None and self._thrash.has_risen(n_alloc_retries, self._device)
 
     def _refusal(self, size: int) -> str | None:
         """Say why a batch must not be worked on in parts of `size`, if so."""

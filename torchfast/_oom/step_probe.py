@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._memory import allocator_stats, peak_scope, room_on
+from torchfast._memory import AllocatorStats, allocator_stats, peak_scope, room_on
 
 
 class StepProbe:
@@ -22,23 +22,25 @@ class StepProbe:
         self._n_states = 0  # as long as there are as many, the step needs what was measured
         self._device: torch.device | None = None
         self._scope: Any = None
+        self.seen: AllocatorStats | None = None
+        """What the allocator said last."""
 
     def check(self) -> None:
         """Allocate what the step will need and let it go again, unless there is plenty."""
-        if self._need_bytes is not None and self._device is not None:
-            if len(self._optimizer.state) == self._n_states and _has_room(self._device, self._need_bytes):
-                return
-            self._need_bytes = self._need_bytes if len(self._optimizer.state) == self._n_states else None
+        if len(self._optimizer.state) != self._n_states:
+            self._need_bytes = None
+        need = self._need_bytes
+        if need is not None and self._device is not None and self._has_room(self._device, need):
+            return
         parameters = [p for g in self._optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._device = next((p.device for p in parameters if p.is_cuda), None)
         if self._device is None:
             return
         all_bytes = sum(p.nbytes for p in parameters)
         n_new = sum(p not in self._optimizer.state for p in parameters)
-        need = self._need_bytes
         if need is None:
             need = all_bytes + 2 * all_bytes * n_new // len(parameters)
-        if _has_room(self._device, need):
+        if self._has_room(self._device, need):
             return
         # In the sizes of the parameters, as the step will ask for them: one large block might not be found
         # where many small ones are.
@@ -70,11 +72,12 @@ class StepProbe:
             self._scope.__exit__(None, None, None)
             self._scope = None
 
-
-def _has_room(device: torch.device, need_bytes: int) -> bool:
-    stats = allocator_stats(device)
-    wanted_bytes = 2 * need_bytes + 64 * MIB
-    if stats is None or stats.cached_bytes > wanted_bytes:  # as a rule: what the backward pass has let go of
-        return True
-    room = room_on(device)
-    return room is None or room.untaken_bytes + stats.cached_bytes > wanted_bytes
+    def _has_room(self, device: torch.device, need_bytes: int) -> bool:
+        stats = self.seen = allocator_stats(device)
+        wanted_bytes = 2 * need_bytes + 64 * MIB
+        if (
+            stats is None or stats.cached_bytes > wanted_bytes
+        ):  # as a rule: what the backward pass has let go of
+            return True
+        room = room_on(device)
+        return room is None or room.untaken_bytes + stats.cached_bytes > wanted_bytes

@@ -5,6 +5,7 @@ What a failed step has changed by the time it fails: some gradients, the running
 cheap to keep; the last need a copy, which is the user's to ask for.
 """
 
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ class Transaction:
     def begin(self) -> None:
         """Note the state that `roll_back` is to restore."""
         self._has_step_begun = False
+        for probe in self._probes:
+            probe.seen = None
         self._buffers = [slots[name] for slots, name in self._slots]
         self._buffer_copies.take(self._buffers)
         self._random.note()
@@ -73,10 +76,10 @@ class Transaction:
     def watch(self) -> None:
         """Before each step of an optimizer find out whether it will fit, then note that it has begun."""
         for optimizer, probe in zip(self._subjects.optimizers, self._probes, strict=True):
+            before = functools.partial(self._before_step, probe)
+            self._handles.append(optimizer.register_step_pre_hook(before))
             if not self._copy:
-                self._handles.append(optimizer.register_step_pre_hook(probe.before))
                 self._handles.append(optimizer.register_step_post_hook(probe.after))
-            self._handles.append(optimizer.register_step_pre_hook(self._note_step))
 
     def stop_watching(self) -> None:
         """Stop watching."""
@@ -91,6 +94,11 @@ class Transaction:
         if not self._copy:
             for probe in self._probes:
                 probe.check()
+
+    @property
+    def n_alloc_retries(self) -> int | None:
+        """How often the allocator had given its cache back when a probe asked; None if none has."""
+        return next((probe.seen.n_alloc_retries for probe in self._probes if probe.seen is not None), None)
 
     @property
     def can_roll_back(self) -> bool:
@@ -118,7 +126,9 @@ class Transaction:
         """Let go of the gradients that the step began with; the other copies are for the next one."""
         self._gradients = []
 
-    def _note_step(self, *_: Any) -> None:
+    def _before_step(self, probe: StepProbe, *_: Any) -> None:
+        if not self._copy:
+            probe.before()
         # Which of its changes a step has made by the time it fails cannot be told: fused optimizers, and any
         # under a dispatch mode, change parameters without counting up their versions.
         self._has_step_begun = True
