@@ -118,10 +118,13 @@ def in_worker(broken: int) -> Loops:
 def in_transfer(broken: int) -> Loops:
     """A batch that cannot be moved."""
 
-    def batches() -> Iterable[Stubborn]:
+    def batches() -> list[Stubborn]:
         return [Stubborn(batch, broken) for batch in DataLoader(Numbers(), BATCH_SIZE)]
 
-    return iter(DeviceLoader(batches(), DEVICE)), (batch.to(DEVICE) for batch in batches())
+    def moved(batch: Stubborn) -> torch.Tensor:
+        return batch.to(DEVICE)
+
+    return iter(DeviceLoader(batches(), DEVICE)), map(moved, batches())
 
 
 def in_transform(broken: int) -> Loops:
@@ -226,9 +229,10 @@ def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
             return f"{n_taken}: {error!r}"
     else:
         return f"{n_taken}: no error"
+    # The error came where PyTorch's signal handler raised it, which need not be inside of the pass.
+    del epoch, loader
     if _has_thread():
         return f"{n_taken}: a thread is left"
-    del epoch, loader
     n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
     return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} batches of {N_BATCHES} afterwards"
 

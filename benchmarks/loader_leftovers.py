@@ -61,7 +61,7 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     torch.set_num_threads(1)
     began_s, empty = time.perf_counter(), Leftovers()
     loader = _with_workers(**options)
-    for number in range(2):
+    for number in range(N_WARMUP):
         _break_and_go_on(loader, number)  # what is made once and kept: workers, streams, the pinned ring
     before = Leftovers()
     left, n_lost = dict[str, int](), 0
@@ -93,7 +93,7 @@ def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
             return left
 
 
-N_SAMPLES, BATCH_SIZE = 96, 4
+N_SAMPLES, BATCH_SIZE, N_WARMUP = 96, 4, 24
 
 
 def _with_workers(**options: Any) -> DeviceLoader[Any]:
