@@ -387,8 +387,8 @@ def main() -> None:
     )
     protocol = (
         f"{N_BATCHES} batches of {N_BATCH}, AdamW, float32. Too large: a batch of {N_BATCH} never fits; "
-        f"layer norm. Once: the third step fails once; batch norm and dropout ({how}). Each compared with its "
-        "own run without the fault."
+        f"layer norm. Once: the third step fails once; batch norm and dropout ({how}). Each is compared "
+        "with its own run without the fault."
     )
     print(record.write("oom_guard_side_by_side", protocol, rows()))
 
