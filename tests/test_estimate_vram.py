@@ -262,7 +262,7 @@ def test_inference_keeps_no_graph() -> None:
     inference = estimate(model, batch, training=False)
     assert inference.peak_allocated_bytes < estimate(model, batch).peak_allocated_bytes
     assert "gradients" not in inference.breakdown
-    assert inference.assumptions == ("the model was in train mode and is estimated in eval mode",)
+    assert inference.assumptions[0] == "the model was in train mode and is estimated in eval mode"
     assert model.training
 
 

@@ -1009,14 +1009,14 @@ def test_estimating_a_model_that_cannot_be_put_on_paper() -> None:
     with pytest.raises(TypeError, match="TorchScript") as scripted:
         estimate_vram(torch.jit.trace(nn.Linear(1, 1), torch.zeros(1, 1)), torch.zeros(1, 1))
     assert text_of(scripted) == (
-        "TopLevelTracedModule is a TorchScript module, whose parameters cannot be put on paper. Give the "
+        "the model is a TorchScript module, whose parameters cannot be put on paper. Give the "
         "Python module that it was made from."
     )
     with pytest.raises(ValueError, match="no shape") as error:
         estimate_vram(nn.LazyLinear(1), torch.zeros(1, 1))
     assert text_of(error) == (
-        "'weight' of LazyLinear has no shape yet: it takes it from the first batch. Run one batch through "
-        "the model, then estimate."
+        "'weight' of the model has no shape yet: it takes it from the first batch. Run one batch through "
+        "it, then estimate."
     )
 
 

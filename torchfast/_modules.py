@@ -39,6 +39,22 @@ def without_shape(module: nn.Module, /) -> str | None:
     return next((name for name, tensor in tensors if torch.nn.parameter.is_lazy(tensor)), None)
 
 
+def quantised_for_cpu(module: nn.Module, /) -> str | None:
+    """Name the first layer whose weights PyTorch packed for the CPU, where no GPU can take them.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchfast._modules import quantised_for_cpu
+        >>> quantised_for_cpu(nn.Linear(2, 2)) is None
+        True
+    """
+    packages = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+    layers = (
+        (name or type(layer).__name__, type(layer).__module__) for name, layer in module.named_modules()
+    )
+    return next((name for name, home in layers if home.startswith(packages)), None)
+
+
 def comes_from(thing: object, package: str, /) -> bool:
     """Say whether a class of a thing is defined in that package or module, without importing it.
 

@@ -1,11 +1,100 @@
 """What a training step cannot be made of, refused before anything is put on paper."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchfast._modules import what
+from torchfast import _tree
+from torchfast._modules import comes_from, quantised_for_cpu, what, without_shape
+
+
+def check_model(model: Any, /, *, trains: bool) -> None:
+    """Refuse what is no module, or cannot be put on paper, or not be trained where it is to be."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"estimate_vram takes a torch.nn.Module, but was given {what(model)}. The step is run with the "
+            "module's parameters on paper: give the module itself, not its class, its name or a function."
+        )
+    check_paper(model, "the model")
+    if not trains:
+        return
+    if not any(p.requires_grad for p in model.parameters()):
+        found = "is frozen" if any(True for _ in model.parameters()) else "has no parameters"
+        raise ValueError(
+            f"{type(model).__name__} {found}, so there is nothing to train. "
+            "Give training=False to estimate inference."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"{name or type(module).__name__!r} of the model has sparse=True, and sparse gradients "
+                "cannot be put on paper. Estimate with sparse=False: dense gradients and dense optimizer "
+                "state need no less."
+            )
+
+
+def check_paper(module: nn.Module, owner: str, /) -> None:
+    """Refuse a module whose weights are not there as plain tensors."""
+    for name, part in module.named_modules():
+        place = owner if not name else f"{name!r} of {owner}"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{place} is a TorchScript module, whose parameters cannot be put on paper. "
+                "Give the Python module that it was made from."
+            )
+        if comes_from(part, "torch.distributed.fsdp"):
+            raise ValueError(f"{place} is wrapped by FSDP, {_ONE_GPU}")
+    shapeless, packed = without_shape(module), quantised_for_cpu(module)
+    if shapeless is not None:
+        raise ValueError(
+            f"{shapeless!r} of {owner} has no shape yet: it takes it from the first batch. "
+            "Run one batch through it, then estimate."
+        )
+    if packed is not None:
+        raise ValueError(
+            f"{packed!r} of {owner} is quantised for the CPU: its weights are packed, and no GPU runs it. "
+            "Estimate the module as it was before."
+        )
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        _check_tensor(tensor, f"{name!r} of {owner}")
+
+
+_ONE_GPU = (
+    "which spreads its weights over several processes, and an estimate knows one GPU. "
+    "Estimate the module before it is sharded: one GPU will need no more than that."
+)
+
+
+def check_batch(batch: Any, /) -> None:
+    """Refuse tensors that hold something else than one block of numbers."""
+    for tensor in _tree.tensors(batch):
+        _check_tensor(tensor, "the batch")
+
+
+def _check_tensor(tensor: torch.Tensor, owner: str) -> None:
+    if comes_from(tensor, "torch.distributed.tensor"):
+        raise ValueError(f"{owner} is a DTensor, {_ONE_GPU}")
+    if tensor.is_nested:
+        raise ValueError(
+            f"{owner} is a nested tensor, whose rows are of different lengths, and paper has one shape. "
+            "Estimate with the padded tensor, torch.nested.to_padded_tensor(t, 0.0): it needs no less."
+        )
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise ValueError(
+            f"{owner} is a tensor of layout {layout}, of which only the non-zero numbers take memory, and "
+            "operators on it tell no shapes. Estimate the part of the step that works on plain tensors, or "
+            "give t.to_dense() where that is affordable."
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not comes_from(
+        tensor, "torch._subclasses"
+    ):
+        raise ValueError(
+            f"{owner} is a {type(tensor).__name__}, a kind of tensor with operators of its own, whose memory "
+            "cannot be told from its shape. Estimate with plain tensors in its place."
+        )
 
 
 def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callables: Any) -> None:

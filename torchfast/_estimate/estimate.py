@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from torchfast import _batch, _tree
-from torchfast._estimate.checks import check_options
+from torchfast._estimate.assumed import assumed, bare, left_out
+from torchfast._estimate.checks import check_batch, check_model, check_options, check_paper
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
 from torchfast._estimate.settings import AllocatorSettings, settings_of
-from torchfast._estimate.step import Plan
-from torchfast._estimate.tracing import trace
+from torchfast._estimate.step import Plan, teacher_module
+from torchfast._estimate.tracing import trace, turn
 from torchfast._estimate.variants import changed, sample_of
-from torchfast._modules import what, without_shape
 
 
 def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
@@ -85,18 +85,31 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
 
     Raises:
         TypeError: the model is no `nn.Module`, or a scripted one, or an option is of a wrong type.
-        ValueError: a model without parameters to train, one whose parameters have no shapes yet, one that
-            cannot run a step on this batch, or an optimizer of another model.
+        ValueError: a model without parameters to train, one whose parameters have no shapes yet, tensors that
+            are not one block of numbers (nested, sparse, sharded), a model that cannot run a step on this
+            batch, or an optimizer of another model.
 
     It does not model `torch.compile`, CUDA graphs, and several GPUs: a compiled or wrapped model is
-    estimated as the plain module inside.
+    estimated as the plain module inside, and `unmodelled` says so. What was taken for granted where nothing
+    was given (a loss, a GPU, values that only a run would tell) is in `assumptions`.
     While it runs, a second or two, parts of PyTorch's Python side are stand-ins: estimates of several threads
     take turns, and other threads should leave `torch.cuda` and the model alone meanwhile.
     """
-    _check(model, training=training)
-    check_options(
-        model, loss=loss, optimizer=optimizer, teacher=teacher, step=step, autocast=autocast, n_steps=n_steps
-    )
+    with turn():
+        check_model(model, trains=training and step is None)
+        check_options(
+            model,
+            loss=loss,
+            optimizer=optimizer,
+            teacher=teacher,
+            step=step,
+            autocast=autocast,
+            n_steps=n_steps,
+        )
+        taught_by = teacher_module(teacher)
+        if taught_by is not None:
+            check_paper(taught_by, "the teacher")
+        check_batch(batch)
     imagined = resolve_gpu(gpu)
     settings = None if allocator is None else settings_of(allocator)
     inputs, target = _split(batch, loss)
@@ -115,38 +128,19 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         step=step,
         n_steps=n_steps,
     )
+    found = trace(plan, imagined)
+    said = assumed(plan, imagined, given_gpu=gpu, given_scaler=grad_scaler)
     return estimate_of(
-        trace(plan, imagined),
+        replace(
+            found,
+            assumptions=(*found.assumptions, *said),
+            unmodelled=(*found.unmodelled, *left_out(model)),
+        ),
         gpu=imagined,
         subject=_subject(plan),
         settings=settings,
         retrace=_Retrace(plan, imagined),
     )
-
-
-def _check(model: Any, *, training: bool) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"estimate_vram takes a torch.nn.Module, but was given {what(model)}. The step is run with the "
-            "module's parameters on paper: give the module itself, not its class, its name or a function."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{type(model).__name__} is a TorchScript module, whose parameters cannot be put on paper. "
-            "Give the Python module that it was made from."
-        )
-    shapeless = without_shape(model)
-    if shapeless is not None:
-        raise ValueError(
-            f"{shapeless!r} of {type(model).__name__} has no shape yet: it takes it from the first batch. "
-            "Run one batch through the model, then estimate."
-        )
-    if training and not any(p.requires_grad for p in model.parameters()):
-        found = "is frozen" if any(True for _ in model.parameters()) else "has no parameters"
-        raise ValueError(
-            f"{type(model).__name__} {found}, so there is nothing to train. "
-            "Give training=False to estimate inference."
-        )
 
 
 def _split(batch: Any, loss: Callable[..., Any] | None) -> tuple[Any, Any]:
@@ -163,7 +157,7 @@ def _subject(plan: Plan) -> Subject:
     if plan.autocast is not None:
         precision = f"autocast {names.get(plan.autocast, str(plan.autocast))}"
     return Subject(
-        model=type(plan.model).__name__,
+        model=type(bare(plan.model)).__name__,
         optimizer=_optimizer_name(plan.optimizer),
         precision=precision,
         batch_size=_batch.batch_size((plan.inputs, plan.target)),

@@ -39,6 +39,13 @@ class Objects:
     target: Any
     optimizer: torch.optim.Optimizer | None
     scaler: torch.amp.GradScaler | None
+    assumptions: dict[str, None]  # an ordered set, to which a step adds what it took for granted
+
+
+def teacher_module(teacher: Any) -> nn.Module | None:
+    """Return the teacher, or the module inside of what is called like one, as a GPUTeacher is."""
+    inner = getattr(teacher, "module", None)
+    return next((each for each in (teacher, inner) if isinstance(each, nn.Module)), None)
 
 
 def run_step(plan: Plan, objects: Objects) -> None:
@@ -83,23 +90,31 @@ def _forward(plan: Plan, objects: Objects) -> tuple[torch.Tensor, Any]:
                 taught = (call(plan.teacher, objects.inputs),)
         output = call(plan.model, objects.inputs)
         if plan.loss is None:
-            return own_loss(output), taught
+            loss, assumption = own_loss(output)
+            objects.assumptions[assumption] = None
+            return loss, taught
         extra = taught if _takes_three(plan.loss) else ()
         return plan.loss(output, objects.target, *extra), taught
 
 
-def own_loss(output: Any) -> torch.Tensor:
-    """Return the loss of an output that has one, else the sum of its floating-point tensors."""
+def own_loss(output: Any) -> tuple[torch.Tensor, str]:
+    """Return the loss of an output that has one, else the sum of its floating-point tensors, and which."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, torch.Tensor):
-        return own if own.ndim == 0 else own.sum()
-    parts = [part.sum() for part in _tree.tensors(output) if part.is_floating_point() and part.requires_grad]
+        return own if own.ndim == 0 else own.sum(), "no loss= was given: the output's own `loss` was taken"
+    parts = [_summed(part) for part in _tree.tensors(output) if part.requires_grad]
     if not parts:
         raise ValueError(
             "the model's output has no floating-point tensor that depends on its parameters, so there is "
             "nothing to run a backward pass from. Give loss=, or training=False to estimate inference."
         )
-    return torch.stack([part.float() for part in parts]).sum() if len(parts) > 1 else parts[0]
+    loss = torch.stack([part.float() for part in parts]).sum() if len(parts) > 1 else parts[0]
+    n_tensors = "floating-point tensor" if len(parts) == 1 else f"{len(parts)} floating-point tensors"
+    return loss, f"no loss= was given: the sum of the output's {n_tensors} was taken"
+
+
+def _summed(tensor: torch.Tensor) -> torch.Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).sum()
 
 
 def _autocast(plan: Plan) -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.recorder import Recorder
-from torchfast._estimate.step import Objects, Plan, run_step
+from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.where import Whereabouts
 
 
@@ -28,7 +28,7 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
     """Run the plan's steps on paper. Everything the plan holds comes out as it went in."""
     recorder = Recorder(gpu, cuda_behaviour.rule_for)
     with ExitStack() as scope:
-        scope.enter_context(_one_at_a_time())
+        scope.enter_context(_running())
         scope.enter_context(_quiet_collector())
         scope.enter_context(_random_state_kept())
         scope.enter_context(_modes_kept())
@@ -61,9 +61,7 @@ class _Tracer:
     def run(self) -> None:
         """Put everything on paper, run the steps, and take everything back."""
         plan, recorder = self.plan, self.recorder
-        # What is called like a module and holds one, as a GPUTeacher does, is put on paper by its module.
-        inner = getattr(plan.teacher, "module", None)
-        teacher = next((each for each in (plan.teacher, inner) if isinstance(each, nn.Module)), None)
+        teacher = teacher_module(plan.teacher)
         where = Whereabouts(
             {"": plan.model} | ({} if teacher is None else {"teacher": teacher}), self._root_runs
         )
@@ -86,7 +84,7 @@ class _Tracer:
             optimizer = scope.enter_context(self._optimizer(plan.optimizer))
             scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
             scope.enter_context(where.watching())
-            objects = Objects(inputs, target, optimizer, scaler)
+            objects = Objects(inputs, target, optimizer, scaler, recorder.assumptions)
             for self._n in range(1, plan.n_steps + 1):
                 self._phase("forward")
                 with _told(plan):
@@ -259,14 +257,20 @@ _turn = threading.RLock()
 
 
 @contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Wait for the estimates of other threads: each puts stand-ins into the same places of PyTorch."""
+def turn() -> Iterator[None]:
+    """Wait for the estimates of other threads: each puts stand-ins into PyTorch, and models on paper."""
     with _turn:
         if _Tracer.is_running:
             raise RuntimeError(
                 "estimate_vram was called within a step that is being estimated, and PyTorch can only be put "
                 "on paper once at a time. Call it outside of step=."
             )
+        yield
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    with turn():
         _Tracer.is_running = True
         try:
             yield

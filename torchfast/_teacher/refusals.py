@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchfast._device import resolve_device
-from torchfast._modules import comes_from, what, without_shape
+from torchfast._modules import comes_from, quantised_for_cpu, what, without_shape
 from torchfast._teacher.plan import PARTS
 
 
@@ -135,13 +135,13 @@ def _check_shapes_are_known(module: nn.Module) -> None:
             "the teacher is a TorchScript module, whose weights cannot be placed one by one. "
             "Give the Python module that it was made from."
         )
-    for name, layer in module.named_modules():
-        if type(layer).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
-            raise ValueError(
-                f"{name or type(layer).__name__!r} of the teacher is quantised for the CPU: its weights are "
-                "packed and no parameters, so they cannot be placed on a device or read from a file. "
-                "Give the module as it was before, with dtype=torch.bfloat16 to save memory."
-            )
+    packed = quantised_for_cpu(module)
+    if packed is not None:
+        raise ValueError(
+            f"{packed!r} of the teacher is quantised for the CPU: its weights are "
+            "packed and no parameters, so they cannot be placed on a device or read from a file. "
+            "Give the module as it was before, with dtype=torch.bfloat16 to save memory."
+        )
     if next(module.parameters(), None) is None:
         raise ValueError(
             f"the teacher, {type(module).__name__}, has no parameters, so it has learnt nothing to teach. "
