@@ -8,6 +8,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from torchfast import DeviceLoader
+from torchfast._loader import cpus
 from torchfast._loader.wrapped import FORWARDED
 
 
@@ -87,6 +89,56 @@ def test_from_dataset_chooses_settings_and_takes_others() -> None:
     )
     assert (loader.persistent_workers, loader.prefetch_factor, loader.drop_last) == (True, 3, True)
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers < (os.cpu_count() or 1)
+
+
+class Stream(IterableDataset[int]):
+    """Twelve numbers, one after another."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(12))
+
+
+def test_from_dataset_yields_each_sample_of_a_stream_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the CPUs, an iterable dataset gets one worker: each of several would yield all of it."""
+    monkeypatch.setattr("torchfast._loader.wrapped.cpu_share", lambda: 6)
+    loader = DeviceLoader.from_dataset(Stream(), "cpu", batch_size=4)
+    assert torch.cat(list(loader)).tolist() == list(range(12))
+    assert loader.num_workers == 1
+
+
+def test_workers_are_as_many_as_the_cpus_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One CPU is left to the loop, at most eight workers are started, and none where there is one CPU."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))  # PyTorch warns of more workers
+    found = []
+    for n_cpus in (1, 2, 6, 64):
+        monkeypatch.setattr("torchfast._loader.wrapped.cpu_share", lambda n_cpus=n_cpus: n_cpus)
+        found.append(DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers)
+    assert found == [0, 1, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("files", "n_cpus"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000"}, 16),
+        ({"cpu.max": "350000 100000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu.max": "nonsense"}, 16),
+    ],
+)
+def test_a_containers_grant_of_cpus_counts(
+    files: dict[str, str], n_cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's limit on CPU time counts as CPUs, in either form of its files."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cpus, "CGROUPS", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cpus.cpu_share() == n_cpus
 
 
 def test_an_error_comes_at_its_own_batch_with_its_traceback() -> None:

@@ -328,6 +328,17 @@ def test_loader_that_is_no_iterable() -> None:
     )
 
 
+def test_loader_of_a_dataset_that_is_none() -> None:
+    """A generator is no dataset; there is a way for one of batches and one for one of samples."""
+    with pytest.raises(TypeError, match="from_dataset") as error:
+        DeviceLoader.from_dataset((n for n in [1]), batch_size=1)  # type: ignore[arg-type]  # the mistake
+    assert text_of(error) == (
+        "from_dataset takes samples by their index, or an IterableDataset of them; generator is neither. An "
+        "iterable of batches goes to DeviceLoader(batches) as it is; one of samples becomes a dataset as a "
+        "subclass of torch.utils.data.IterableDataset."
+    )
+
+
 @pytest.mark.parametrize("depth", [0, -1, 1.5, True])
 def test_loader_depth_below_one(depth: object) -> None:
     """A depth that is no positive whole number is answered with what depth means."""

@@ -144,8 +144,9 @@ class DeviceLoader(Generic[T]):
         """Build the `DataLoader` too, with the settings that training on a GPU wants.
 
         Workers stay alive between epochs, each with 4 batches ahead; their number is that of the CPUs of this
-        process less one, at most 8. Their batches are pinned by the `DeviceLoader`'s own parallel copies, so
-        `pin_memory` stays off.
+        process less one, at most 8. An `IterableDataset` gets one: several would each yield all of it, unless
+        it shares itself out; then say how many. Their batches are pinned by the `DeviceLoader`'s own parallel
+        copies, so `pin_memory` stays off.
 
         Example:
             >>> import torch
@@ -167,8 +168,9 @@ class DeviceLoader(Generic[T]):
         from torch.utils.data import DataLoader
 
         resolve_device(device)  # before any dataset is touched
+        _check_dataset(dataset)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
-        n_workers = wrapped.default_workers() if num_workers is None else num_workers
+        n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
         if n_workers > 0:
             options = {"persistent_workers": True, "prefetch_factor": 4, **options}
         loader: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=n_workers, **options)
@@ -337,6 +339,17 @@ def _check(loader: object, depth: object, transform: object) -> None:
         raise TypeError(
             f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
             "and returns what is to be yielded in its place."
+        )
+
+
+def _check_dataset(dataset: object) -> None:
+    from torch.utils.data import IterableDataset
+
+    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            "from_dataset takes samples by their index, or an IterableDataset of them; "
+            f"{type(dataset).__name__} is neither. An iterable of batches goes to DeviceLoader(batches) as "
+            "it is; one of samples becomes a dataset as a subclass of torch.utils.data.IterableDataset."
         )
 
 

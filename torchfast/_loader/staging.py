@@ -6,7 +6,6 @@ batch must not keep its images too.
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._loader.cpus import cpu_share
 
 PACK_BELOW_BYTES = MIB
 """Leaves smaller than this share one allocation on the device, and one transfer if they are staged."""
@@ -240,9 +240,3 @@ def team_size(n_workers: int, /) -> int:
     """
     n_spare = min(MAX_TEAM, cpu_share() - n_workers)
     return 1 << (max(1, n_spare).bit_length() - 1)
-
-
-def cpu_share() -> int:
-    """Return how many CPUs this process may use, beside its equals on this machine under `torchrun`."""
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

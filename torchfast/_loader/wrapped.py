@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torchfast._loader.staging import cpu_share
+from torchfast._loader.cpus import cpu_share
 from torchfast._loader.thread import no_state
 
 FORWARDED = frozenset({
@@ -61,8 +61,12 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
         gc.unfreeze()
 
 
-def default_workers() -> int:
-    return max(0, min(MAX_WORKERS, cpu_share() - 1))
+def default_workers(dataset: object) -> int:
+    """Return how many workers suit a dataset: each of several would go through an iterable one whole."""
+    from torch.utils.data import IterableDataset
+
+    most = 1 if isinstance(dataset, IterableDataset) else MAX_WORKERS
+    return max(0, min(most, cpu_share() - 1))
 
 
 def warn_of_lost_workers(loader: object, stacklevel: int) -> None:

@@ -1,0 +1,33 @@
+"""How many CPUs a process may use: what it is bound to, what its container grants, shared with its equals."""
+
+import os
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cpu_share() -> int:
+    """Return how many CPUs this process may use, beside its equals on this machine under `torchrun`."""
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_cpus = min(n_cpus, _granted() or n_cpus)
+    return n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _granted() -> int | None:
+    """Return how many CPUs' time the container has, as `docker run --cpus` sets it; None without a limit.
+
+    As the kernel documents them: "QUOTA PERIOD" or "max PERIOD" in one file, or two files, -1 for no limit.
+    """
+    try:
+        quota, period = (CGROUPS / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        except OSError:
+            return None
+    try:
+        return max(1, int(quota) // int(period)) if int(quota) > 0 else None
+    except (ValueError, ZeroDivisionError):
+        return None
