@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,13 +141,14 @@ class Wide(nn.Module):
         """Return logits of sequences (N, T, 16) under a mask (1, T), and the mask."""
         hidden = sequences
         for _ in range(2):
-            hidden = (
-                checkpoint(self._wide, hidden, use_reentrant=False)
-                if self.checkpointed
-                else self._wide(hidden)
-            )
+            wide = self._checkpointed if self.checkpointed else self._wide
+            hidden = wide(hidden)
         logits = self.last(F.relu(self.first(hidden))).mean(1)
         return {"logits": logits, "rest": (mask, {"n": 2})}
+
+    def _checkpointed(self, hidden: torch.Tensor) -> torch.Tensor:
+        narrow: torch.Tensor = checkpoint(self._wide, hidden, use_reentrant=False)
+        return narrow
 
     def _wide(self, hidden: torch.Tensor) -> torch.Tensor:
         narrow: torch.Tensor = F.relu(self.first(hidden))[..., :16]
@@ -252,7 +254,7 @@ def growing(device: torch.device, index: int) -> None:
 def test_real_thrash_is_answered(small_gpu: torch.device) -> None:
     """When PyTorch must give its cache back in two steps running, a retry says so and splits."""
     retry = oom_guard().retry(model=nn.Linear(1, 1))
-    sizes = []
+    sizes: list[int] = []
 
     @retry
     def step(attempt: Any) -> None:
@@ -269,7 +271,7 @@ def test_real_thrash_is_told(small_gpu: torch.device) -> None:
     """Without a retry, the guard's steps say so."""
     steps = oom_guard().steps(range(4))
     with pytest.warns(UserWarning, match="in 2 steps running"):
-        _ = [growing(small_gpu, index) for index in steps]
+        deque((growing(small_gpu, index) for index in steps), maxlen=0)
 
 
 class Drawn(Dataset[torch.Tensor]):
