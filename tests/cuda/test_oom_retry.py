@@ -2,7 +2,6 @@
 
 import gc
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -269,9 +268,13 @@ def test_real_thrash_is_answered(small_gpu: torch.device) -> None:
 
 def test_real_thrash_is_told(small_gpu: torch.device) -> None:
     """Without a retry, the guard's steps say so."""
-    steps = oom_guard().steps(range(4))
+
+    def train() -> None:
+        for index in oom_guard().steps(range(4)):
+            growing(small_gpu, index)
+
     with pytest.warns(UserWarning, match="in 2 steps running"):
-        deque((growing(small_gpu, index) for index in steps), maxlen=0)
+        train()
 
 
 class Drawn(Dataset[torch.Tensor]):
