@@ -278,6 +278,33 @@ def test_memory_is_asked_of_the_consumer_alone(monkeypatch: pytest.MonkeyPatch) 
     assert list(epoch) == [1, 2, 3, 4]
 
 
+def test_an_interrupt_of_a_close_leaves_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing that is interrupted lets go of all the same, and the thread ends by itself, behind a fence."""
+    may_go_on = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        may_go_on.wait()
+        yield 1
+
+    def interrupted(_: float | None) -> None:
+        raise KeyboardInterrupt
+
+    epoch, transport, feed = open_feed(source())
+    next(epoch)
+    wait = feed._thread.join
+    monkeypatch.setattr(feed._thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        epoch.close()
+    n_fences = transport.n_fences
+    may_go_on.set()
+    wait()
+    assert n_fences == 1
+    assert transport.n_fences == 2
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(epoch)
+
+
 def test_an_interrupt_while_the_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass whose beginning is interrupted does not go on without its consumer."""
 

@@ -160,15 +160,18 @@ class ThreadedFeed:
         self.is_between_passes = False
         self._work.stopped = True
         self._work.permits.put(Stop)
-        # The collector may run this in the very thread that it ends, which cannot wait for itself.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None)
-        self._transport.fence()
-        self._work.ready.clear()
-        _drain(self._work.permits)
-        self._work.arrive(
-            Arrival(error=epoch.closed_error())
-        )  # for a take() that another thread is waiting in
+        try:
+            # The collector may run this in the very thread that it ends, which cannot wait for itself.
+            if self._thread.ident is not None and self._thread is not threading.current_thread():
+                self._thread.join(epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None)
+        finally:
+            # An interrupt, or PyTorch's signal for a dead worker, ends the waiting; the thread ends later.
+            self._transport.fence()
+            self._work.ready.clear()
+            _drain(self._work.permits)
+            self._work.permits.put(Stop)
+            # For a take() that another thread is waiting in.
+            self._work.arrive(Arrival(error=epoch.closed_error()))
 
 
 def _drain(queue: SimpleQueue[Any]) -> list[Any]:
