@@ -27,6 +27,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+# Looked up once: a guard is entered at every step.
+_bound_in, _frame = frames.bound_in, sys._getframe
+
 
 class Guard:
     """What both guards do; they differ in how a block ends that ran out of memory."""
@@ -54,7 +57,7 @@ class Guard:
 
     def __enter__(self) -> Self:
         self.report = None
-        self._bound.append(frames.bound_in(sys._getframe(1)))
+        self._bound.append(_bound_in(_frame(1)))
         return self
 
     def steps(self, loader: Iterable[T], /) -> "Steps[T]":

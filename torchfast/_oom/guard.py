@@ -15,6 +15,7 @@ from torchfast._oom.telemetry import Monitor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_DEFAULT_DIM = 0
 
 
 @overload
@@ -106,6 +107,17 @@ def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
             device.
         TypeError: `monitor` lacks `phase` or `status`.
     """
+    # What a guard costs while nothing fails begins here: the defaults need no check.
+    if batch_size is not None or batch_dim is not _DEFAULT_DIM or monitor is not None or device is not None:
+        device = _checked(batch_size, batch_dim, monitor, device)
+    guard = OOMGuard if reraise else QuietOOMGuard
+    return guard(batch_size, batch_dim, monitor, device, keep_frames=keep_frames)
+
+
+def _checked(
+    batch_size: Any, batch_dim: Any, monitor: Any, device: torch.device | str | int | None
+) -> torch.device | None:
+    """Refuse options that make no sense, and return the device."""
     if not (batch_size is None or _is_count(batch_size)) or batch_size == 0:
         raise ValueError(
             f"batch_size={batch_size!r} was given to oom_guard; it must be the number of samples in a "
@@ -121,12 +133,8 @@ def oom_guard(  # noqa: PLR0913 -- options, all keyword-only
             "monitor must have phase(name) and status(), as a VRAMMonitor has; "
             f"{type(monitor).__name__} has not. Give a VRAMMonitor, or leave it out."
         )
-    if device is not None:
-        device = resolve_device(
-            device
-        )  # an error now, rather than in place of the one that is to be explained
-    guard = OOMGuard if reraise else QuietOOMGuard
-    return guard(batch_size, batch_dim, monitor, device, keep_frames=keep_frames)
+    # An error now, rather than in place of the one that is to be explained.
+    return None if device is None else resolve_device(device)
 
 
 def _is_count(number: Any) -> bool:
