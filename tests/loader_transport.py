@@ -1,10 +1,16 @@
-"""A transport for tests: hands batches over as they are."""
+"""A transport for tests, which hands batches over as they are, and passes that a thread feeds through it."""
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from torchfast import DeviceLoader
+from torchfast._loader.epoch import Epoch
+from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
+from torchfast._loader.thread import no_state
 
 
 class HostTransport:
@@ -66,3 +72,28 @@ class HostTransport:
     def fence(self) -> None:
         """Count."""
         self.n_fences += 1
+
+
+def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
+    """Open a pass over a source that is fed by a thread."""
+    transport = HostTransport()
+    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state)
+    return Epoch(feed, None, owner=None), transport, feed
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
+    while not condition():
+        threading.Event().wait(0.001)
+
+
+def copying_threads() -> int:
+    """Count the threads that are copying."""
+    return sum(thread.name == "torchfast-loader" for thread in threading.enumerate())
+
+
+def threaded(loader: Any, **options: Any) -> DeviceLoader[Any]:
+    """Return a DeviceLoader that works as on a GPU, with a transport that hands batches over."""
+    device_loader: DeviceLoader[Any] = DeviceLoader(loader, "cpu", **options)
+    device_loader.device, device_loader._transport = torch.device("cuda", 0), HostTransport()
+    return device_loader

@@ -5,39 +5,17 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from tests.loader_transport import HostTransport
-from torchfast import DeviceLoader
+from tests.loader_transport import HostTransport, copying_threads, open_feed, threaded, until
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.late import copied
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
-
-
-def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
-    """Open a pass over a source that is fed by a thread."""
-    transport = HostTransport()
-    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state)
-    return Epoch(feed, None, owner=None), transport, feed
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
-    while not condition():
-        threading.Event().wait(0.001)
-
-
-def copying_threads() -> int:
-    """Count the threads that are copying."""
-    return sum(thread.name == "torchfast-loader" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
@@ -244,7 +222,7 @@ def test_an_exit_does_not_wait_for_a_loader_that_is_stuck() -> None:
     """The interpreter ends though the thread is inside a loader that never returns."""
     script = """
 import threading
-from tests.test_loader_feed import threaded
+from tests.loader_transport import threaded
 from torchfast._loader import epoch
 
 def stuck():
@@ -330,6 +308,20 @@ def test_the_thread_works_under_the_consumers_modes() -> None:
         assert list(open_feed(source())[0]) == [False, True]
 
 
+def test_the_thread_works_under_the_consumers_autocast_and_device() -> None:
+    """Autocast and the default device are those of the thread that began the pass, and stay its own."""
+
+    def source() -> Iterator[Any]:
+        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
+        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
+
+    with torch.autocast("cpu", torch.float16), torch.device("meta"):
+        epoch, _, _ = open_feed(source())
+    assert list(epoch) == [(True, torch.float16, "meta")] * 2
+    assert not torch.is_autocast_enabled("cpu")
+    assert list(open_feed(source())[0]) == [(False, torch.bfloat16, "cpu")] * 2
+
+
 def test_the_number_of_threads_is_left_alone() -> None:
     """The cap on the copying thread's team reaches neither the caller nor threads started later."""
     seen: list[int] = []
@@ -350,13 +342,6 @@ class Counted:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         self.n_begun += 1
         return iter([(self.n_begun, number) for number in range(3)])
-
-
-def threaded(loader: Any, **options: Any) -> DeviceLoader[Any]:
-    """Return a DeviceLoader that works as on a GPU, with a transport that hands batches over."""
-    device_loader: DeviceLoader[Any] = DeviceLoader(loader, "cpu", **options)
-    device_loader.device, device_loader._transport = torch.device("cuda", 0), HostTransport()
-    return device_loader
 
 
 def test_the_next_pass_is_loaded_while_the_last_batches_are_in_use() -> None:
@@ -408,125 +393,3 @@ def test_a_loader_in_a_for_statement_may_load_across_epochs() -> None:
     assert len(list(threaded(Counted(), across_epochs=True))) == 3
     gc.collect()
     assert copying_threads() == 0
-
-
-def test_breaks_with_workers_lose_no_batch() -> None:
-    """A hundred early breaks with persistent workers, through the thread, lose no batch of the next pass."""
-    dataset = TensorDataset(torch.arange(24))
-    loader = threaded(DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True))
-    for _ in range(100):
-        for (batch,) in loader:
-            assert batch.tolist() == [0, 1]
-            break
-    assert torch.cat([batch for (batch,) in loader]).tolist() == list(range(24))
-    assert copying_threads() == 0
-
-
-def test_errors_of_workers_come_in_their_place() -> None:
-    """An error in a worker arrives at its own batch, with the worker's traceback, and the pass goes on."""
-    loader = threaded(DataLoader(Fragile(), batch_size=2, num_workers=2))
-    batches = iter(loader)
-    assert [next(batches).tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    with pytest.raises(LookupError, match="sample 7 is broken"):
-        next(batches)
-    assert [batch.tolist() for batch in batches] == [[8, 9]]
-
-
-class Fragile(Dataset[int]):
-    """Fails at one index."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> int:
-        if index == 7:
-            raise LookupError(f"sample {index} is broken")
-        return index
-
-
-def test_the_thread_works_under_the_consumers_autocast_and_device() -> None:
-    """Autocast and the default device are those of the thread that began the pass, and stay its own."""
-
-    def source() -> Iterator[Any]:
-        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
-        yield torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.zeros(1).device.type
-
-    with torch.autocast("cpu", torch.float16), torch.device("meta"):
-        epoch, _, _ = open_feed(source())
-    assert list(epoch) == [(True, torch.float16, "meta")] * 2
-    assert not torch.is_autocast_enabled("cpu")
-    assert list(open_feed(source())[0]) == [(False, torch.bfloat16, "cpu")] * 2
-
-
-def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
-    """Once its error is handled and forgotten, a pass is gone at once, without the collector."""
-    gc.collect()
-    gc.disable()
-    try:
-        epoch, transport, feed = open_feed(DataLoader(Fragile(), batch_size=8, num_workers=1))
-        with pytest.raises(LookupError, match="sample 7"):
-            next(epoch)
-        gone = weakref.ref(transport)
-        del epoch, transport, feed
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-class Collecting(Dataset[int]):
-    """Collects garbage in its worker, and says what of it was marked."""
-
-    found: list[weakref.ref[Any]] = []  # noqa: RUF012 - the workers' own, by being forked
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> int:
-        gc.collect()
-        return sum(reference() is None for reference in self.found)
-
-
-def test_garbage_is_left_alone_in_workers() -> None:
-    """What was garbage when workers were forked is not destroyed there: CUDA events could not be."""
-
-    class Knot:
-        def __init__(self) -> None:
-            self.itself = self
-
-    gc.collect()
-    gc.disable()
-    try:
-        Collecting.found.append(weakref.ref(Knot()))
-        loader = DataLoader(Collecting(), num_workers=1, multiprocessing_context="fork")
-        (n_destroyed,) = DeviceLoader(loader, "cpu")
-        assert n_destroyed == 0
-        (n_destroyed,) = loader
-        assert n_destroyed == 1
-    finally:
-        gc.enable()
-        Collecting.found.clear()
-
-
-def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
-    """A sequence, an object with a clone and one without: none changes when the loader writes on."""
-
-    class Plain:
-        def __init__(self, numbers: torch.Tensor) -> None:
-            self.numbers = numbers
-
-        def to(self, _: torch.device) -> "Plain":
-            return self
-
-    class Clonable(Plain):
-        def clone(self) -> "Clonable":
-            return Clonable(self.numbers.clone())
-
-    numbers = torch.zeros(3)
-    sequence = pack_sequence([numbers])
-    sequence = PackedSequence(numbers, sequence.batch_sizes)
-    leaves: list[Any] = [numbers, sequence, Clonable(numbers), Plain(numbers)]
-    kept = [copied(leaf) for leaf in leaves]
-    numbers.fill_(7)
-    assert kept[0].tolist() == kept[1].data.tolist() == [0] * 3
-    assert isinstance(kept[1], PackedSequence)
-    assert kept[2].numbers.tolist() == kept[3].numbers.tolist() == [0] * 3

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.late import copied
 from torchfast._loader.staging import Plans, team_size, tensors_of
 from torchfast._loader.stats import LoaderStats, Tally
 
@@ -64,6 +66,31 @@ def test_batches_are_copied_into_static_tensors() -> None:
         assert batch["label"] is static["label"]
         assert static["image"].tolist() == [[k] * 3] * 2
         assert batch["name"] == str(k)
+
+
+def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
+    """A sequence, an object with a clone and one without: none changes when the loader writes on."""
+
+    class Plain:
+        def __init__(self, numbers: torch.Tensor) -> None:
+            self.numbers = numbers
+
+        def to(self, _: torch.device) -> "Plain":
+            return self
+
+    class Clonable(Plain):
+        def clone(self) -> "Clonable":
+            return Clonable(self.numbers.clone())
+
+    numbers = torch.zeros(3)
+    sequence = pack_sequence([numbers])
+    sequence = PackedSequence(numbers, sequence.batch_sizes)
+    leaves: list[Any] = [numbers, sequence, Clonable(numbers), Plain(numbers)]
+    kept = [copied(leaf) for leaf in leaves]
+    numbers.fill_(7)
+    assert kept[0].tolist() == kept[1].data.tolist() == [0] * 3
+    assert isinstance(kept[1], PackedSequence)
+    assert kept[2].numbers.tolist() == kept[3].numbers.tolist() == [0] * 3
 
 
 class Stateful:

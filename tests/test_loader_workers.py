@@ -1,0 +1,108 @@
+"""A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from tests.loader_transport import copying_threads, open_feed, threaded
+from torchfast import DeviceLoader
+
+
+class Fragile(Dataset[int]):
+    """Fails at one index."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise LookupError(f"sample {index} is broken")
+        return index
+
+
+def test_breaks_with_workers_lose_no_batch() -> None:
+    """A hundred early breaks with persistent workers, through the thread, lose no batch of the next pass."""
+    dataset = TensorDataset(torch.arange(24))
+    loader = threaded(DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True))
+    for _ in range(100):
+        for (batch,) in loader:
+            assert batch.tolist() == [0, 1]
+            break
+    assert torch.cat([batch for (batch,) in loader]).tolist() == list(range(24))
+    assert copying_threads() == 0
+
+
+def test_a_second_pass_steals_nothing_from_workers_that_persist() -> None:
+    """A pass begun while another is open is whole, though they would share workers: the first is closed."""
+    dataset = TensorDataset(torch.arange(24))
+    loader = threaded(DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True))
+    first = iter(loader)
+    next(first)
+    with pytest.warns(RuntimeWarning, match="new pass"):
+        second = iter(loader)
+    assert torch.cat([batch for (batch,) in second]).tolist() == list(range(24))
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(first)
+
+
+def test_errors_of_workers_come_in_their_place() -> None:
+    """An error in a worker arrives at its own batch, with the worker's traceback, and the pass goes on."""
+    loader = threaded(DataLoader(Fragile(), batch_size=2, num_workers=2))
+    batches = iter(loader)
+    assert [next(batches).tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(LookupError, match="sample 7 is broken"):
+        next(batches)
+    assert [batch.tolist() for batch in batches] == [[8, 9]]
+
+
+def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
+    """Once its error is handled and forgotten, a pass is gone at once, without the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        epoch, transport, feed = open_feed(DataLoader(Fragile(), batch_size=8, num_workers=1))
+        with pytest.raises(LookupError, match="sample 7"):
+            next(epoch)
+        gone = weakref.ref(transport)
+        del epoch, transport, feed
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+class Collecting(Dataset[int]):
+    """Collects garbage in its worker, and says what of it was marked."""
+
+    found: list[weakref.ref[Any]] = []  # noqa: RUF012 - the workers' own, by being forked
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return sum(reference() is None for reference in self.found)
+
+
+def test_garbage_is_left_alone_in_workers() -> None:
+    """What was garbage when workers were forked is not destroyed there: CUDA events could not be."""
+
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gc.collect()
+    gc.disable()
+    try:
+        Collecting.found.append(weakref.ref(Knot()))
+        loader = DataLoader(Collecting(), num_workers=1, multiprocessing_context="fork")
+        (n_destroyed,) = DeviceLoader(loader, "cpu")
+        assert n_destroyed == 0
+        (n_destroyed,) = loader
+        assert n_destroyed == 1
+    finally:
+        gc.enable()
+        Collecting.found.clear()
