@@ -7,12 +7,14 @@ in this file: `PyFrame_LocalsToFast` before Python 3.13, write-through `f_locals
 """
 
 import ctypes
+import gc
+import inspect
 import sys
-import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from types import FrameType, TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ from torchfast._tree import flatten
 
 _CO_OPTIMIZED = 1  # a function's frame; a module's variables are its globals
 _UNBOUND = object()
+_IN_PIECES = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_OWNERS = GeneratorType, CoroutineType, AsyncGeneratorType
+_FRAME_OF = "gi_frame", "cr_frame", "ag_frame"
 # Looked up once: a guard is entered at every step.
 _Tensor, _ref, _exception, _make_tuple = torch.Tensor, weakref.ref, sys.exception, tuple.__new__
 _WRITES_THROUGH = sys.version_info >= (3, 13)
@@ -64,12 +69,16 @@ def let_go(error: BaseException, bound: Bound | None, /) -> None:
     Frames that have ended are cleared, along the chain of causes and contexts. In the frame that `bound` was
     taken from, if the error passed through it, tensors and containers of tensors bound since become None.
     """
-    for related in related_errors(error, 0 if bound is None else bound.handled_id):
-        traceback.clear_frames(related.__traceback__)
-        for frame in _frames(related.__traceback__):
-            if not _WRITES_THROUGH:
-                variables = frame.f_locals
-                _drop_snapshot(frame, variables)
+    related = related_errors(error, 0 if bound is None else bound.handled_id)
+    passed = [frame for each in related for frame in _frames(each.__traceback__)]
+    waiting = _waiting(passed)
+    for frame in passed:
+        if id(frame) not in waiting:
+            with suppress(RuntimeError):  # it is running
+                frame.clear()
+        if not _WRITES_THROUGH:
+            variables = frame.f_locals
+            _drop_snapshot(frame, variables)
     if bound is not None:
         for frame in _frames(error.__traceback__):
             if id(frame) == bound.frame_id:
@@ -139,6 +148,21 @@ def phase_of(frame: FrameType, /) -> str | None:
     ):
         return "backward"
     return "forward" if path.endswith("/torch/nn/modules/module.py") else None
+
+
+def _waiting(frames: Sequence[FrameType]) -> set[int]:
+    """Return the ids of those in which a generator or coroutine waits to go on.
+
+    It had handled an error of before. Until Python 3.13 it would be closed by clearing its frame.
+    """
+    in_pieces = [frame for frame in frames if frame.f_code.co_flags & _IN_PIECES]
+    if _WRITES_THROUGH or not in_pieces:
+        return set()
+    owners = gc.get_referrers(*in_pieces)  # a frame does not tell; where it has ended, nobody owns it
+    found = (
+        getattr(owner, name, None) for owner in owners if isinstance(owner, _OWNERS) for name in _FRAME_OF
+    )
+    return {id(frame) for frame in found if frame is not None}
 
 
 def _is_activation(value: torch.Tensor) -> bool:

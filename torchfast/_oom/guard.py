@@ -217,6 +217,7 @@ def _decorate(outer: OOMGuard | QuietOOMGuard, function: Callable[..., Any]) -> 
                     return await function(*args, **kwargs)
             finally:
                 outer.report = guard.report
+                del args, kwargs  # the error keeps this frame
 
         return run_async
 
@@ -228,6 +229,7 @@ def _decorate(outer: OOMGuard | QuietOOMGuard, function: Callable[..., Any]) -> 
                 return function(*args, **kwargs)
         finally:
             outer.report = guard.report
+            del args, kwargs  # as above
 
     return run
 
