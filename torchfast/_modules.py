@@ -26,6 +26,21 @@ def call(model: Callable[..., Any], inputs: Any, /) -> Any:
     return model(inputs)
 
 
+def unwrapped(module: nn.Module, /) -> nn.Module:
+    """Return the module inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchfast._modules import unwrapped
+        >>> unwrapped(nn.DataParallel(nn.Linear(2, 2)))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrapped(module.module)
+    inner = getattr(module, "_orig_mod", None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
 def without_shape(module: nn.Module, /) -> str | None:
     """Name the first parameter or buffer that takes its shape from a batch that was not there yet.
 

@@ -57,11 +57,3 @@ def _buckets(wrapped: nn.parallel.DistributedDataParallel) -> str:
         return "gradients lie in its buckets,"
     n_bytes = sum(p.numel() * p.element_size() for p in wrapped.module.parameters() if p.requires_grad)
     return f"its gradient buckets, {format_bytes(n_bytes)}, and"
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """Return the model inside of wrappers that are not part of it."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return bare(model.module)
-    inner = getattr(model, "_orig_mod", None)
-    return bare(inner) if isinstance(inner, nn.Module) else model

@@ -45,7 +45,7 @@ def check_paper(module: nn.Module, owner: str, /) -> None:
                 "Give the Python module that it was made from."
             )
         if comes_from(part, "torch.distributed.fsdp"):
-            raise ValueError(f"{place} is wrapped by FSDP, {_ONE_GPU}")
+            raise ValueError(f"{place} is wrapped by FSDP: {_ONE_GPU}")
     shapeless, packed = without_shape(module), quantised_for_cpu(module)
     if shapeless is not None:
         raise ValueError(
@@ -62,7 +62,7 @@ def check_paper(module: nn.Module, owner: str, /) -> None:
 
 
 _ONE_GPU = (
-    "which spreads its weights over several processes, and an estimate knows one GPU. "
+    "weights are spread over several processes, and an estimate knows one GPU. "
     "Estimate the module before it is sharded: one GPU will need no more than that."
 )
 
@@ -75,7 +75,7 @@ def check_batch(batch: Any, /) -> None:
 
 def _check_tensor(tensor: torch.Tensor, owner: str) -> None:
     if comes_from(tensor, "torch.distributed.tensor"):
-        raise ValueError(f"{owner} is a DTensor, {_ONE_GPU}")
+        raise ValueError(f"{owner} is a DTensor: {_ONE_GPU}")
     if tensor.is_nested:
         raise ValueError(
             f"{owner} is a nested tensor, whose rows are of different lengths, and paper has one shape. "

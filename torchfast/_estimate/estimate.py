@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchfast import _batch, _tree
-from torchfast._estimate.assumed import assumed, bare, left_out
+from torchfast._estimate.assumed import assumed, left_out
 from torchfast._estimate.checks import check_batch, check_model, check_options, check_paper
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
@@ -18,6 +18,7 @@ from torchfast._estimate.settings import AllocatorSettings, settings_of
 from torchfast._estimate.step import Plan, teacher_module
 from torchfast._estimate.tracing import trace, turn
 from torchfast._estimate.variants import changed, sample_of
+from torchfast._modules import unwrapped
 
 
 def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
@@ -157,7 +158,7 @@ def _subject(plan: Plan) -> Subject:
     if plan.autocast is not None:
         precision = f"autocast {names.get(plan.autocast, str(plan.autocast))}"
     return Subject(
-        model=type(bare(plan.model)).__name__,
+        model=type(unwrapped(plan.model)).__name__,
         optimizer=_optimizer_name(plan.optimizer),
         precision=precision,
         batch_size=_batch.batch_size((plan.inputs, plan.target)),

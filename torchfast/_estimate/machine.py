@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from torchfast._estimate.cuda_calls import StandIn, cuda_calls
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.paper import CUDA, META, PaperTensor
 
@@ -61,6 +62,19 @@ def _on_host(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     return func(tensor.cpu() if isinstance(tensor, PaperTensor) else tensor, *rest, **kwargs)
 
 
+def _type(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `tensor.type()`, which names a type and its device, and converts to one that is named."""
+    tensor, *rest = args
+    wanted = rest[0] if rest else kwargs.get("dtype")
+    if wanted is None and isinstance(tensor, PaperTensor):
+        return func(tensor).replace("torch.meta.", "torch.cuda.")
+    if wanted is None or isinstance(wanted, torch.dtype):
+        return func(*args, **kwargs)
+    name = wanted if isinstance(wanted, str) else f"{wanted.__module__}.{wanted.__name__}"
+    dtype = getattr(torch, name.rpartition(".")[2]).dtype
+    return tensor.to(META if ".cuda." in name else tensor.device, dtype)
+
+
 def _same(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle what has no meaning on paper and gives back the tensor."""
     return args[0] if isinstance(args[0], PaperTensor) else func(*args, **kwargs)
@@ -71,6 +85,7 @@ _HANDLERS: dict[Any, Callable[[OnPaper, Any, Any, Any], Any]] = {
     torch.Tensor.cuda: _cuda,
     torch.Tensor.tolist: _on_host,
     torch.Tensor.numpy: _on_host,
+    torch.Tensor.type: _type,
     torch.Tensor.pin_memory: _same,
     torch.Tensor.record_stream: lambda *_: None,
 }
@@ -101,15 +116,21 @@ def watched_backward(mode: OnPaper, begins: Callable[[], None], ends: Callable[[
 def imagined_gpu(gpu: GPU) -> Iterator[None]:
     """Make PyTorch's Python side believe that this GPU is there."""
     with ExitStack() as undo:
-        for owner, attribute, value in (*_a_gpu(gpu), *_paper_as_cuda(), *_no_handing_over()):
+        for owner, attribute, value in (
+            *_a_gpu(gpu),
+            *cuda_calls(gpu.total_bytes),
+            *_paper_as_cuda(),
+            *_no_handing_over(),
+            *_without_wrappers(),
+            (torch, "compile", _uncompiled),
+        ):
             if hasattr(owner, attribute):
                 undo.callback(setattr, owner, attribute, getattr(owner, attribute))
                 setattr(owner, attribute, value)
+        undo.callback(_forget_stand_ins, _filled_tables())
+        if "torch._dynamo" in sys.modules:  # nothing is compiled where it is not imported
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-StandIn = tuple[Any, str, Any]
-"""What is replaced for a while: an owner, the name of its attribute, and the value in its place."""
 
 
 def _a_gpu(gpu: GPU) -> list[StandIn]:
@@ -122,9 +143,8 @@ def _a_gpu(gpu: GPU) -> list[StandIn]:
         total_memory=gpu.total_bytes,
         multi_processor_count=gpu.n_multiprocessors,
     )
-    stream = types.SimpleNamespace(is_capturing=lambda: False)
     return [
-        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_available", lambda *_: True),
         (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "current_device", lambda: 0),
@@ -132,16 +152,10 @@ def _a_gpu(gpu: GPU) -> list[StandIn]:
         (torch.cuda, "get_device_capability", lambda *_: capability),
         (torch.cuda, "get_device_name", lambda *_: name),
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.cuda, "synchronize", lambda *_: None),
-        (torch.cuda, "empty_cache", lambda: None),
-        (torch.cuda, "is_current_stream_capturing", lambda: False),
-        (torch.cuda, "_lazy_init", lambda: None),
         (torch.accelerator, "is_available", lambda: True),
-        (torch.accelerator, "current_accelerator", lambda **_: torch.device(CUDA.type)),
+        (torch.accelerator, "current_accelerator", lambda *_, **__: torch.device(CUDA.type)),
         (torch.accelerator, "device_count", lambda: 1),
         (torch.accelerator, "current_device_index", lambda: 0),
-        (torch.accelerator, "current_stream", lambda *_: stream),  # optimizers of 2.15 ask it
-        (torch.accelerator, "synchronize", lambda *_: None),
     ]
 
 
@@ -169,6 +183,44 @@ def _no_handing_over() -> list[StandIn]:
     modules = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.init")
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     return [(sys.modules[module], check, _never) for module in modules for check in checks]
+
+
+def _filled_tables() -> dict[str, Any]:
+    """Return the tables of PyTorch's compiler, by name, that know functions of `torch.cuda` by identity."""
+    rules = vars(sys.modules.get("torch._dynamo.trace_rules", sys))
+    return {
+        name: table
+        for name, table in rules.items()
+        if hasattr(table, "cache_info") and table.cache_info().currsize
+    }
+
+
+def _forget_stand_ins(before: dict[str, Any]) -> None:
+    """Empty the tables that were filled while stand-ins were in place; they are filled again when asked."""
+    for name in _filled_tables().keys() - before.keys():
+        _filled_tables()[name].cache_clear()
+
+
+def _uncompiled(model: Any = None, **_: Any) -> Any:
+    """Stand for `torch.compile`, called on a function or as a decorator with options."""
+    return (lambda function: function) if model is None else model
+
+
+def _without_wrappers() -> list[StandIn]:
+    """Return what runs the module inside of a wrapper: its own work, and its state, belong to other GPUs."""
+
+    def run_inside(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper.module(*args, **kwargs)
+
+    def run_uncompiled(compiled: Any, *args: Any, **kwargs: Any) -> Any:
+        return compiled._orig_mod(*args, **kwargs)
+
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return [
+        *((wrapper, "forward", run_inside) for wrapper in wrappers),
+        *([] if compiler is None else [(compiler.OptimizedModule, "__call__", run_uncompiled)]),
+    ]
 
 
 def _never(*_: Any) -> bool:

@@ -60,6 +60,8 @@ class Recorder(TorchDispatchMode):
         """Run one operator on paper, or for real where no paper tensor takes part."""
         kwargs = kwargs or {}
         if PaperTensor not in types and kwargs.get("device") != META:
+            if kwargs.get("pin_memory"):  # memory of the host, which only a CUDA build can pin
+                kwargs = {**kwargs, "pin_memory": False}
             return func(*args, **kwargs)
         self._operator = func
         try:

@@ -22,6 +22,7 @@ from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.where import Whereabouts
+from torchfast._modules import unwrapped
 
 
 def trace(plan: Plan, gpu: GPU) -> Trace:
@@ -62,9 +63,8 @@ class _Tracer:
         """Put everything on paper, run the steps, and take everything back."""
         plan, recorder = self.plan, self.recorder
         teacher = teacher_module(plan.teacher)
-        where = Whereabouts(
-            {"": plan.model} | ({} if teacher is None else {"teacher": teacher}), self._root_runs
-        )
+        taught_by = {} if teacher is None else {"teacher": teacher}
+        where = Whereabouts({"": unwrapped(plan.model)} | taught_by, self._root_runs)
         recorder.module = where.module
         with ExitStack() as scope:
             # A cycle through the recorder would keep the model until Python's collector comes by.

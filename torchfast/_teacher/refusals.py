@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchfast._device import resolve_device
-from torchfast._modules import comes_from, quantised_for_cpu, what, without_shape
+from torchfast._modules import comes_from, quantised_for_cpu, unwrapped, what, without_shape
 from torchfast._teacher.plan import PARTS
 
 
@@ -20,9 +20,7 @@ def bare(teacher: object) -> nn.Module:
             else "Give an instance of the module that computes the targets."
         )
         raise TypeError(f"GPUTeacher takes a torch.nn.Module, but was given {what(teacher)}. {hint}")
-    if isinstance(teacher, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        return bare(teacher.module)
-    return bare(teacher._orig_mod) if hasattr(teacher, "_orig_mod") else teacher
+    return unwrapped(teacher)
 
 
 def _name(thing: object) -> str:
