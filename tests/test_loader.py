@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
+from tests.loader_transport import threaded
 from torchfast import DeviceLoader
 from torchfast._loader import cpus
 from torchfast._loader.wrapped import FORWARDED
@@ -197,6 +199,35 @@ def test_attributes_are_forwarded_by_a_stated_list() -> None:
     assert not hasattr(loader, "check_worker_number_rationality")
     with pytest.raises(TypeError, match="len"):
         len(DeviceLoader((batch for batch in [1]), "cpu"))
+
+
+def test_the_guide_lists_what_is_forwarded() -> None:
+    """The attributes that the guide names are those that are forwarded."""
+    guide = (Path(__file__).parent.parent / "docs" / "device_loader.md").read_text()
+    section = guide.split("## What is forwarded")[1].split("those of the wrapped loader")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == FORWARDED
+
+
+def test_a_tokenizers_batch_stays_one() -> None:
+    """A BatchEncoding arrives as one, with the attributes of the one that was loaded."""
+    transformers = pytest.importorskip("transformers")
+    batch = transformers.BatchEncoding({"input_ids": torch.ones(2, 3), "text": ["a", "b"]}, n_sequences=1)
+    (there,) = DeviceLoader([batch], "cpu", transform=lambda batch: batch)
+    assert type(there) is transformers.BatchEncoding
+    assert (there.n_sequences, there["text"]) == (1, ["a", "b"])
+    assert torch.equal(there["input_ids"], batch["input_ids"])
+
+
+def test_a_transform_runs_in_the_loops_thread_in_order() -> None:
+    """Where a thread loads ahead, the transform is called by the loop, batch by batch as it takes them."""
+    calls: list[tuple[int, threading.Thread]] = []
+
+    def transform(batch: int) -> int:
+        calls.append((batch, threading.current_thread()))
+        return batch
+
+    for number, _ in enumerate(threaded(range(6), transform=transform)):
+        assert calls == [(batch, threading.current_thread()) for batch in range(number + 1)]
 
 
 def test_set_epoch_reaches_whatever_wants_it() -> None:

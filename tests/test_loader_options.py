@@ -1,5 +1,6 @@
 """What DeviceLoader does to batches and tells about passes: normalisation, static buffers, state, stats."""
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import TensorDataset
 
+from tests.loader_transport import threaded
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
@@ -164,6 +167,29 @@ def test_state_after_an_early_break_is_that_of_the_last_batch() -> None:
     assert list(loader) == [8, 9, 10]
 
 
+@pytest.mark.filterwarnings("default")  # torchdata's own, of what PyTorch deprecates
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
+def test_torchdatas_stateful_loader_resumes_where_the_loop_was(n_workers: int, *, is_ahead: bool) -> None:
+    """A StatefulDataLoader's state through a DeviceLoader is that of the last batch, and resumes after it."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    dataset = TensorDataset(torch.arange(24))
+    make = threaded if is_ahead else functools.partial(DeviceLoader, device="cpu")
+
+    def loader() -> DeviceLoader[Any]:
+        made: DeviceLoader[Any] = make(stateful(dataset, batch_size=3, num_workers=n_workers))
+        return made
+
+    first = loader()
+    batches = iter(first)
+    assert [next(batches)[0].tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    state = first.state_dict()
+    first.close()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert torch.cat([batch for (batch,) in resumed]).tolist() == list(range(9, 24))
+
+
 def test_a_loader_without_state_has_none() -> None:
     """Whoever asks by hasattr whether there is a state is told the truth."""
     assert not hasattr(DeviceLoader([1], "cpu"), "state_dict")
@@ -173,7 +199,7 @@ def test_a_loader_without_state_has_none() -> None:
 def test_the_last_batch_of_an_accelerate_loader_is_known_as_the_last() -> None:
     """A loader prepared by accelerate says that it is at its end exactly while the last batch is in use."""
     accelerate = pytest.importorskip("accelerate.data_loader")
-    from torch.utils.data import BatchSampler, SequentialSampler, TensorDataset
+    from torch.utils.data import BatchSampler, SequentialSampler
 
     dataset = TensorDataset(torch.arange(10))
     sampler = BatchSampler(SequentialSampler(dataset), 4, drop_last=False)

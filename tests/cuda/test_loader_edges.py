@@ -191,3 +191,32 @@ def test_workers_survive_the_events_in_this_process_s_garbage() -> None:
         ]
     finally:
         gc.enable()
+
+
+def test_one_stream_for_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader makes one stream of its own, however many passes are made, left early or begun anew."""
+    made: list[torch.cuda.Stream] = []
+    make = torch.cuda.Stream
+
+    def counting(*arguments: Any, **options: Any) -> torch.cuda.Stream:
+        made.append(make(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", counting)
+    loader = DeviceLoader([torch.zeros(3)] * 5, "cuda")
+    for _ in range(4):
+        next(iter(loader))
+        assert len(list(loader)) == 5
+    assert len(made) == 1
+
+
+def test_a_pass_that_only_copies_is_bound_by_the_transfer() -> None:
+    """Large pinned batches and a step that does next to nothing: the link is what to save."""
+    host = [torch.zeros(16 * 2**20, pin_memory=True)] * 30
+    loader = DeviceLoader(host, "cuda")
+    for batch in loader:
+        batch.add_(1)
+    torch.cuda.synchronize()
+    assert loader.stats.verdict == "transfer-bound"
+    assert loader.stats.n_bytes == 29 * 64 * 2**20
+    assert "fewer bytes" in repr(loader)
