@@ -1666,6 +1666,15 @@ def test_injection_into_an_unknown_phase() -> None:
     )
 
 
+def test_injection_at_a_negative_number() -> None:
+    """Operators and failures are counted from 0."""
+    with pytest.raises(ValueError, match="at=-1") as error:
+        inject_oom(-1)
+    assert text_of(error) == (
+        "at=-1 was given to inject_oom; it counts from 0. Leave it out for one failure at the first operator."
+    )
+
+
 def test_chunks_whose_rows_are_no_samples() -> None:
     """Outputs that cannot be put together are refused with their shape."""
     predict = oom_guard().chunked(torch.sum)

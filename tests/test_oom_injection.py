@@ -32,6 +32,16 @@ def test_injection_by_rank() -> None:
     assert injection.n_operators > 0
 
 
+def test_injection_asks_for_its_rank_when_it_is_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be made before the process group is."""
+    injection = inject_oom(rank=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(torch.OutOfMemoryError), injection:
+        torch.zeros(2)
+    assert injection.n_failures == 1
+
+
 def test_injection_finds_the_phases() -> None:
     """Operators of the forward pass, the backward pass and the optimizer's step are told apart."""
     model = nn.Linear(3, 2)

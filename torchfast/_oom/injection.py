@@ -65,9 +65,15 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
                 f'phase={phase!r} was given to inject_oom; a step has the phases "forward", "backward" and '
                 '"optimizer". Leave it out to count operators of all three.'
             )
+        for option, number in (("at", at), ("times", times)):
+            if number is not None and number < 0:
+                raise ValueError(
+                    f"{option}={number!r} was given to inject_oom; it counts from 0. Leave it out for one "
+                    "failure at the first operator."
+                )
         self._at, self._phase, self._operator, self._above = at, phase, operator, above
         self._left = times
-        self._is_here = rank is None or rank == _rank()
+        self._rank = rank
         self._n_since = 0
         self.n_operators = 0
         self.n_failures = 0
@@ -89,7 +95,7 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
             return func(*args, **(kwargs or {}))
         self.n_operators += 1
         self._n_since += 1
-        if self._is_here and self._left != 0 and self._n_since > self._at:
+        if self._left != 0 and self._n_since > self._at and self._rank in (None, _rank()):
             self._left = None if self._left is None else self._left - 1
             self._n_since = 0
             self.n_failures += 1
@@ -105,7 +111,8 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    is_one_of_several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if is_one_of_several else 0
 
 
 def _current_phase() -> str | None:
