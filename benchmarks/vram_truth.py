@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from zoo import AUTOCAST, Built, Job, build, let_torchvision_import
 
-from torchfast._estimate.step import call, own_loss
+from torchfast._estimate.step import own_loss
+from torchfast._modules import call
 from torchfast._tree import map_tensors
 
 ONE_FORK = threading.Lock()  # file locks of other packages refuse two forks at a time

@@ -14,7 +14,7 @@ from torch.cuda import _memory_viz
 from tests.traces import estimate, training
 from torchfast._bytes import GIB, MIB
 from torchfast._estimate import calibrate
-from torchfast._estimate.events import CATEGORIES, Event, Note, Trace
+from torchfast._estimate.events import CATEGORIES, Trace
 from torchfast._estimate.gpus import GPU, GPU_NAMES, MeasuredContext, calibration_file, resolve_gpu
 from torchfast._estimate.picture import COLOURS, nice_step, points
 from torchfast._estimate.report import Subject, estimate_of
@@ -84,18 +84,6 @@ def test_an_empty_trace_is_an_answer_too() -> None:
     assert e.peak_process_bytes == e.context_bytes
     assert "nothing was allocated" in str(e)
     assert "0 B" in e._repr_html_()
-
-
-def test_the_safe_bound_is_wider_where_kernels_are_chosen_by_cudnn() -> None:
-    """The bound adds 5 % to what is reserved, 12 % for convolutional models, and the context's spread."""
-    notes = [Note("step 1 forward", f"layers.{i}", "aten.convolution", "workspace") for i in range(5)]
-    events = [Event(i, 100 * MIB, i) for i in range(5)]
-    gpu, subject = resolve_gpu("H200"), Subject("Made")
-    many = estimate_of(Trace(events, notes), gpu=gpu, subject=subject)
-    few = estimate_of(Trace(events[:4], notes[:4]), gpu=gpu, subject=subject)
-    spread = few.context.spread_bytes
-    assert few.safe_bytes == few.context_bytes + spread + few.peak_reserved_bytes * 105 // 100
-    assert many.safe_bytes == many.context_bytes + spread + many.peak_reserved_bytes * 112 // 100
 
 
 def test_an_estimate_travels() -> None:

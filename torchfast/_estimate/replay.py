@@ -105,3 +105,17 @@ def fits_in(
         elif number in live:
             allocator.free(live.pop(number))
     return True
+
+
+def peak_reserved_bytes(events: Iterable[Event], settings: AllocatorSettings | None) -> int:
+    """Return the most that is held from the driver at once; the same as `replay`, without the series."""
+    allocator = CachingAllocator(settings)
+    live: dict[int, Block] = {}
+    peak = 0
+    for number, size, _ in events:
+        if size:
+            live[number] = allocator.allocate(size)
+            peak = max(peak, allocator.reserved_bytes)
+        else:
+            allocator.free(live.pop(number))
+    return peak

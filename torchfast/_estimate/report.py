@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torchfast._bytes import format_bytes
 from torchfast._estimate.events import Event, Trace
 from torchfast._estimate.gpus import GPU, Context
+from torchfast._estimate.margin import safe_bytes
 from torchfast._estimate.picture import html
 from torchfast._estimate.replay import Replay, replay
 from torchfast._estimate.settings import AllocatorSettings
@@ -263,7 +264,7 @@ def estimate_of(
         peak_allocated_bytes=done.peak_allocated_bytes,
         peak_reserved_bytes=done.peak_reserved_bytes,
         context=context,
-        safe_bytes=_safe_bytes(trace, done, context),
+        safe_bytes=safe_bytes(trace, done.peak_reserved_bytes, context, settings),
         breakdown=MappingProxyType(breakdown),
         peak_phase=at_peak.phase if at_peak else "",
         peak_module=at_peak.module if at_peak else "",
@@ -303,22 +304,3 @@ def _phases(trace: Trace, done: Replay) -> tuple[PhasePeak, ...]:
         phases.append(PhasePeak(name, i + 1 - start, allocated[-1], max(allocated), max(reserved)))
         start = i + 1
     return tuple(phases)
-
-
-# By how much the predicted reserved bytes may fall short, in percent: by what they did in 178 measured
-# runs, but for one in a hundred. docs/decisions/0038-safe-bound.md.
-_MARGIN_PCT = 5
-_CONVOLUTIONS_MARGIN_PCT = 12
-_RECURRENT_MARGIN_PCT = 25
-_MANY = 5  # convolutions that make a model one whose memory depends on cuDNN's choice of kernels
-
-
-def _safe_bytes(trace: Trace, done: Replay, context: Context) -> int:
-    """Return what to have free: the process's peak, and what its parts were seen to be off by."""
-    operators = {(note.module, note.operator) for note in trace.notes}
-    n_convolutions = len({module for module, operator in operators if "convolution" in operator})
-    is_recurrent = any("_cudnn_rnn" in operator for _, operator in operators)
-    margin = _CONVOLUTIONS_MARGIN_PCT if n_convolutions >= _MANY else _MARGIN_PCT
-    margin = _RECURRENT_MARGIN_PCT if is_recurrent else margin
-    reserved = done.peak_reserved_bytes * (100 + margin) // 100
-    return reserved + context.expected_bytes + context.spread_bytes
