@@ -1,9 +1,9 @@
 """How much host memory an estimate takes beyond the model: the peak of the process less what it held before.
 
-    python benchmarks/vram_host_memory.py --jobs benchmarks/vram_jobs.json [--sample N] [--only TEXT] [--record]
+    python benchmarks/vram_host_memory.py --jobs benchmarks/vram_jobs.json
 
-Each job runs in a process of its own, forked after the imports and before any estimate, so that what the first
-estimate loads counts. Linux only: the peak is `VmHWM` of /proc, which is set back after the model is built.
+Each job runs in a process of its own, forked after the imports and before any estimate, so that what the
+first estimate loads counts. Linux only: the peak is `VmHWM` of /proc, set back after the model is built.
 """
 
 import argparse
@@ -53,9 +53,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--jobs", type=Path, required=True, help="the jobs, in the schema of benchmarks/zoo.py"
-    )
+    parser.add_argument("--jobs", type=Path, required=True, help="jobs in the schema of zoo.py")
     parser.add_argument("--sample", type=int, default=0, help="only so many jobs, always the same ones")
     parser.add_argument("--only", default="", help="only jobs with this text in their id")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")

@@ -118,7 +118,7 @@ def train(  # noqa: PLR0913 - the parts of a step
             with torch.no_grad():
                 wanted.append(call(built.teacher, inputs))
         output = call(built.model, inputs)
-        loss = own_loss(output) if built.loss is None else built.loss(output, *wanted)
+        loss = own_loss(output)[0] if built.loss is None else built.loss(output, *wanted)
     del output
     (loss if scaler is None else scaler.scale(loss)).backward()
     if clip:
