@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from torchfast._batch import Gathered, batch_size, cut, lengths_of
 
@@ -53,6 +54,21 @@ def test_uneven_parts_have_two_sizes(n_samples: int, size: int) -> None:
     assert sum(even) == sum(uneven) == n_samples
     assert max(even) == max(uneven) <= size
     assert size == 1 or len(uneven) == 1 or len(set(uneven)) > 1
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=9), st.integers(1, 9), st.booleans())
+def test_packed_sequences_are_cut_by_sequence(lengths: list[int], size: int, is_sorted: bool) -> None:  # noqa: FBT001 -- drawn
+    """A packed sequence counts by its sequences; parts of it hold these, in their order, each once."""
+    lengths = sorted(lengths, reverse=True) if is_sorted else lengths
+    sequences = [torch.randn(n, 2) for n in lengths]
+    packed = pack_sequence(sequences, enforce_sorted=is_sorted)
+    labels = torch.arange(len(lengths))
+    assert batch_size((packed, torch.zeros(99))) == len(lengths)
+    parts = cut((packed, labels), lengths_of(len(lengths), size))
+    found = [sequence for part, _ in parts for sequence in unpack_sequence(part)]
+    assert all(map(torch.equal, found, sequences))
+    assert torch.equal(torch.cat([part for _, part in parts]), labels)
+    assert all((part.unsorted_indices is None) == is_sorted for part, _ in parts)
 
 
 # --- parts put together again -----------------------------------------------------------------------------

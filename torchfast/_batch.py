@@ -2,7 +2,8 @@
 
 A batch's size is the size of dimension 0 that most of its tensors share; on a tie, the one met first. Tensors
 of that size in dimension 0 are split along it; all others (masks, tables, scalars, lengths of one) belong to
-every part. A batch whose samples lie along another dimension names it with `dim`.
+every part. A batch whose samples lie along another dimension names it with `dim`. A `PackedSequence` has one
+sample for each of its sequences, whatever the dimension.
 
 `cut` takes a batch apart; `Gathered` puts together what a function returned for its parts.
 """
@@ -13,8 +14,9 @@ from itertools import accumulate
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
-from torchfast._tree import flatten, tensors
+from torchfast._tree import flatten
 
 T = TypeVar("T")
 
@@ -28,16 +30,18 @@ def batch_size(batch: object, /, *, dim: int = 0) -> int | None:
         >>> batch_size({"image": torch.zeros(8, 3, 4, 4), "label": torch.zeros(8), "mean": torch.zeros(3)})
         8
     """
-    found = (size_along(tensor, dim) for tensor in tensors(batch))
+    found = (size_along(leaf, dim) for leaf in flatten(batch)[0])
     sizes = Counter(size for size in found if size is not None)
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def size_along(tensor: torch.Tensor, dim: int, /) -> int | None:
-    """Return a tensor's size along a dimension, or None where it has none, as those of nested tensors."""
-    if tensor.ndim <= dim or (tensor.is_nested and dim > 0):
+def size_along(leaf: Any, dim: int, /) -> int | None:
+    """Return a leaf's size along a dimension, or None where it has none, as those of nested tensors."""
+    if isinstance(leaf, PackedSequence):
+        return int(leaf.batch_sizes[0])
+    if not isinstance(leaf, torch.Tensor) or leaf.ndim <= dim or (leaf.is_nested and dim > 0):
         return None
-    return tensor.size(dim)  # a nested tensor has a size, but no shape
+    return leaf.size(dim)  # a nested tensor has a size, but no shape
 
 
 def lengths_of(n_samples: int, size: int, /, *, uneven: bool = False) -> list[int]:
@@ -58,7 +62,9 @@ def lengths_of(n_samples: int, size: int, /, *, uneven: bool = False) -> list[in
 
 
 def cut(batch: T, lengths: Sequence[int], /, *, dim: int = 0) -> list[T]:
-    """Return parts of the batch that have these numbers of samples, as views, from its first sample on.
+    """Return parts of the batch that have these numbers of samples, from its first sample on.
+
+    Tensors are cut into views. Packed sequences are copied, as their samples lie in between each other.
 
     Example:
         >>> import torch
@@ -71,14 +77,32 @@ def cut(batch: T, lengths: Sequence[int], /, *, dim: int = 0) -> list[T]:
     return [
         structure.rebuild(
             [
-                leaf.narrow(dim, end - length, length)
-                if isinstance(leaf, torch.Tensor) and size_along(leaf, dim) == n_samples
-                else leaf
+                _samples(leaf, end - length, length, dim) if size_along(leaf, dim) == n_samples else leaf
                 for leaf in leaves
             ]
         )
         for length, end in zip(lengths, accumulate(lengths), strict=True)
     ]
+
+
+def _samples(leaf: Any, start: int, length: int, dim: int) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.narrow(dim, start, length)
+    # Sequences lie time by time, the longest first: at each time those that have not ended yet.
+    n_all = int(leaf.batch_sizes[0])
+    places = torch.arange(n_all) if leaf.unsorted_indices is None else leaf.unsorted_indices.cpu()
+    chosen, order = places[start : start + length].sort()
+    n_left = leaf.batch_sizes[:, None]
+    is_left = chosen < n_left
+    rows = (n_left.cumsum(0) - n_left + chosen)[is_left]
+    sizes = is_left.sum(1)
+    device = leaf.data.device
+    return PackedSequence(
+        leaf.data[rows.to(device)],
+        sizes[sizes > 0],
+        None if leaf.sorted_indices is None else order.to(device),
+        None if leaf.unsorted_indices is None else order.argsort().to(device),
+    )
 
 
 class Gathered:

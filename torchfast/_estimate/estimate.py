@@ -161,7 +161,7 @@ def _subject(plan: Plan) -> Subject:
         model=type(unwrapped(plan.model)).__name__,
         optimizer=_optimizer_name(plan.optimizer),
         precision=precision,
-        batch_size=_batch.batch_size((plan.inputs, plan.target)),
+        batch_size=_batch.batch_size(_tree.tensors((plan.inputs, plan.target))),
         teacher=None if plan.teacher is None else type(plan.teacher).__name__,
     )
 
@@ -227,7 +227,7 @@ class _Retrace:
                 "The model of this estimate is gone, and what was asked for needs it to be run on paper "
                 "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
             )
-        old = _batch.batch_size((plan.inputs, plan.target))
+        old = _batch.batch_size(_tree.tensors((plan.inputs, plan.target)))
         if batch_size is not None and old is not None:
             plan = replace(
                 plan,
