@@ -56,6 +56,14 @@ def _cuda(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     return args[0].to(META)
 
 
+def _from_data(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `torch.tensor` and its like: made on the host, then moved, as they would be on a GPU."""
+    device = kwargs.get("device")
+    if device is None or not _is_gpu(device):
+        return func(*args, **kwargs)
+    return func(*args, **{**kwargs, "device": None}).to(META)
+
+
 def _on_host(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle reading a tensor's values as a whole: `tolist`, `numpy`."""
     tensor, *rest = args
@@ -81,6 +89,7 @@ def _same(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _HANDLERS: dict[Any, Callable[[OnPaper, Any, Any, Any], Any]] = {
+    **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray), _from_data),
     torch.Tensor.to: _move,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.tolist: _on_host,

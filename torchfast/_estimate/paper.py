@@ -7,7 +7,7 @@ models, optimizers and checkpointing look at. (Fake tensors with device `cuda` w
 backward pass needs a device guard that a machine without a GPU lacks.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,9 @@ class _State:
     """Whether a meta kernel is running right now: then a paper tensor says what it is, a meta tensor."""
 
     in_kernel = False
+    elsewhere: Callable[..., Any] | None = (
+        None  # runs the operators of other threads while a step is on paper
+    )
 
 
 class PaperTensor(torch.Tensor):
@@ -37,10 +40,14 @@ class PaperTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override] # torch types it as an instance method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a shape-only operation on a paper tensor that outlived its trace."""
-        del types
-        with meta_kernels():
-            return wrap_outputs(func(*args, **(kwargs or {})))
+        """Run an operator that the recorder does not see: a rule's own, or of another thread."""
+        if _State.elsewhere is None:
+            raise RuntimeError(
+                "A tensor of an estimate was used after estimate_vram had returned. It has no numbers: "
+                "something outside of the model kept it, such as a functools.lru_cache or a list that the "
+                "step appends to. Clear that after the estimate."
+            )
+        return _State.elsewhere(func, types, args, kwargs or {})
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # the whole point
@@ -93,6 +100,16 @@ def wrap_outputs(outputs: Any) -> Any:
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(wrap_outputs(output) for output in outputs)
     return outputs
+
+
+@contextmanager
+def recorded_elsewhere(run: Callable[..., Any]) -> Iterator[None]:
+    """Within, operators on paper tensors that no mode sees are run by `run`."""
+    _State.elsewhere = run
+    try:
+        yield
+    finally:
+        _State.elsewhere = None
 
 
 @contextmanager

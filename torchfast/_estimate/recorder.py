@@ -1,5 +1,6 @@
 """Records what every operator on paper tensors takes from the allocator and gives back."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchfast._estimate.events import Event, Note
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import follow, off_host, on_zeros
-from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap
+from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap, wrap_outputs
 from torchfast._estimate.shapes import ShapeCache
 
 Rule = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -55,6 +56,8 @@ class Recorder(TorchDispatchMode):
         self._n_blocks = 0
         self._shapes = ShapeCache()
         self._host_bytes = 0
+        self.asked: dict[Any, int] = {}  # how often each place in the user's code asked for a value
+        self._thread = threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on paper, or for real where no paper tensor takes part."""
@@ -75,6 +78,13 @@ class Recorder(TorchDispatchMode):
         follow(func, args, kwargs, outputs)
         return outputs
 
+    def run_elsewhere(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator that came past this mode: record those of other threads, not the rules' own."""
+        if threading.get_ident() != self._thread:
+            return self.__torch_dispatch__(func, types, args, kwargs)
+        with meta_kernels():
+            return wrap_outputs(func(*args, **kwargs))
+
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the operator's meta kernel and record what it returns."""
         return self.adopt(self.run_unrecorded(func, args, kwargs))
@@ -91,6 +101,8 @@ class Recorder(TorchDispatchMode):
         except NotImplementedError as error:
             return self._shapes_on_host(func, args, kwargs, error)
         except RuntimeError as error:
+            if func.namespace not in _PYTORCHS_OWN:  # a custom operator that registered no shapes
+                return self._shapes_on_host(func, args, kwargs, error)
             if _ELSEWHERE not in str(error):
                 raise
             # A tensor of the host: PyTorch's path for tensor subclasses leaves some there that CUDA's moves.
@@ -101,7 +113,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def _shapes_on_host(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: NotImplementedError
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: RuntimeError
     ) -> Any:
         """Run an operator without a meta kernel on zeros on the CPU, for the shapes that come out."""
         outputs = on_zeros(func, args, kwargs)
@@ -213,6 +225,7 @@ class Recorder(TorchDispatchMode):
         return index
 
 
+_PYTORCHS_OWN = ("aten", "prim", "prims")
 _ELSEWHERE = "is not on the expected device"
 
 

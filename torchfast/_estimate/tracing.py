@@ -1,10 +1,11 @@
 """Runs a training step without memory and without a GPU, and yields its stream of allocations and frees."""
 
+import copy
 import gc
 import random
 import sys
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
-from torchfast._estimate.paper import PaperTensor
+from torchfast._estimate.paper import CUDA, PaperTensor, recorded_elsewhere
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.where import Whereabouts
@@ -79,7 +80,9 @@ class _Tracer:
             mode = scope.enter_context(OnPaper())
             scope.enter_context(watched_backward(mode, self._backward_begins, self._backward_ends))
             scope.enter_context(recorder)
+            scope.enter_context(recorded_elsewhere(recorder.run_elsewhere))
             scope.enter_context(cuda_behaviour.cuda_kernels(recorder.gpu))
+            inputs, target = _moved(inputs), _moved(target)
             self._begin("optimizer state", "optimizer")
             optimizer = scope.enter_context(self._optimizer(plan.optimizer))
             scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
@@ -136,10 +139,10 @@ class _Tracer:
     def _on_paper(self, model: nn.Module, *, training: bool | None) -> Iterator[None]:
         """Put paper tensors in the place of a module's, in the order in which `.to("cuda")` moves them."""
         taken = [
-            (held, dict(held))
+            (held, copy.copy(held))
             for module in model.modules()
             # The module's attributes last: what a step adds to or replaces in them is taken back too.
-            for held in (module._parameters, module._buffers, vars(module))
+            for held in (*_containers(vars(module)), vars(module))
         ]
         try:
             if training is not None and model.training is not training:
@@ -156,7 +159,7 @@ class _Tracer:
         finally:
             for held, before in taken:
                 held.clear()
-                held.update(before)
+                (held.extend if isinstance(held, (list, deque)) else held.update)(before)
 
     def _flatten(self, module: nn.RNNBase) -> None:
         """Do as `flatten_parameters` does once the module is on the GPU: weights move into one block."""
@@ -193,6 +196,29 @@ class _Tracer:
     def _state_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Put a tensor of the optimizer's state on paper; step counters stay on the host."""
         return tensor.clone() if tensor.ndim == 0 and tensor.device.type == "cpu" else self._paper(tensor)
+
+
+def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
+    """Yield the lists, dicts and sets that a module holds, which a step may write into, inner ones first."""
+    seen = {id(attributes)}
+
+    def within(container: Any) -> Iterator[Any]:
+        for value in list(container.values() if isinstance(container, dict) else container):
+            if isinstance(value, (dict, list, set, deque)) and id(value) not in seen:
+                seen.add(id(value))
+                yield from within(value)
+                yield value
+
+    return within(attributes)
+
+
+def _moved(batch: Any) -> Any:
+    """Return the batch with what moves itself, such as a PackedSequence, moved to paper."""
+    leaves, structure = _tree.flatten(batch)
+    return structure.rebuild(
+        # Some move in place: a copy's parts are replaced, and the user's object keeps its own.
+        [leaf if isinstance(leaf, torch.Tensor) else copy.copy(leaf).to(CUDA) for leaf in leaves]
+    )
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:
