@@ -35,7 +35,8 @@ def call(query: torch.Tensor, **options: Any) -> attention.Call:
     [
         ("H200", torch.bfloat16, 64, "cudnn"),
         ("H200", torch.float32, 64, "efficient"),
-        ("H200", torch.bfloat16, 256, "flash"),
+        ("H200", torch.bfloat16, 256, "cudnn"),
+        ("B200", torch.bfloat16, 256, "flash"),
         ("H200", torch.bfloat16, 36, "flash"),
         ("H200", torch.float32, 30, "math"),
         ("A100-80", torch.bfloat16, 64, "flash"),

@@ -12,6 +12,7 @@ from torchfast._estimate.cuda_behaviour import (
     autograd,
     blas,
     composites,
+    conditions,
     convolution,
     indexing,
     layouts,
@@ -20,6 +21,7 @@ from torchfast._estimate.cuda_behaviour import (
     optimizers,
     recurrent,
     reductions,
+    sorting,
     values,
 )
 from torchfast._estimate.gpus import GPU
@@ -32,6 +34,10 @@ _RULES: dict[str, Rule] = {
     "_cudnn_rnn": recurrent.forward,
     "_cudnn_rnn_backward": recurrent.backward,
     "_cudnn_init_dropout_state": recurrent.dropout_state,
+    "_thnn_fused_lstm_cell": recurrent.lstm_cell,
+    "_thnn_fused_lstm_cell_backward_impl": recurrent.lstm_cell_backward,
+    "_thnn_fused_gru_cell": recurrent.gru_cell,
+    "_thnn_fused_gru_cell_backward": recurrent.gru_cell_backward,
     **losses.RULES,
     "embedding_dense_backward": indexing.embedding_backward,
     "add": autograd.add,
@@ -40,16 +46,24 @@ _RULES: dict[str, Rule] = {
     "convolution_backward": convolution.convolution_backward,
     "native_dropout": norms.native_dropout,
     "_safe_softmax": norms.safe_softmax,
-    "_local_scalar_dense": values.item,
+    "_fused_rms_norm": norms.rms_norm,
+    "_fused_rms_norm_backward": norms.rms_norm_backward,
+    "_local_scalar_dense": conditions.item,
+    **dict.fromkeys(("equal", "allclose"), conditions.equal),
+    **dict.fromkeys(("eq", "ne"), conditions.itself),
     "_to_copy": values.to_copy,
     "copy_": values.copy,
     "nonzero": values.nonzero,
     "masked_select": values.masked_select,
+    "repeat_interleave": values.repeat_interleave,
     "index": values.index,
-    **dict.fromkeys(values.CHOICES, values.choice),
     **dict.fromkeys(reductions.OPERATORS, reductions.reduction),
+    **dict.fromkeys(("all", "_is_all_true"), conditions.every),
+    "logsumexp": reductions.log_sum_exp,
+    **dict.fromkeys(sorting.CHOICES, sorting.choice),  # of which some are reductions too
     "_scaled_dot_product_cudnn_attention": attention.cudnn,
     "_scaled_dot_product_cudnn_attention_backward": attention.cudnn_backward,
+    "_scaled_dot_product_flash_attention_backward": attention.flash_backward,
     "_scaled_dot_product_efficient_attention": attention.efficient,
     "_scaled_dot_product_efficient_attention_backward": attention.efficient_backward,
     "_foreach_norm": optimizers.foreach_norm,
@@ -62,10 +76,14 @@ _COMPOSITES = {
     "dropout": composites.dropout,
     "batch_norm": composites.batch_norm,
     "linear": composites.linear,
+    "rms_norm": composites.rms_norm,
+    "one_hot": composites.one_hot,
+    "lstm_cell": composites.lstm_cell,
+    "gru_cell": composites.gru_cell,
     **recurrent.KERNELS,
 }
 # Operators that are taken apart where a backend has no kernel of its own: to have one is enough.
-_WHOLE = ("silu_backward", "mish_backward")
+_WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
 
 
 def rule_for(func: Any) -> Rule | None:

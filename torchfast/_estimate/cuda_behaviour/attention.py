@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.paper import META
 from torchfast._estimate.recorder import Recorder
@@ -105,7 +106,9 @@ def _heads_match(call: Call, *, supports_gqa: bool) -> bool:
 
 def _cudnn(call: Call, gpu: GPU) -> bool:
     q, k, v = call.query, call.key, call.value
-    limit = 128
+    widths = q.shape[3], v.shape[3]
+    is_deepseek = (gpu.capability[0], *widths) == (10, 192, 128)
+    limit = 256 if gpu.capability == (9, 0) else 192 if is_deepseek else 128  # check_cudnn_tensor_shapes
     return (
         torch.backends.cuda.cudnn_sdp_enabled()
         and (8, 0) <= gpu.capability <= (12, 1)
@@ -114,7 +117,7 @@ def _cudnn(call: Call, gpu: GPU) -> bool:
         and (call.mask is None or (not call.mask.requires_grad and _mask_fits(call)))
         and _heads_match(call, supports_gqa=True)
         and max(q.shape[0], q.shape[1]) <= 65_535
-        and max(q.shape[3], v.shape[3]) <= limit
+        and max(widths) <= limit
         and q.shape[3] % 8 == 0 == v.shape[3] % 8
         and k.shape[2] != 1
         and not (call.dropout and q.shape[2] == 1)
@@ -244,34 +247,70 @@ def cudnn_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs:
         return outputs
 
 
+def flash_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run flash attention's backward pass (flash_api.cpp, torch 2.11).
+
+    Gradient and output are made contiguous with the heads behind the rows; the query's gradient is summed in
+    fp32 with rows padded to 128 and the head to 32, beside one fp32 number a row.
+    """
+    outputs = recorder.run(func, args, kwargs)
+    gradient, query, key, output = args[0], args[1], args[2], args[4]
+    n_heads, rows, width = query.shape[0] * query.shape[1], _padded(query.shape[2], 128), query.shape[3]
+    copies = [size for t in (gradient, output) for size in copy_bytes(t.transpose(1, 2))]
+    if key.shape[1] != query.shape[1]:
+        copies += 2 * [query.shape[0] * query.shape[1] * key.shape[2] * width * key.dtype.itemsize]
+    with recorder.scratch(*copies, n_heads * rows * 4, n_heads * rows * _padded(width, 32) * 4):
+        return outputs
+
+
+def _padded(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
 def efficient(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run memory-efficient attention, whose random state lies on the host outside of CUDA graphs."""
+    """Run memory-efficient attention, whose random state lies on the host outside of CUDA graphs.
+
+    Heads wider than a tile are summed in fp32 first (kNeedsOutputAccumulatorBuffer in kernel_forward.h).
+    """
     with recorder.unrecorded(8):
-        return recorder.run(func, args, kwargs)
+        outputs = recorder.run(func, args, kwargs)
+    value = args[2]
+    is_wide = value.dtype in _HALVES and value.shape[3] > _WIDEST_IN_REGISTERS
+    with recorder.scratch(4 * outputs[0].numel() if is_wide else 0):
+        return outputs
+
+
+_WIDEST_IN_REGISTERS = 128
 
 
 def efficient_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run its backward pass: one fp32 number a row (delta), then the query's gradient in fp32 as a workspace.
+    """Run its backward pass: one fp32 number a row (delta), then the kernel's workspace.
 
-    attention_backward.cu and kernel_backward.h, torch 2.11: gradients, float copies of half-precision inputs,
-    their product, its sum made contiguous; each block of 64 queries has 16 bytes of locks beside its tile.
+    attention_backward.cu and kernel_backward.h, torch 2.11. In half precision the kernel reckons delta by
+    itself; in fp32 it is a product of gradient and output, summed.
     """
-    grad_out, query = args[0], args[1]
-    n_heads, n_rows, width = query.shape[0] * query.shape[1], query.shape[2], args[3].shape[3]
-    numel_bytes, row_bytes = n_heads * n_rows * width * 4, n_heads * n_rows * 4
+    grad_out, query, value = args[0], args[1], args[3]
+    n_rows = query.shape[0] * query.shape[1] * query.shape[2]
     outputs = recorder.run(func, args, kwargs)
-    dense = [] if grad_out.transpose(1, 2).is_contiguous() else [grad_out.numel() * grad_out.dtype.itemsize]
-    kept = [recorder.allocate(size, "workspace") for size in dense]
-    copies = [
-        recorder.allocate(numel_bytes, "workspace") for _ in range(2 if grad_out.dtype in _HALVES else 0)
-    ]
-    product, summed = recorder.allocate(numel_bytes, "workspace"), recorder.allocate(row_bytes, "workspace")
-    delta = recorder.allocate(row_bytes, "workspace")
-    for block in (summed, product, *reversed(copies)):
-        recorder.free(block)
-    n_tiles = -(-n_rows // 64)
-    tile_bytes = 64 * (-(-query.shape[3] // 64) * 64) * 4 + 16
-    workspace = recorder.allocate(n_heads * n_tiles * tile_bytes, "workspace")
-    for block in (delta, workspace, *kept):
+    kept = [recorder.allocate(size, "workspace") for size in copy_bytes(grad_out.transpose(1, 2))]
+    if grad_out.dtype in _HALVES and recorder.gpu.capability != (7, 0):
+        kept.append(recorder.allocate(n_rows * 4, "workspace"))
+    else:
+        sizes = (grad_out.numel() * 4,) * (2 if grad_out.dtype in _HALVES else 0)
+        with recorder.scratch(*sizes, n_rows * value.shape[3] * 4, n_rows * 4):
+            kept.append(recorder.allocate(n_rows * 4, "workspace"))
+    workspace = recorder.allocate(_workspace_bytes(query, value), "workspace")
+    for block in (*kept[::-1], workspace):
         recorder.free(block)
     return outputs
+
+
+def _workspace_bytes(query: torch.Tensor, value: torch.Tensor) -> int:
+    """Return what sums of gradients over blocks of keys take: tiles of 64 queries, 16 bytes of locks each."""
+    n_heads, width = query.shape[0] * query.shape[1], query.shape[3]
+    n_tiles = -(-query.shape[2] // 64)
+    if width <= _WIDEST_IN_REGISTERS or query.dtype not in _HALVES:
+        return n_heads * n_tiles * (64 * _padded(width, 64) * 4 + 16)
+    n_splits = max(1, min(-(-value.shape[2] // 128), 200 // n_heads))
+    keys_and_values = n_splits * 128 * (_padded(width, 64) + _padded(value.shape[3], 64)) * 4
+    return n_heads * (n_tiles * -(-width // 128) * (64 * 128 * 4 + 16) + keys_and_values)

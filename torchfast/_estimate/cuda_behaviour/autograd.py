@@ -26,12 +26,19 @@ def in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     The gradient of an indexing, for one, starts as zeros that nobody else holds, and is added to in place.
     """
     outputs = recorder.run_unrecorded(func, args, kwargs)
+    # The backward formula of an indexing takes the zeros that it fills by value, and so holds them once more.
+    n_formulas = 1 if func._schema.name == "aten::index_put" else 0
+    is_alone = _in_backward_pass(recorder) and _held_by_autograd_alone(args[0], n_formulas)
+    result = args[0] if is_alone and outputs.dtype == args[0].dtype else recorder.adopt(outputs)
+    with recorder.scratch(*_scratch(func, args)):
+        return result
+
+
+def _scratch(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     if func._schema.name == "aten::index_put":
-        with recorder.scratch(*index_put_bytes(args)):
-            pass
-    if _in_backward_pass(recorder) and _held_by_autograd_alone(args[0]) and outputs.dtype == args[0].dtype:
-        return args[0]
-    return recorder.adopt(outputs)
+        return index_put_bytes(args)
+    # A running count of what the mask chooses (IndexKernel.cu).
+    return (args[1].numel() * 8,) if func._schema.name == "aten::masked_scatter" else ()
 
 
 IN_PLACE = ("index_put", "scatter_add", "scatter", "index_add", "index_copy", "masked_scatter", "index_fill")
@@ -51,15 +58,15 @@ def _alike(a: Any, b: Any) -> bool:
     )
 
 
-def _held_by_autograd_alone(tensor: torch.Tensor) -> bool:
-    """Whether nobody else holds the tensor or its storage.
+def _held_by_autograd_alone(tensor: torch.Tensor, n_formulas: int = 0) -> bool:
+    """Whether nobody but autograd, and so many of its formulas, holds the tensor or its storage.
 
     Four uses are autograd's own, the dispatcher's, the Python object's and the argument tuple's; two of the
     storage are the tensor's and the Python object's that is made by asking.
     """
     storage = tensor.untyped_storage()
     uses: int = tensor._use_count()  # type: ignore[attr-defined] # not in the stubs
-    return uses <= _USES and torch._C._storage_Use_Count(storage._cdata) <= _STORAGE_USES
+    return uses <= _USES + n_formulas and torch._C._storage_Use_Count(storage._cdata) <= _STORAGE_USES
 
 
 _USES = 4

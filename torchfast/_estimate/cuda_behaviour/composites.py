@@ -60,3 +60,53 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         return aten.addmm(bias, input, weight.t())  # type: ignore[no-any-return]
     output: torch.Tensor = aten.matmul(input, weight.t())
     return output if bias is None else output.add_(bias)
+
+
+def rms_norm(
+    input: torch.Tensor,  # noqa: A002 - as above
+    normalized_shape: list[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """Run the fused kernel where weight and input have one type (layer_norm.cpp, torch 2.11)."""
+    if weight is None or weight.dtype == input.dtype:
+        return aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]  # type: ignore[no-any-return]
+    wide = input.float() if input.dtype.itemsize < 4 else input
+    dims = list(range(-len(normalized_shape), 0))
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(dims, keepdim=True).add_(eps or 0.0))
+    return (normalized * weight).type_as(input)
+
+
+def one_hot(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+    """Scatter ones into zeros, as on CUDA; meta tensors compare with all classes instead (Onehot.cpp)."""
+    if num_classes == -1:
+        num_classes = int(tensor.max()) + 1
+    zeros = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device="meta")
+    return zeros.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+def lstm_cell(  # noqa: PLR0913, PLR0917 - aten's own signature
+    input: torch.Tensor,  # noqa: A002 - as above
+    hx: list[torch.Tensor],
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: torch.Tensor | None = None,
+    b_hh: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the fused cell, which keeps its gates (RNN.cpp, torch 2.11)."""
+    gates = input @ w_ih.t(), hx[0] @ w_hh.t()
+    output, state, _ = aten._thnn_fused_lstm_cell(*gates, hx[1], b_ih, b_hh)
+    return output, state
+
+
+def gru_cell(  # noqa: PLR0913, PLR0917 - aten's own signature
+    input: torch.Tensor,  # noqa: A002 - as above
+    hx: torch.Tensor,
+    w_ih: torch.Tensor,
+    w_hh: torch.Tensor,
+    b_ih: torch.Tensor | None = None,
+    b_hh: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the fused cell, which keeps five numbers a unit (RNN.cpp, torch 2.11)."""
+    output: torch.Tensor = aten._thnn_fused_gru_cell(input @ w_ih.t(), hx @ w_hh.t(), hx, b_ih, b_hh)[0]
+    return output

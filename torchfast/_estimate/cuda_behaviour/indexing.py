@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
+from torchfast._estimate.known import values_of
 from torchfast._estimate.recorder import Recorder
 
 _INDEX_BYTES = 8
@@ -39,11 +41,23 @@ _SORT_BYTES = 20_000
 
 
 def index_put_bytes(args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return what an accumulating index_put takes: sorted indices, and its values made contiguous."""
+    """Return what an accumulating index_put takes: sorted indices, and its values if not contiguous.
+
+    Indexing.cu, torch 2.11; six columns of indices, four where they are few, as measured on an H200.
+    """
     accumulate = len(args) > 3 and args[3]
     if not accumulate:
         return ()
-    indices = [i for i in args[1] if i is not None]
-    n = torch.broadcast_shapes(*(i.shape for i in indices)).numel() if indices else 0
+    shapes = [_places(i) for i in args[1] if i is not None]
+    n = torch.broadcast_shapes(*shapes).numel() if shapes else 0
     column = n * _INDEX_BYTES
-    return column, args[2].numel() * args[2].dtype.itemsize, column, column, column
+    values = args[2].expand(torch.broadcast_shapes(args[2].shape, (1,)))
+    return *copy_bytes(values), *((column,) * (4 if n <= _SMALL_EMBEDDING else 6))
+
+
+def _places(index: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of an index; a mask stands for the places that it chooses."""
+    if index.dtype not in (torch.bool, torch.uint8):
+        return tuple(index.shape)
+    known = values_of(index)
+    return (index.numel() if known is None else int(known.count_nonzero()),)

@@ -56,14 +56,14 @@ def suggested_first(position: int) -> Rule:
     return rule
 
 
-def copied_after_output(position: int) -> Rule:
+def copied_after_output(position: int, *, takes_channels_last: bool = True) -> Rule:
     """Return the rule of an operator that copies an argument once its output is there."""
 
     def rule(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outputs = recorder.run(func, args, kwargs)
         tensor = args[position]
         last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-        is_dense = tensor.dim() > 3 and tensor.is_contiguous(memory_format=last)
+        is_dense = takes_channels_last and tensor.dim() > 3 and tensor.is_contiguous(memory_format=last)
         with recorder.scratch(*(() if is_dense else copy_bytes(tensor))):
             return outputs
 
@@ -81,15 +81,60 @@ def roll(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def softmax_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply gradient and output into a tensor of its own after the result is there (SoftMax.cu)."""
-    with recorder.scratch(*copy_bytes(args[0]), *copy_bytes(args[1])):
+    product = recorder.run_unrecorded(torch.ops.aten.mul.Tensor, (args[0], args[1]), {})
+    with recorder.scratch(*copy_bytes(product), *copy_bytes(args[1])):
         outputs = recorder.run(func, args, kwargs)
         with recorder.scratch(args[0].numel() * args[0].dtype.itemsize):
             return outputs
 
 
+def im2col(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an unfolding, whose output starts in the size of its input (Im2Col.cu)."""
+    with recorder.scratch(*copy_bytes(args[0]), args[0].numel() * args[0].dtype.itemsize):
+        return recorder.run(func, args, kwargs)
+
+
+def col2im(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a folding, whose output lies in a storage of its input's size if that is larger (Col2Im.cu)."""
+    meta = recorder.run_unrecorded(func, args, kwargs)
+    size = max(meta.numel(), args[0].numel())
+    with recorder.scratch(*copy_bytes(args[0])):
+        full = torch.empty(size, dtype=meta.dtype, device="meta")
+        return recorder.adopt(full.as_strided(meta.shape, meta.stride()))
+
+
+def absolute(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `abs`: complex numbers have theirs reckoned as complex ones first."""
+    outputs = recorder.run(func, args, kwargs)
+    with recorder.scratch(args[0].numel() * args[0].dtype.itemsize if args[0].is_complex() else 0):
+        return outputs
+
+
+def inverse_fft(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a transform to real numbers on a copy: cuFFT overwrites its input (SpectralOps.cpp)."""
+    outputs = recorder.run(func, args, kwargs)
+    with recorder.scratch(args[0].numel() * args[0].dtype.itemsize):
+        return outputs
+
+
+def complex_fft(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a complex transform, on a copy where the transformed dimensions do not come last."""
+    outputs = recorder.run(func, args, kwargs)
+    tensor, dims = args[0], [d % args[0].dim() for d in args[1]]
+    others = sorted((d for d in range(tensor.dim()) if d not in dims), key=lambda d: -tensor.stride(d))
+    is_last = tensor.permute(*others, *dims).is_contiguous()
+    with recorder.scratch(0 if is_last else tensor.numel() * tensor.dtype.itemsize):
+        return outputs
+
+
 # Which arguments the kernels of torch 2.11 make contiguous: aten/src/ATen/native/cuda/{layer_norm_kernel.cu,
 # SoftMax.cu, Embedding.cu, UpSample*.cu}.
 RULES: dict[str, Rule] = {
+    "im2col": im2col,
+    "col2im": col2im,
+    "abs": absolute,
+    "_fft_c2r": inverse_fft,
+    "_fft_c2c": complex_fft,
     "native_layer_norm": contiguous_first(0),
     "native_layer_norm_backward": contiguous_first(0, 1),
     "native_group_norm": suggested_first(0),
@@ -99,11 +144,12 @@ RULES: dict[str, Rule] = {
     "_log_softmax_backward_data": contiguous_first(0, 1),
     "_softmax_backward_data": softmax_backward,
     "embedding": contiguous_first(1),
+    "reflection_pad2d": contiguous_first(0),
     "roll": roll,
     "upsample_nearest1d_backward": copied_after_output(0),
     "upsample_nearest2d_backward": copied_after_output(0),
     "upsample_bilinear2d_backward": copied_after_output(0),
-    "upsample_bicubic2d_backward": copied_after_output(0),
+    "upsample_bicubic2d_backward": copied_after_output(0, takes_channels_last=False),
     "upsample_nearest3d_backward": copied_after_output(0),
     "upsample_trilinear3d_backward": copied_after_output(0),
     "avg_pool2d_backward": copied_after_output(0),

@@ -52,11 +52,49 @@ def ctc(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def ctc_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run its backward pass, which takes as much for beta as the forward pass kept for alpha."""
+    """Run its backward pass, which takes twice as much for beta as the forward pass kept for alpha."""
     del func, kwargs
     log_probs, log_alpha = args[1], args[6]
-    with recorder.scratch(log_alpha.numel() * log_alpha.dtype.itemsize):
+    with recorder.scratch(2 * log_alpha.numel() * log_alpha.dtype.itemsize):
         return recorder.new(log_probs.shape, log_probs.dtype, log_probs.stride())
+
+
+def reduced_in_place(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a loss whose elements are reduced within the output's own storage, which is then shrunk."""
+    meta = recorder.run_unrecorded(func, args, kwargs)
+    if meta.dim() != 0:
+        return recorder.adopt(meta)
+    full = torch.empty(args[0].shape, dtype=meta.dtype, device="meta")
+    output = recorder.adopt(full.as_strided((), ()))
+    with recorder.scratch(*scratch_bytes(full, range(full.dim()), max(4, meta.dtype.itemsize), recorder.gpu)):
+        return output
+
+
+def with_logits(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run binary cross entropy on logits: their log-sigmoid, and the elements before they are reduced."""
+    output = recorder.run(func, args, kwargs)
+    size_bytes = args[0].numel() * output.dtype.itemsize
+    if output.dim() != 0:
+        with recorder.scratch(size_bytes):
+            return output
+    full = torch.empty(args[0].shape, dtype=output.dtype, device="meta")
+    partial = scratch_bytes(full, range(full.dim()), max(4, output.dtype.itemsize), recorder.gpu)
+    with recorder.scratch(size_bytes, size_bytes, *partial):
+        return output
+
+
+def soft_margin_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the soft margin's backward pass, which takes two tensors of the input's size on its way."""
+    outputs = recorder.run(func, args, kwargs)
+    size_bytes = args[1].numel() * args[1].dtype.itemsize
+    with recorder.scratch(size_bytes, size_bytes):
+        return outputs
+
+
+def log_sigmoid(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the log-sigmoid, which on CUDA keeps no buffer for the backward pass (Activation.cpp)."""
+    meta = recorder.run_unrecorded(func, args, kwargs)
+    return recorder.adopt(meta[0]), recorder.new((0,), args[0].dtype)
 
 
 RULES: dict[str, Rule] = {
@@ -64,7 +102,10 @@ RULES: dict[str, Rule] = {
     "_ctc_loss_backward": ctc_backward,
     "mse_loss": reduced_into_full_size,
     "smooth_l1_loss": reduced_into_full_size,
-    "binary_cross_entropy": reduced_into_full_size,
+    "binary_cross_entropy": reduced_in_place,
+    "binary_cross_entropy_with_logits": with_logits,
     "huber_loss": elements_then_reduced,
-    "soft_margin_loss": elements_then_reduced,
+    "soft_margin_loss": reduced_in_place,
+    "soft_margin_loss_backward": soft_margin_backward,
+    "log_sigmoid_forward": log_sigmoid,
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
 from torchfast._estimate.recorder import Recorder
 
 
@@ -23,3 +24,25 @@ def safe_softmax(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: d
     n_rows = tensor.numel() // max(tensor.shape[dim], 1)
     with recorder.scratch(tensor.numel(), n_rows, 1):
         return outputs
+
+
+def rms_norm(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the fused kernel: the output, and one number a row for the backward pass (layer_norm_kernel.cu)."""
+    del func, kwargs
+    tensor, normalized = args[0], args[1]
+    n_kept = tensor.dim() - len(normalized)
+    with recorder.scratch(*copy_bytes(tensor)):
+        output = recorder.new(tensor.shape, tensor.dtype)
+        rows = (*tensor.shape[:n_kept], *(1,) * len(normalized))
+        return output, recorder.new(rows, torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def rms_norm_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run its backward pass."""
+    del func, kwargs
+    gradient, tensor, _, _, weight, wanted = args
+    with recorder.scratch(*copy_bytes(gradient), *copy_bytes(tensor)):
+        return (
+            recorder.new(tensor.shape, tensor.dtype) if wanted[0] else None,
+            recorder.new(weight.shape, weight.dtype) if wanted[1] and weight is not None else None,
+        )

@@ -210,3 +210,37 @@ def _sequence(
         return recorder.new(shape, dtype)
     n, _, width = shape
     return recorder.new(shape, dtype, (width, n * width, 1))
+
+
+def lstm_cell(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a fused LSTM cell: output, state, and the gates for the backward pass (RNN.cu, torch 2.11)."""
+    del func, kwargs
+    gates, state = args[0], args[2]
+    return tuple(recorder.new(t.shape, t.dtype) for t in (state, state, gates))
+
+
+def lstm_cell_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run its backward pass: gradients of gates, state and, where there is one, of the bias."""
+    del func, kwargs
+    state, workspace, has_bias = args[2], args[4], args[5]
+    gates, before = recorder.new(workspace.shape, workspace.dtype), recorder.new(state.shape, state.dtype)
+    return gates, before, recorder.new(workspace.shape[1:], workspace.dtype) if has_bias else None
+
+
+def gru_cell(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a fused GRU cell: output, and five numbers a unit for the backward pass."""
+    del func, kwargs
+    state = args[2]
+    workspace = (*state.shape[:-1], 5 * state.shape[-1])
+    return recorder.new(state.shape, state.dtype), recorder.new(workspace, state.dtype)
+
+
+def gru_cell_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run its backward pass: gradients of both products, of the state and of both biases."""
+    del func, kwargs
+    gradient, has_bias = args[0], args[2]
+    *rows, width = gradient.shape
+    shapes: list[tuple[int, ...]] = [(*rows, 3 * width), (*rows, 3 * width), (*rows, width)]
+    biases: list[tuple[int, ...]] = [(3 * width,)] * 2 if has_bias else []
+    found = [recorder.new(shape, gradient.dtype) for shape in shapes + biases]
+    return (*found, *(None,) * (5 - len(found)))

@@ -35,6 +35,13 @@ def reduction(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         return outputs
 
 
+def log_sum_exp(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a log-sum-exp, which holds the exponentials of its whole input (ReduceOps.cpp, torch 2.11)."""
+    outputs = recorder.run(func, args, kwargs)
+    with recorder.scratch(outputs.numel() * outputs.dtype.itemsize, args[0].numel() * outputs.dtype.itemsize):
+        return outputs
+
+
 def scratch_bytes(
     tensor: torch.Tensor, dims: Sequence[int], accumulator_bytes: int, gpu: GPU
 ) -> tuple[int, ...]:

@@ -7,21 +7,9 @@ import torch
 from torchfast._estimate.known import values_of
 from torchfast._estimate.recorder import Recorder
 
-_READ_BACK = "numbers that the step reads back from the GPU were taken to be 0 (1 for integers)"
+_TO_HOST = "what the step copies to the host was taken to arrive there as zeros"
 _ALL_CHOSEN = "masks that depend on activations were taken to choose every element"
-_EVEN = "choices that depend on activations (top-k, arg max, sorting) were taken to be spread evenly"
-
-
-def item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Answer `.item()` and `bool()`: with what is known, else with what stops nothing."""
-    known = values_of(args[0])
-    if known is not None:
-        return func(known, **kwargs)
-    dtype = args[0].dtype
-    recorder.assumptions[_READ_BACK] = None
-    if dtype == torch.bool:
-        return False
-    return 0.0 if dtype.is_floating_point else 1
+_ONCE = "counts of repetitions that depend on activations were taken to be 1"
 
 
 def to_copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -32,7 +20,7 @@ def to_copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
     known = values_of(args[0])
     if known is not None:
         return func(known, **kwargs)
-    recorder.assumptions[_READ_BACK] = None
+    recorder.assumptions[_TO_HOST] = None
     return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
 
 
@@ -66,7 +54,24 @@ def masked_select(
         count = torch.Size(shape).numel()
     else:
         count = int(known.expand(shape).count_nonzero())
-    return recorder.new((count,), tensor.dtype)
+    with recorder.scratch(count * len(shape) * 8):  # the places, as indices
+        return recorder.new((count,), tensor.dtype)
+
+
+def repeat_interleave(
+    recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Return the places that a tensor of counts repeats: each once, where the counts are not known."""
+    del func, kwargs
+    counts = args[0]
+    known = values_of(counts)
+    if known is None:
+        recorder.assumptions[_ONCE] = None
+    with recorder.scratch(counts.numel() * 8):  # their running sum
+        repeated = recorder.new((counts.numel() if known is None else int(known.sum()),), torch.int64)
+    if known is not None:
+        repeated.values = torch.repeat_interleave(known)  # type: ignore[assignment] # a paper tensor's own
+    return repeated
 
 
 def index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,27 +85,3 @@ def index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
         else:
             indices.extend(nonzero(recorder, func, (i,), {}).unbind(1) if i.dim() else [i])
     return recorder.run(func, (args[0], indices, *args[2:]), kwargs)
-
-
-def choice(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Choose among activations: the indices are taken to go round, so that each is chosen equally often."""
-    outputs = recorder.run(func, args, kwargs)
-    chosen = outputs[1] if isinstance(outputs, (tuple, list)) else outputs
-    if values_of(args[0]) is None and chosen.dtype == torch.int64 and chosen.numel() <= _MOST_CHOICES:
-        dim = _dim(func, args, kwargs)
-        n_classes = args[0].shape[dim] if args[0].dim() else 1
-        recorder.assumptions[_EVEN] = None
-        # Along the chosen dimension the classes differ; from row to row the first one moves on.
-        order = torch.arange(chosen.numel()).reshape(chosen.shape) % max(n_classes, 1)
-        chosen.values = order
-    return outputs
-
-
-_MOST_CHOICES = 2**21
-CHOICES = ("topk", "argmax", "argmin", "sort", "multinomial")
-
-
-def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    names = [argument.name for argument in func._schema.arguments]
-    dim = (dict(zip(names, args, strict=False)) | kwargs).get("dim")
-    return -1 if dim is None else int(dim)
