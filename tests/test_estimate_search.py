@@ -56,7 +56,7 @@ def test_not_even_one_sample() -> None:
 
 
 def test_streams_that_change_with_the_batch_are_searched_by_traces() -> None:
-    """Where another batch runs other operators nothing is fitted, and the search still never overshoots."""
+    """Where another batch runs other operators nothing is fitted, and the search still ends within 3 %."""
 
     def retrace(
         *, batch_size: int | None = None, gpu: GPU | None = None, variant: str | None = None
@@ -68,8 +68,24 @@ def test_streams_that_change_with_the_batch_are_searched_by_traces() -> None:
 
     e = dataclasses.replace(traces.estimate(), _trace=retrace(), _retrace=retrace)
     found = e.max_batch_size(limit_bytes=600 * MIB)
-    assert found.batch_size > 8
     assert fits_in(retrace(batch_size=found.batch_size).events, PLAIN, 600 * MIB)
+    fails = next(n for n in range(1, 600) if not fits_in(retrace(batch_size=n).events, PLAIN, 600 * MIB))
+    assert found.batch_size >= 0.97 * (fails - 1)
+    assert found.n_traces <= 8
+
+
+def test_scratch_that_comes_with_the_batch_is_no_other_stream() -> None:
+    """Kernels that split their work take scratch at some sizes only: the rest is fitted as ever."""
+
+    def with_scratch(batch_size: int) -> Trace:
+        trace = traces.training(batch_size)
+        notes = [*trace.notes, Note("step 1 forward", "", "aten.sum", "workspace")]
+        scratch = [Event(10**6, batch_size * MIB, len(trace.notes)), Event(10**6, 0, len(trace.notes))]
+        return dataclasses.replace(trace, notes=notes, events=[*scratch, *trace.events])
+
+    fitted = Fitted.over(8, traces.training(8), 16, with_scratch(16))
+    assert fitted is not None
+    assert fitted.events(24) == with_scratch(24).events
 
 
 @given(a=st.integers(1, 40), b=st.integers(41, 80), wanted=st.integers(1, 200))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torchfast._bytes import MIB, format_bytes
 from torchfast._estimate.events import Event, Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
-from torchfast._estimate.replay import Replay, fits_in, replay
+from torchfast._estimate.replay import Replay, fits_in, peak_reserved_bytes, replay
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,10 @@ def max_batch_size(
     def runs(events: list[Event], optional: frozenset[int]) -> bool:
         return fits_in(events, estimate.settings, limit, optional)
 
-    search = _Search(traced, runs)
+    def peak(trace: Trace) -> int:
+        return peak_reserved_bytes(trace.events, estimate.settings)
+
+    search = _Search(traced, runs, lambda size: (peak(traced(size)) - limit) / limit)
     best = search.run(given)
     tried = tuple(sorted(search.known.items()))
     return BatchSize(best, limit, len(traces), tried)
@@ -205,10 +208,14 @@ class _Search:
     """Narrows the largest batch down with traces; in between, replays sizes fitted over the nearest two."""
 
     def __init__(
-        self, traced: Callable[[int], Trace], runs: Callable[[list[Event], frozenset[int]], bool]
+        self,
+        traced: Callable[[int], Trace],
+        runs: Callable[[list[Event], frozenset[int]], bool],
+        excess: Callable[[int], float],
     ) -> None:
         self._traced = traced
         self._runs = runs
+        self._excess = excess  # by how much a batch's own peak is above the limit
         self.known: dict[int, bool] = {}  # batch size: does it fit, by a trace of its own
 
     def run(self, given: int) -> int:
@@ -242,8 +249,8 @@ class _Search:
         high = min((size for size, fit in self.known.items() if not fit and size > low), default=None)
         a, b = self._two_nearest(low, high)
         fitted = Fitted.over(a, self._traced(a), b, self._traced(b))
-        if fitted is None:  # the stream itself changes with the batch: halve the interval by traces
-            return low * 2 if high is None else (low + high) // 2
+        if fitted is None:  # the stream itself changes with the batch
+            return self._by_line(low, high, a, b)
         if high is None:
             high = max(2 * low, 2)
             while high < _MAX_BATCH and self._runs(fitted.events(high), fitted.optional):
@@ -255,6 +262,15 @@ class _Search:
             else:
                 high = middle
         return low
+
+    def _by_line(self, low: int, high: int | None, a: int, b: int) -> int:
+        """Return where the line through two peaks meets the limit, well inside the known bounds."""
+        slope = (self._excess(b) - self._excess(a)) / (b - a)
+        meets = low * 2 if slope <= 0 else int(b - self._excess(b) / slope)
+        if high is None:
+            return min(max(meets, low + 1 + low // 8), low * 4)
+        margin = (high - low) // 8
+        return min(max(meets, low + margin), high - margin)
 
     def _two_nearest(self, low: int, high: int | None) -> tuple[int, int]:
         """Return the two traced sizes that the answer lies between, or next to."""
@@ -279,13 +295,27 @@ class Fitted:
 
     @classmethod
     def over(cls, size_a: int, a: Trace, size_b: int, b: Trace) -> "Fitted | None":
-        """Fit two traces, the second of the larger batch; None where their streams are not the same."""
-        ours = [event for event in a.events if event.block not in a.optional]
-        theirs = [event for event in b.events if event.block not in b.optional]
+        """Fit two traces, the second of the larger batch; None where their streams are not the same.
+
+        Kernels split their work by its size, so scratch comes and goes with the batch: where the streams
+        differ, they are compared without it.
+        """
+        for without, of_b in ((a.optional, b.optional), (_scratch(a), _scratch(b))):
+            ours = [event for event in a.events if event.block not in without]
+            fitted = cls._matched(size_a, ours, size_b, b, of_b)
+            if fitted is not None:
+                return fitted
+        return None
+
+    @classmethod
+    def _matched(
+        cls, size_a: int, ours: list[Event], size_b: int, b: Trace, without: frozenset[int]
+    ) -> "Fitted | None":
+        theirs = [event for event in b.events if event.block not in without]
         if len(ours) != len(theirs):
             return None
         twins: dict[int, int] = {}
-        slopes = {e.block: e.size_bytes / size_b for e in b.events if e.size_bytes and e.block in b.optional}
+        slopes = {e.block: e.size_bytes / size_b for e in b.events if e.size_bytes and e.block in without}
         for one, other in zip(ours, theirs, strict=True):
             if bool(one.size_bytes) != bool(other.size_bytes):
                 return None
@@ -305,6 +335,13 @@ class Fitted:
             else event
             for event in self.base
         ]
+
+
+def _scratch(trace: Trace) -> frozenset[int]:
+    """Return the blocks that kernels take and give back: workspaces but for those that libraries keep."""
+    freed = {event.block for event in trace.events if not event.size_bytes}
+    workspaces = {e.block for e in trace.events if trace.notes[e.note].category == "workspace"}
+    return trace.optional | (workspaces & freed)
 
 
 # --- what if -----------------------------------------------------------------------------------------------
