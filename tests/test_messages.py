@@ -1258,6 +1258,16 @@ def test_monitor_entered_twice() -> None:
     )
 
 
+def test_monitor_phase_without_a_name() -> None:
+    """Phases are listed by name."""
+    with VRAMMonitor("cpu", interval_s=None) as vram, pytest.raises(TypeError) as error:
+        vram.phase(cast(Any, None))
+    assert text_of(error) == (
+        "phase(None) was asked of a VRAMMonitor: the name under which a phase is listed must be a string, "
+        'such as phase("forward").'
+    )
+
+
 def test_phase_of_a_monitor_that_is_not_running() -> None:
     """A phase outside of the monitor's block would measure nothing."""
     with pytest.raises(RuntimeError, match="not running") as error:

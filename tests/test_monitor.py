@@ -1,7 +1,10 @@
 """VRAMMonitor on a GPU of the imagination, whose every number is known."""
 
+import asyncio
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +66,62 @@ def test_phases_of_threads_do_not_nest_in_one_another() -> None:
         worker.start()
         worker.join()
     assert list(vram.phases) == ["main", "worker"]
+
+
+def test_phases_of_tasks_do_not_nest_in_one_another() -> None:
+    """Of two asyncio tasks that take turns, each has its own phases, within what was open before both."""
+    gpu = FakeGPU()
+
+    async def work(name: str, turn: asyncio.Barrier) -> None:
+        with vram.phase(name):
+            await turn.wait()
+            with vram.phase("inner"):
+                await turn.wait()
+
+    async def both() -> None:
+        turn = asyncio.Barrier(2)
+        with vram.phase("all"):
+            await asyncio.gather(work("one", turn), work("two", turn))
+
+    with gpu.monitor() as vram:
+        asyncio.run(both())
+    assert set(vram.phases) == {"all", "all/one", "all/one/inner", "all/two", "all/two/inner"}
+
+
+def test_phases_of_two_monitors_do_not_nest_in_one_another() -> None:
+    """A phase is a part of its own monitor's phases only."""
+    gpu = FakeGPU()
+    with gpu.monitor() as one, gpu.monitor() as two, one.phase("outer"), two.phase("inner"):
+        pass
+    assert (list(one.phases), list(two.phases)) == (["outer"], ["inner"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # forking beside threads is the point
+def test_a_fork_while_a_sample_is_taken_leaves_the_child_free() -> None:
+    """A worker forked while the sampling thread holds the locks can sample, and open phases, itself."""
+    gpu = FakeGPU()
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        assert vram._run is not None
+        with vram._run._sample_lock, vram._run._phase_lock:
+            is_held.set()
+            may_end.wait()
+
+    with gpu.monitor() as vram:
+        thread = threading.Thread(target=hold)
+        thread.start()
+        is_held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)  # what hangs is killed
+            with vram.phase("child"):
+                vram.sample()
+            os._exit(7)
+        may_end.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_an_exception_closes_phase_and_run() -> None:

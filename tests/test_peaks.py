@@ -1,6 +1,7 @@
 """The ledger over PyTorch's one peak register, against a simulated allocator that knows every true peak."""
 
 import os
+import signal
 import threading
 from typing import TypedDict
 
@@ -241,9 +242,21 @@ def test_a_cpu_has_no_register() -> None:
 def test_a_fork_while_the_ledger_is_read_leaves_the_child_free() -> None:
     """A DataLoader worker forked while another thread holds the ledger's lock can use the ledger."""
     ledger = ledger_of(CPU)
-    with ledger._lock:
-        child = os.fork()
-        if child == 0:
-            ledger.read()
-            os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ledger._lock:
+            is_held.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # what hangs is killed
+        ledger.read()
+        os._exit(7)
+    may_end.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -128,11 +128,18 @@ class VRAMMonitor:
         """Measure a part of the run: `with vram.phase("forward"): ...`.
 
         The peaks are exact, whatever other phases are open. A phase within another is listed under both
-        names, as in `"step/forward"`. Returns a context manager that has the peaks of this one time.
+        names, as in `"step/forward"`; "within" is meant of the same thread, or the same asyncio task. Returns
+        a context manager that has the peaks of this one time.
 
         Raises:
+            TypeError: the name is not a string.
             RuntimeError: the monitor is not running.
         """
+        if not isinstance(name, str):
+            raise TypeError(
+                f"phase({name!r}) was asked of a VRAMMonitor: the name under which a phase is listed must be "
+                'a string, such as phase("forward").'
+            )
         if self._run is None or not self.is_running:
             raise RuntimeError(
                 f"phase({name!r}) was asked of a VRAMMonitor that is not running: it has nothing to measure. "

@@ -1,6 +1,9 @@
 """One run of a monitor: its thread, its samples, its phases."""
 
+import os
 import threading
+import weakref
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
@@ -26,14 +29,18 @@ class Run:
         self._scope = PeakScope(ledger)
         self._phases: dict[str, _Total] = {}
         self._open_phases: list[Phase] = []
-        self._of_thread = threading.local()
-        # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything. Two of
-        # them: a driver call that hangs while sampling must not stop a training that opens a phase.
-        self._sample_lock, self._phase_lock = threading.RLock(), threading.RLock()
+        self.renew_locks()
+        _runs.add(self)
         self.hangs = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.start_s = 0.0
+
+    def renew_locks(self) -> None:
+        """Begin with locks that nobody holds."""
+        # Re-entrant: the garbage collector may close a dropped monitor's run in the midst of anything. Two of
+        # them: a driver call that hangs while sampling must not stop a training that opens a phase.
+        self._sample_lock, self._phase_lock = threading.RLock(), threading.RLock()
 
     def open(self, interval_s: float | None) -> None:
         """Begin to measure; sample in the background unless `interval_s` is None."""
@@ -97,17 +104,18 @@ class Run:
         with self._phase_lock:
             return {name: total.finished(name) for name, total in self._phases.items()}
 
-    def begin(self, phase: "Phase", name: str) -> tuple[str, list["Phase"]]:
-        """Note that a phase opens; return its full name and the phases that are open in this thread."""
-        outer: list[Phase] = self._of_thread.__dict__.setdefault("phases", [])
-        full = f"{outer[-1].name}/{name}" if outer else name
-        outer.append(phase)
+    def begin(self, phase: "Phase", name: str) -> str:
+        """Note that a phase opens, and return its full name."""
+        here = tuple(other for other in _open_here.get() if other.is_open)
+        outer = [other.name for other in here if other.is_of(self)]
+        full = f"{outer[-1]}/{name}" if outer else name
+        _open_here.set((*here, phase))
         with self._phase_lock:
             self._open_phases = [*self._open_phases, phase]
             # The table lists phases in the order in which they were first opened.
             if full not in self._phases:
                 self._phases[full] = _Total()
-        return full, outer
+        return full
 
     def finish(self, phase: "Phase", seconds: float) -> None:
         """Note that a phase closes, and add this time to the others of its name."""
@@ -124,6 +132,21 @@ class Run:
                 return
 
 
+# A phase is a part of those that are open where it opens: in its thread, or its task.
+_open_here: ContextVar[tuple["Phase", ...]] = ContextVar("phases", default=())
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # Another thread may have held a lock at the moment of the fork; in the child it would stay locked.
+    for run in _runs:
+        run.renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Phase:
     """A part of a run and its own exact peaks: so far while it is open, for good afterwards."""
 
@@ -132,10 +155,10 @@ class Phase:
         self._short_name, self._run = name, run
         self._scope = PeakScope(run.ledger)
         self._start_s = 0.0
-        self._of_thread: list[Phase] = []
+        self.is_open = False
 
     def __enter__(self) -> Self:
-        self.name, self._of_thread = self._run.begin(self, self._short_name)
+        self.name, self.is_open = self._run.begin(self, self._short_name), True
         self._scope = PeakScope(self._run.ledger)
         self._start_s = self._run.clock()
         self._scope.__enter__()
@@ -148,9 +171,15 @@ class Phase:
         traceback: TracebackType | None,
     ) -> None:
         self._scope.__exit__(kind, error, traceback)
-        # A generator with an open phase may be closed by another thread than the one that began it.
-        self._of_thread.remove(self)
+        # A generator with an open phase may be closed by another thread than the one that began it, which
+        # then finds the phase closed.
+        self.is_open = False
+        _open_here.set(tuple(other for other in _open_here.get() if other.is_open))
         self._run.finish(self, self._run.clock() - self._start_s)
+
+    def is_of(self, run: Run) -> bool:
+        """Say whether it is a part of this run."""
+        return self._run is run
 
     @property
     def peak_allocated_bytes(self) -> int | None:
