@@ -241,9 +241,9 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
             what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
             yield from compared_on(batches[: 32 if ratio < 16 else 20], step, SWEPT, n_samples, **what)
     for pin_memory, consumer in itertools.product((True, False), CONSUMERS):
-        loader = workers_loader(make_s=0.02, is_jittered=False, pin_memory=pin_memory)
+        loader = workers_loader(48, make_s=0.01, is_jittered=False, pin_memory=pin_memory)
         load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, 1))
-        for ratio in (0.25, 1, 4):
+        for ratio in (0.25, 1, 2, 4):
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
             what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
@@ -307,16 +307,18 @@ class Made(Dataset[torch.Tensor]):
 def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
     for pin_memory in (False, True):
-        loader = workers_loader(make_s=0.03, is_jittered=True, pin_memory=pin_memory)
+        loader = workers_loader(80, make_s=0.03, is_jittered=True, pin_memory=pin_memory)
         load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, n_samples))
         what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "load_ms": load_ms}
         yield from compared_with_workers(loader, products(8.0), n_samples, load_ms, **what)
 
 
-def workers_loader(*, make_s: float, is_jittered: bool, pin_memory: bool) -> DataLoader[torch.Tensor]:
+def workers_loader(
+    n_batches: int, *, make_s: float, is_jittered: bool, pin_memory: bool
+) -> DataLoader[torch.Tensor]:
     """Return a DataLoader whose eight workers take so long to make a batch of 9.6 MB."""
     return DataLoader(
-        Made(80, make_s, is_jittered=is_jittered),
+        Made(n_batches, make_s, is_jittered=is_jittered),
         batch_size=None,
         num_workers=8,
         persistent_workers=True,
@@ -331,7 +333,7 @@ def compared_with_workers(
     """Compare peers on a DataLoader with workers."""
     made = {name: functools.partial(fed, PEERS[name], loader) for name in SWEPT if name != "torchfast"}
     made["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader, "cuda"))
-    resident = [[torch.zeros(1, device="cuda")]] * 80
+    resident = [[torch.zeros(1, device="cuda")]] * len(loader)
     yield from compared(made, resident, step, n_samples, [copy_ms(64 * 3 * 224 * 224), load_ms], **what)
 
 
