@@ -1616,6 +1616,13 @@ def test_retry_with_an_unknown_split() -> None:
             ),
         ),
         (
+            {"model": nn.LazyLinear(2)},
+            (
+                "guard.retry was given a LazyLinear whose 'weight' has no shape yet, so there is nothing "
+                "that could be put back. Run a batch through it first."
+            ),
+        ),
+        (
             {"model": []},
             (
                 "guard.retry was given no module: model= is empty, so no gradient and no buffer would be "

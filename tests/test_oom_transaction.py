@@ -1,6 +1,7 @@
 """The parts of a transaction that need no fault to be shown: the probe of an optimizer's step, the copies."""
 
 import weakref
+from typing import cast
 
 import pytest
 import torch
@@ -126,3 +127,78 @@ def test_gradients_keep_their_identity() -> None:
     assert model.weight.grad is gradient
     assert gradient.tolist() == [[1, 1], [1, 1]]
     assert model.bias.grad is None
+
+
+def test_expanded_buffers_come_back() -> None:
+    """A buffer whose rows are all the same memory, into which nothing can be copied whole, comes back."""
+    module = nn.Module()
+    column = torch.arange(3.0)
+    module.register_buffer("places", column[:, None].expand(3, 4))
+    undo = Transaction(Subjects((module,), (), None, ()), copy=False)
+    for _ in range(2):
+        undo.begin()
+        column.add_(1)
+        undo.roll_back()
+    assert column.tolist() == [0, 1, 2]
+
+
+def test_sparse_gradients_come_back() -> None:
+    """Gradients of an embedding, while accumulating, have their values of before."""
+    module = nn.Embedding(10, 3, sparse=True)
+    module(torch.tensor([1, 2])).sum().backward()
+    gradient = module.weight.grad
+    assert gradient is not None
+    before = gradient.to_dense().clone()
+    undo = Transaction(Subjects((module,), (), None, ()), copy=False)
+    undo.begin()
+    module(torch.tensor([2, 3])).sum().backward()
+    undo.roll_back()
+    assert torch.equal(cast(torch.Tensor, module.weight.grad).to_dense(), before)
+
+
+def test_gradients_of_the_batch_come_back() -> None:
+    """A batch whose gradient is wanted, as for adversarial examples, does not get it twice."""
+    samples = torch.randn(4, 2, requires_grad=True)
+    model = nn.Linear(2, 1)
+    for attempt in oom_guard().retry(model=model).attempts({"x": samples}):
+        with attempt:
+            for part, weight in attempt:
+                (model(part["x"]).sum() * weight).backward()
+                if attempt.number == 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert torch.equal(cast(torch.Tensor, samples.grad), model.weight.detach().expand(4, 2))
+
+
+def test_groups_that_the_step_added_are_gone() -> None:
+    """A group of parameters that a failed step has given to the optimizer is not in it afterwards."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    undo = Transaction(Subjects((model,), (optimizer,), None, ()), copy=False)
+    undo.begin()
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    undo.roll_back()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_lists_in_the_state_come_back() -> None:
+    """L-BFGS keeps its history in lists that it appends to: with a copy, they come back as often as asked."""
+    model = nn.Linear(3, 1)
+    samples, targets = torch.randn(8, 3), torch.randn(8, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, history_size=2)
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(samples), targets)
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(loss)
+    undo = Transaction(Subjects((model,), (optimizer,), None, ()), copy=True)
+    undo.begin()
+    found = []
+    for _ in range(3):
+        optimizer.step(loss)
+        found.append(model.weight.detach().clone())
+        undo.roll_back()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -30,7 +30,12 @@ def batch_size(batch: object, /, *, dim: int = 0) -> int | None:
         >>> batch_size({"image": torch.zeros(8, 3, 4, 4), "label": torch.zeros(8), "mean": torch.zeros(3)})
         8
     """
-    found = (size_along(leaf, dim) for leaf in flatten(batch)[0])
+    return common_size(flatten(batch)[0], dim)
+
+
+def common_size(leaves: Sequence[Any], dim: int, /) -> int | None:
+    """Return the number of samples in a batch of these leaves."""
+    found = (size_along(leaf, dim) for leaf in leaves)
     sizes = Counter(size for size in found if size is not None)
     return sizes.most_common(1)[0][0] if sizes else None
 

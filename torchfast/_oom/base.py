@@ -5,7 +5,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
 
 import torch
@@ -196,8 +196,13 @@ class Guard:
 
     def _leave(self, error: BaseException | None) -> OutOfMemoryReport | None:
         """Let go, and return the report, if the block ran out of memory."""
-        bound = self._bound.pop()
+        bound = self._bound.pop() if len(self._bound) == 1 else self._bound_by(_frame(2))
         return None if error is None else self._explained(error, bound)
+
+    def _bound_by(self, frame: FrameType) -> frames.Bound:
+        """Return what was noted when this frame entered: tasks and generators leave in any order."""
+        places = [i for i, bound in enumerate(self._bound) if bound.frame_id == id(frame)]
+        return self._bound.pop(places[-1] if places else -1)
 
     def _explained(
         self, error: BaseException, bound: frames.Bound, size: int | None = None

@@ -12,6 +12,7 @@ from torchfast._device import resolve_device
 from torchfast._oom.base import Guard
 from torchfast._oom.report import OutOfMemoryError, error_of
 from torchfast._oom.telemetry import Monitor
+from torchfast._oom_errors import classify
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -187,14 +188,25 @@ class QuietOOMGuard(Guard):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> bool:
-        return self._leave(error) is not None
+        report = self._leave(error)
+        rest = _rest_of(error) if report is not None and isinstance(error, ExceptionGroup) else None
+        if rest is not None:
+            raise rest
+        return report is not None
 
     def __call__(self, function: Callable[P, R], /) -> Callable[P, R | None]:
         """Return the function with every call of it guarded: one that runs out of memory returns None."""
         return _decorate(self, function)
 
 
+def _rest_of(group: ExceptionGroup[Exception]) -> ExceptionGroup[Exception] | None:
+    """Return what of a group is not about memory."""
+    return group.split(lambda error: not isinstance(error, ExceptionGroup) and classify(error) is not None)[1]
+
+
 def _decorate(outer: OOMGuard | QuietOOMGuard, function: Callable[..., Any]) -> Callable[..., Any]:
+    if isinstance(function, (staticmethod, classmethod)):
+        return type(function)(_decorate(outer, function.__func__))
     if isinstance(function, type) or not callable(function):
         what = f"the class {function.__name__}" if isinstance(function, type) else repr(function)
         raise TypeError(

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from torchfast._modules import without_shape
+
 T = TypeVar("T")
 
 
@@ -27,6 +29,13 @@ def modules_of(model: nn.Module | Iterable[nn.Module], /) -> tuple[nn.Module, ..
             "guard.retry was given no module: model= is empty, so no gradient and no buffer would be put "
             "back before a step is tried again. Give what the step trains."
         )
+    for module in modules:
+        lazy = without_shape(module)
+        if lazy is not None:
+            raise ValueError(
+                f"guard.retry was given a {type(module).__name__} whose {lazy!r} has no shape yet, so there "
+                "is nothing that could be put back. Run a batch through it first."
+            )
     return modules
 
 

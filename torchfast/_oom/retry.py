@@ -19,6 +19,7 @@ from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, error_of
 from torchfast._oom.sizes import Sizes
 from torchfast._oom.thrash import Thrash
 from torchfast._oom.transaction import Transaction
+from torchfast._tree import flatten
 
 if TYPE_CHECKING:
     from torchfast._oom.base import Guard
@@ -101,11 +102,12 @@ class OOMRetry:
             self._transaction.end()
 
     def _attempts(self, batch: T) -> "Iterator[OOMAttempt[T]]":
-        n_samples = _batch.batch_size(batch, dim=self._guard._batch_dim) or 1
+        leaves = flatten(batch)[0]
+        n_samples = _batch.common_size(leaves, self._guard._batch_dim) or 1
         size = self._sizes.of(n_samples)
         may_repeat = not self._sizes.is_trial(size)  # a size on trial that fails was simply too large
         number = 1
-        if not self._begins(size):
+        if not self._begins(leaves, size):
             return
         while True:
             attempt = OOMAttempt(self, batch, n_samples, number, may_repeat=may_repeat)
@@ -122,11 +124,11 @@ class OOMRetry:
             may_repeat = False
             number += 1
 
-    def _begins(self, size: int) -> bool:
+    def _begins(self, leaves: Sequence[Any], size: int) -> bool:
         """Note where the step begins; False where a quiet guard gives up, as that takes memory too."""
         bound = frames.bound_in(sys._getframe())
         try:
-            self._transaction.begin()
+            self._transaction.begin(leaves)
         except Exception as error:
             report = self._explained(error, bound, size)
             self._ranks.begin()  # the others are in the step already

@@ -7,7 +7,7 @@ cheap to keep; the last need a copy, which is the user's to ask for.
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +57,8 @@ class Transaction:
         self._handles: list[Any] = []
         self._has_step_begun = False
 
-    def begin(self) -> None:
-        """Note the state that `roll_back` is to restore."""
+    def begin(self, inputs: Sequence[Any] = ()) -> None:
+        """Note the state that `roll_back` is to restore; tensors among the inputs may get gradients too."""
         self._has_step_begun = False
         for probe in self._probes:
             probe.seen = None
@@ -66,7 +66,8 @@ class Transaction:
         self._buffer_copies.take(self._buffers)
         self._random.note()
         self._scaler = _scaler_state(self._subjects.scaler)
-        gradients = map(_gradient_of, self._parameters)
+        self._with_gradients = [*self._parameters, *filter(_is_leaf, inputs)]
+        gradients = map(_gradient_of, self._with_gradients)
         self._gradients = [None if g is None else (g, g.clone()) for g in gradients]
         self._optimizers = [_optimizer_state(o, copy=self._copy) for o in self._subjects.optimizers]
         if self._copy:
@@ -108,7 +109,7 @@ class Transaction:
     @torch.no_grad()
     def roll_back(self) -> None:
         """Restore the state noted by `begin`."""
-        for parameter, before in zip(self._parameters, self._gradients, strict=True):
+        for parameter, before in zip(self._with_gradients, self._gradients, strict=True):
             parameter.grad = None if before is None else before[0].copy_(before[1])
         for (slots, name), buffer in zip(self._slots, self._buffers, strict=True):
             slots[name] = buffer
@@ -124,7 +125,7 @@ class Transaction:
 
     def end(self) -> None:
         """Let go of the gradients that the step began with; the other copies are for the next one."""
-        self._gradients = []
+        self._gradients, self._with_gradients = [], []
 
     def _before_step(self, probe: StepProbe, *_: Any) -> None:
         if not self._copy:
@@ -132,6 +133,10 @@ class Transaction:
         # Which of its changes a step has made by the time it fails cannot be told: fused optimizers, and any
         # under a dispatch mode, change parameters without counting up their versions.
         self._has_step_begun = True
+
+
+def _is_leaf(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.requires_grad and part.is_leaf
 
 
 class _Copies:
@@ -147,8 +152,9 @@ class _Copies:
         """Copy the tensors: into new memory the first time, and when they are others or of other shapes."""
         is_same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
         if not is_same or not self._renew():
-            self._tensors, self._copies = tensors, [tensor.clone() for tensor in tensors]
-            self._groups = _grouped(self._copies, tensors)
+            views = [_without_repeats(tensor) for tensor in tensors]
+            self._tensors, self._copies = tensors, [view.clone() for view in views]
+            self._groups = _grouped(self._copies, views)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -163,6 +169,13 @@ class _Copies:
         except RuntimeError:  # a tensor was resized in place
             return False
         return True
+
+
+def _without_repeats(tensor: torch.Tensor) -> torch.Tensor:
+    """Return each place in memory once: into an expanded tensor nothing can be written."""
+    if tensor.layout is not torch.strided or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
 
 
 def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
@@ -197,6 +210,7 @@ class _OptimizerState(NamedTuple):
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Restore settings, and, with a copy, which entries there are; values are restored apart."""
+        del optimizer.param_groups[len(self.groups) :]
         for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(settings)
         if self.entries is None:
@@ -206,16 +220,27 @@ class _OptimizerState(NamedTuple):
                 del optimizer.state[key]
         for key, before in self.entries.items():
             optimizer.state[key].clear()
-            optimizer.state[key].update(before)
+            optimizer.state[key].update(_apart(before, []))
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, *, copy: bool) -> _OptimizerState:
     groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
     if not copy:  # then there is no way back once a step has begun, and before it nothing is made
         return _OptimizerState(None, groups, [])
-    entries = {key: dict(state) for key, state in optimizer.state.items()}
-    tensors = [v for state in entries.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    entries = {key: _apart(state, tensors) for key, state in optimizer.state.items()}
     return _OptimizerState(entries, groups, tensors)
+
+
+def _apart(state: Any, tensors: list[torch.Tensor]) -> Any:
+    """Return the state in containers of its own, as L-BFGS appends to its lists; collect its tensors."""
+    if isinstance(state, torch.Tensor):
+        tensors.append(state)
+    elif isinstance(state, dict):
+        return {key: _apart(value, tensors) for key, value in state.items()}
+    elif type(state) in (list, tuple):
+        return type(state)(_apart(value, tensors) for value in state)
+    return state
 
 
 # --- the gradient scaler ---------------------------------------------------------------------------------
