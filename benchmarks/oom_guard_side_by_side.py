@@ -358,7 +358,7 @@ def rows() -> list[dict[str, Any]]:
     """Run each library in a process of its own, and compare it with itself."""
     found = []
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(4 if HAS_GPU else 2, mp_context=spawn, max_tasks_per_child=1) as pool:
         wanted = [(name, case) for case in ("too large", "once") for name in WAYS]
         endings = {
             (name, case, fault): pool.submit(ending, name, Case(case, has_fault=fault))

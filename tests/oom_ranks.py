@@ -213,6 +213,28 @@ def work_refused(rank: int) -> list[str]:
     return [str(joined.value), str(sparse.value)]
 
 
+def work_hooked(rank: int) -> tuple[str, int]:
+    """Make a retry of a model with a communication hook: return the warning, and how often it was called."""
+    n_calls = 0
+
+    def hook(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        nonlocal n_calls
+        n_calls += 1
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model = DistributedDataParallel(nn.Linear(6, 3))
+    model.register_comm_hook(None, hook)
+    with pytest.warns(UserWarning, match="hook") as warned:
+        retry = oom_guard().retry(model=model, timeout_s=20)
+    for attempt in retry.attempts(batch_of(0, rank)):
+        with attempt:
+            for (samples, labels), _ in attempt:
+                F.cross_entropy(model(samples), labels).backward()
+    return str(warned[0].message), n_calls
+
+
 def work_split(rank: int) -> tuple[int, int]:
     """Run out of memory for large parts on rank 1 only, and return the sizes that were tried last."""
     model = DistributedDataParallel(nn.Linear(6, 3))
@@ -300,4 +322,5 @@ WORK: dict[str, Callable[[int], Any]] = {
     "alone": work_alone,
     "warm_up": work_warm_up,
     "refused": work_refused,
+    "hooked": work_hooked,
 }

@@ -85,6 +85,15 @@ def test_what_cannot_be_averaged_is_refused(results: Results) -> None:
     assert [result["refused"] for result in results] == [[within_join, sparse]] * 2
 
 
+def test_communication_hook_is_said_not_to_be_called(results: Results) -> None:
+    """Whoever registered one is told that gradients are averaged without it."""
+    said = (
+        "guard.retry averages gradients by itself, as they are: the communication hook that was registered "
+        "with DistributedDataParallel is not called."
+    )
+    assert [result["hooked"] for result in results] == [(said, 0)] * 2
+
+
 def test_ranks_go_down_together(results: Results) -> None:
     """Where one rank needs smaller parts, both take them."""
     assert [result["split"] for result in results] == [(4, 2), (4, 2)]

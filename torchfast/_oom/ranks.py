@@ -7,6 +7,7 @@ with a timeout (NCCL needs device memory for itself), and only then reduce the g
 
 import datetime as dt
 import enum
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -239,6 +240,12 @@ def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
             "gradients of one. Wrap what is trained together in one module."
         )
     _refuse_sparse(everything)
+    if getattr(wrappers[0], "_comm_hooks", ()):
+        warnings.warn(
+            "guard.retry averages gradients by itself, as they are: the communication hook that was "
+            "registered with DistributedDataParallel is not called.",
+            stacklevel=3,
+        )
     return DDPRanks(wrappers[0], timeout_s)
 
 
