@@ -217,7 +217,7 @@ def work_hooked(rank: int) -> tuple[str, int]:
     """Make a retry of a model with a communication hook: return the warning, and how often it was called."""
     n_calls = 0
 
-    def hook(_: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
         nonlocal n_calls
         n_calls += 1
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
