@@ -1,5 +1,6 @@
 """What a training step cannot be made of, refused before anything is put on paper."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -68,7 +69,13 @@ _ONE_GPU = (
 
 
 def check_batch(batch: Any, /) -> None:
-    """Refuse tensors that hold something else than one block of numbers."""
+    """Refuse what yields batches and is none, and tensors that are something else than one block."""
+    is_container = isinstance(batch, (Mapping, Sequence)) or hasattr(batch, "__array__")
+    if isinstance(batch, Iterable) and not is_container and not _tree.flatten(batch)[0]:
+        raise TypeError(
+            f"estimate_vram takes one batch, but was given {what(batch)}, which yields them. "
+            "Give one of its batches, such as next(iter(loader)): only shapes and types count."
+        )
     for tensor in _tree.tensors(batch):
         _check_tensor(tensor, "the batch")
 

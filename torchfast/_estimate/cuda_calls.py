@@ -131,7 +131,7 @@ def cuda_calls(total_bytes: int) -> list[StandIn]:
     put(torch.cuda, _nothing, "seed", "seed_all")
     put(torch, PaperGenerator, "Generator")
     for name, dtype in _LEGACY.items():
-        put(torch.cuda, _legacy(dtype), name)
+        put(torch.cuda, _legacy(name, dtype), name)
     return places
 
 
@@ -169,7 +169,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     """Do nothing, as there is no GPU that it could be done to."""
 
 
-def _legacy(dtype: torch.dtype) -> type:
+def _legacy(name: str, dtype: torch.dtype) -> type:
     """Return what `torch.cuda.FloatTensor` and its like do: make a tensor of a size, or of data."""
 
     def make(_: type, *args: Any) -> torch.Tensor:
@@ -177,4 +177,4 @@ def _legacy(dtype: torch.dtype) -> type:
             return torch.empty(*args, dtype=dtype, device="cuda")
         return torch.tensor(args[0], dtype=dtype, device="cuda")
 
-    return type("PaperTensorType", (), {"__new__": make, "dtype": dtype, "is_cuda": True})
+    return type(name, (), {"__new__": make, "__module__": "torch.cuda", "dtype": dtype, "is_cuda": True})

@@ -14,23 +14,33 @@ _READ_BACK = "numbers that the step reads back from the GPU were taken to be 0 (
 _HOLDS = "checks that all of something holds (all, equal, allclose, isfinite) were taken to hold"
 _LEFT = "a loop that waits for a number of the GPU's was taken to end after 10,000 rounds"
 _PATIENCE = 10_000
+_TRUE = torch.ones((), dtype=torch.bool)  # by its identity, the answer that was assumed
 
 
 def item(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer `.item()` and `bool()`: with what is known, else with what stops nothing."""
     known = values_of(args[0])
-    if known is not None:
+    if known is not None and known is not _TRUE:
         return func(known, **kwargs)
-    dtype = args[0].dtype
-    recorder.assumptions[_READ_BACK] = None
     n_times = _times_asked(recorder)
     if n_times > _PATIENCE:
         recorder.assumptions[_LEFT] = None
-        extreme = math.inf if n_times % 2 else -math.inf
-        return extreme if dtype.is_floating_point else dtype == torch.bool or n_times % 2
-    if dtype == torch.bool:
+        return _unlike(args[0].dtype, n_times, was=known is _TRUE)
+    if known is _TRUE:
+        return True
+    recorder.assumptions[_READ_BACK] = None
+    if args[0].dtype == torch.bool:
         return False
-    return 0.0 if dtype.is_floating_point else 1
+    return 0.0 if args[0].dtype.is_floating_point else 1
+
+
+def _unlike(dtype: torch.dtype, n_times: int, *, was: bool) -> Any:
+    """Return another answer than all the times before: numbers become very large and very small in turn."""
+    if dtype == torch.bool:
+        return not was
+    if dtype.is_floating_point:
+        return math.inf if n_times % 2 else -math.inf
+    return 0
 
 
 def _times_asked(recorder: Recorder) -> int:
@@ -75,5 +85,5 @@ def _is_infinity(other: Any) -> bool:
 def _taken_to_hold(recorder: Recorder, outputs: Any, asked_of: torch.Tensor) -> Any:
     if outputs.dim() == 0 and values_of(asked_of) is None:
         recorder.assumptions[_HOLDS] = None
-        outputs.values = torch.ones((), dtype=torch.bool)
+        outputs.values = _TRUE
     return outputs
