@@ -270,13 +270,13 @@ def test_an_interrupt_of_a_close_leaves_nothing_either(monkeypatch: pytest.Monke
 
     epoch, transport, feed = open_feed(source())
     next(epoch)
-    wait = feed._thread.join
-    monkeypatch.setattr(feed._thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        epoch.close()
+    with monkeypatch.context() as now:
+        now.setattr(feed._work.left, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            epoch.close()
     n_fences = transport.n_fences
     may_go_on.set()
-    wait()
+    feed._thread.join()
     assert n_fences == 1
     assert transport.n_fences == 2
     with pytest.raises(RuntimeError, match="was closed"):

@@ -1,7 +1,11 @@
 """A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
 
 import gc
+import os
+import signal
 import weakref
+from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -57,6 +61,48 @@ def test_errors_of_workers_come_in_their_place() -> None:
     with pytest.raises(LookupError, match="sample 7 is broken"):
         next(batches)
     assert [batch.tolist() for batch in batches] == [[8, 9]]
+
+
+class Deadly(Dataset[int]):
+    """Its worker dies at one index."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> int:
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
+    """A worker that is killed ends the pass with PyTorch's own error, and no thread stays behind."""
+    loader = threaded(DataLoader(Deadly(), num_workers=2, persistent_workers=is_persistent))
+    batches = iter(loader)
+    # Which error depends on what the worker was doing, and PyTorch's signal handler raises it anywhere.
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)):
+        deque(batches, maxlen=0)
+    with suppress(RuntimeError):
+        loader.close()
+    assert copying_threads() == 0
+
+
+def test_a_dead_worker_that_interrupts_a_close_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch tells of a dead worker by an error in the loop's thread: one in a close comes after its end."""
+    epoch, _, feed = open_feed(range(9))
+    next(epoch)
+    errors, wait = [RuntimeError("DataLoader worker is killed")] * 2, feed._work.left.wait
+
+    def interrupted(timeout_s: float | None = None) -> None:
+        if errors:
+            raise errors.pop()
+        wait(timeout_s)
+
+    monkeypatch.setattr(feed._work.left, "wait", interrupted)
+    with pytest.raises(RuntimeError, match="is killed"):
+        epoch.close()
+    assert copying_threads() == 0
 
 
 def test_an_error_of_a_worker_keeps_nothing_alive() -> None:

@@ -161,17 +161,32 @@ class ThreadedFeed:
         self._work.stopped = True
         self._work.permits.put(Stop)
         try:
-            # The collector may run this in the very thread that it ends, which cannot wait for itself.
-            if self._thread.ident is not None and self._thread is not threading.current_thread():
-                self._thread.join(epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None)
+            self._wait_for_thread()
         finally:
-            # An interrupt, or PyTorch's signal for a dead worker, ends the waiting; the thread ends later.
+            # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
             self._work.ready.clear()
             _drain(self._work.permits)
             self._work.permits.put(Stop)
             # For a take() that another thread is waiting in.
             self._work.arrive(Arrival(error=epoch.closed_error()))
+
+    def _wait_for_thread(self) -> None:
+        # The collector may run this in the very thread that it ends, which cannot wait for itself.
+        if self._thread.ident is None or self._thread is threading.current_thread():
+            return
+        patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None
+        told: list[RuntimeError] = []
+        while True:
+            try:
+                # Not join: before Python 3.13 one that is interrupted takes the thread for ended.
+                self._work.left.wait(patience_s)
+                self._thread.join(patience_s)
+                break
+            except RuntimeError as error:
+                told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts
+        if told:
+            raise told.pop()
 
 
 def _drain(queue: SimpleQueue[Any]) -> list[Any]:

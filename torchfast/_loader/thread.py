@@ -65,6 +65,7 @@ class Work:
         self._has_arrived = threading.Event()
         self.permits: SimpleQueue[Any] = SimpleQueue()
         self.entered = threading.Event()
+        self.left = threading.Event()
         self.stopped = False
         self.modes = Modes()
 
@@ -80,11 +81,14 @@ class Work:
             self.arrive(Arrival(error=error))
             self.arrive(Arrival(is_end=True))
         finally:
-            if self.stopped:
-                # By the collector, in this very thread: what was sent since has nobody to wait for it.
-                self.transport.fence()
             self.entered.set()
-            del self.source
+            try:
+                if self.stopped:
+                    # By the collector, in this very thread: what was sent since has nobody to wait for it.
+                    self.transport.fence()
+                del self.source
+            finally:
+                self.left.set()
 
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""
