@@ -1,11 +1,11 @@
-"""Measure oom_guard: what it recognises, what a fault leaves behind, and what it costs while nothing fails.
+"""Measure oom_guard: what it recognises, and what a fault leaves behind.
 
-PYTHONPATH=. python benchmarks/oom_guard.py [recognition] [faults] [side_by_side] [overhead]
+PYTHONPATH=. python benchmarks/oom_guard.py [recognition] [faults] [side_by_side]
 
 `recognition` runs 28 texts of out-of-memory errors, and texts that only look like one, through the detectors
 of the peers that are installed (pip install accelerate pytorch-lightning stormlog toma torch-max-mem
 torchtnt). `faults` injects an error at every operator of a step, one at a time, and compares bit for bit
-with a run without. `overhead` needs a GPU.
+with a run without. What it costs is measured by `oom_guard_overhead.py`.
 """
 
 import builtins
@@ -16,8 +16,7 @@ import json
 import multiprocessing
 import operator
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -312,110 +311,10 @@ def _beside(name: str, train: Callable[[], Run], roomy: Run) -> dict[str, Any]:
     return row
 
 
-# --- overhead ---------------------------------------------------------------------------------------------
-
-
-class Training:
-    """A ResNet-50 in training, and the ways to take a step of it."""
-
-    def __init__(self) -> None:
-        import timm
-
-        torch.manual_seed(0)
-        self.model: torch.nn.Module = (
-            timm.create_model("resnet50").cuda().to(memory_format=torch.channels_last)
-        )
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        images = torch.randn(16, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
-        self.batch = (images, torch.arange(16, device="cuda"))
-
-    def step(self, parts: Iterable[Any]) -> None:
-        """Take one step with these parts of the batch."""
-        for (part, labels), weight in parts:
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = F.cross_entropy(self.model(part), labels)
-            (loss * weight).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def bare(self) -> None:
-        """Step without any guard."""
-        self.step([(self.batch, 1.0)])
-
-    def guarded(self) -> None:
-        """Step in a block."""
-        with oom_guard():
-            self.bare()
-
-    def in_steps(self) -> None:
-        """Step in the guard's steps, which measure its peak."""
-        for _ in oom_guard().steps([self.batch]):
-            self.bare()
-
-    def retried(self, *, copy: bool) -> Callable[[], None]:
-        """Return a step under a retry."""
-        retry = oom_guard().retry(model=self.model, optimizer=self.optimizer, copy=copy)
-
-        def run() -> None:
-            for attempt in retry.attempts(self.batch):
-                with attempt:
-                    self.step(attempt)
-
-        return run
-
-    def copy_bytes(self) -> int:
-        """Return what a copy of parameters and optimizer state takes."""
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if t is not None]
-        return sum(t.nbytes for t in [*self.model.parameters(), *moments])
-
-
-def overhead() -> list[dict[str, Any]]:
-    """Time a ResNet-50 step bare, in the guard's steps, and under a retry without and with a copy."""
-    training = Training()
-    ways: dict[str, Callable[[], None]] = {
-        "bare": training.bare,
-        "with oom_guard()": training.guarded,
-        "guard.steps": training.in_steps,
-        "retry": training.retried(copy=False),
-        "retry, copy=True": training.retried(copy=True),
-    }
-    samples_ms: dict[str, list[float]] = {way: [] for way in ways}
-    for run in ways.values():
-        record.times_ms(run, n_samples=1, n_steps=10, n_warmup=5)
-    for _ in range(15):  # in turn, so that a drift of the clocks hits all alike
-        for way, run in ways.items():
-            samples_ms[way] += record.times_ms(run, n_samples=1, n_steps=10, n_warmup=0)
-    rows: list[dict[str, Any]] = []
-    for way, samples in samples_ms.items():
-        ratio = record.median(samples) / record.median(samples_ms["bare"])
-        rows.append(
-            {"way": way, "median_ms": record.median(samples), "ratio": round(ratio, 4), "samples_ms": samples}
-        )
-        print(f"{way:20} {record.median(samples):8.3f} ms  x {ratio:.4f}")
-    return [*rows, {"way": "copy", "copy_bytes": training.copy_bytes()}, entering()]
-
-
-def entering() -> dict[str, Any]:
-    """Time `with oom_guard():` by itself, in a function with a dozen variables."""
-    tensors = [torch.zeros(1) for _ in range(6)]
-    a, b, c, d, e, f = tensors  # the guard notes what the names of this function are bound to
-    n_times, samples_us = 20_000, []
-    for _ in range(7):
-        start_s = time.perf_counter()
-        for _ in range(n_times):
-            with oom_guard():
-                pass
-        samples_us.append((time.perf_counter() - start_s) / n_times * 1e6)
-    del a, b, c, d, e, f
-    print(f"with oom_guard(): {record.median(samples_us)} µs")
-    return {"way": "entering", "median_us": record.median(samples_us), "samples_us": samples_us}
-
-
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "recognition": recognition,
     "faults": faults,
     "side_by_side": side_by_side,
-    "overhead": overhead,
 }
 PROTOCOLS = {
     "recognition": "Each detector's own answer to each text.",
@@ -424,17 +323,12 @@ PROTOCOLS = {
         "afterwards compared bit for bit; parts in float64, within 1e-7."
     ),
     "side_by_side": "Eight batches of 64 on a pretended device that takes 16 samples at once; AdamW.",
-    "overhead": (
-        "ResNet-50, batch 16, bfloat16 autocast, channels_last, SGD with momentum; 15 samples of 10 "
-        "steps of each way in turn."
-    ),
 }
 
 
 def main() -> None:
-    """Run the parts that were asked for, or all that this machine can run, and write the result file."""
-    asked = sys.argv[1:] or [part for part in PARTS if part != "overhead" or torch.cuda.is_available()]
-    for part in asked:
+    """Run the parts that were asked for, or all, and write the result files."""
+    for part in sys.argv[1:] or PARTS:
         print(record.write(f"oom_guard_{part}", PROTOCOLS[part], PARTS[part]()))
 
 
