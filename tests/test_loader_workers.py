@@ -94,10 +94,10 @@ def test_a_dead_worker_that_interrupts_a_close_does_not_end_it(monkeypatch: pyte
     next(epoch)
     errors, wait = [RuntimeError("DataLoader worker is killed")] * 2, feed._work.left.wait
 
-    def interrupted(timeout_s: float | None = None) -> None:
+    def interrupted(timeout_s: float | None = None) -> bool:
         if errors:
             raise errors.pop()
-        wait(timeout_s)
+        return wait(timeout_s)
 
     monkeypatch.setattr(feed._work.left, "wait", interrupted)
     with pytest.raises(RuntimeError, match="is killed"):

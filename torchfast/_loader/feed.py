@@ -180,8 +180,8 @@ class ThreadedFeed:
         while True:
             try:
                 # Not join: before Python 3.13 one that is interrupted takes the thread for ended.
-                self._work.left.wait(patience_s)
-                self._thread.join(patience_s)
+                if self._work.left.wait(patience_s):
+                    self._thread.join()
                 break
             except RuntimeError as error:
                 told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts
