@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torchfast import inject_oom, oom_guard
 
 PROTOCOL = (
-    "ResNet-50, batch 16, bfloat16 autocast, channels_last, SGD with momentum. Entering: medians of 50 rounds "
+    "ResNet-50, batch 16, bfloat16 autocast, channels_last, SGD with momentum. Entering: medians of 50 runs "
     "of 1,000 blocks back to back, in a function of ten variables, and of 100 blocks around a step each. "
     "Steps: bare and guarded by turns in random order, the GPU drained after each; the ratio is the median "
     "over pairs, with the interval of 95 % by bootstrap. On the host: the time inside the retry's own calls "
