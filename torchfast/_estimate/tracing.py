@@ -1,9 +1,6 @@
 """Runs a training step without memory and without a GPU, and yields its stream of allocations and frees."""
 
 import copy
-import gc
-import random
-import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -22,6 +19,7 @@ from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.paper import CUDA, PaperTensor, recorded_elsewhere
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
+from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
 from torchfast._estimate.where import Whereabouts
 from torchfast._modules import unwrapped
 
@@ -31,9 +29,9 @@ def trace(plan: Plan, gpu: GPU) -> Trace:
     recorder = Recorder(gpu, cuda_behaviour.rule_for)
     with ExitStack() as scope:
         scope.enter_context(_running())
-        scope.enter_context(_quiet_collector())
-        scope.enter_context(_random_state_kept())
-        scope.enter_context(_modes_kept())
+        scope.enter_context(collector_kept_quiet())
+        scope.enter_context(random_state_kept())
+        scope.enter_context(flags_kept())
         scope.enter_context(imagined_gpu(gpu))
         tracer = _Tracer(plan, recorder)
         tracer.run()
@@ -252,33 +250,6 @@ def _told(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the random state of PyTorch's CPU generator, Python and NumPy back afterwards."""
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def _modes_kept() -> Iterator[None]:
-    """Record gradients, as a training loop does, wherever the call is made; put back what a step changes."""
-    dtype, autocast = torch.get_default_dtype(), torch.is_autocast_enabled("cuda")
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_autocast_enabled("cuda", autocast)
-
-
 _turn = threading.RLock()
 
 
@@ -302,15 +273,3 @@ def _running() -> Iterator[None]:
             yield
         finally:
             _Tracer.is_running = False
-
-
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keep Python's collector of cycles from freeing tensors at moments of its own choosing."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

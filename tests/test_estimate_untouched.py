@@ -1,0 +1,136 @@
+"""Whatever happens within an estimate, model, optimizer, random state and flags come out as they went in."""
+
+import contextlib
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from torchfast import estimate_vram
+
+
+class FailedError(Exception):
+    """What a step ends with."""
+
+
+class FailsAfter(TorchFunctionMode):
+    """Fails at the n-th call of a function on tensors, if there are that many."""
+
+    def __init__(self, n_calls: int) -> None:
+        super().__init__()
+        self.n_left = n_calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function, or fail."""
+        self.n_left -= 1
+        if self.n_left == 0:
+            raise FailedError
+        return func(*args, **(kwargs or {}))
+
+
+def a_model() -> nn.Module:
+    """Return a model of every kind of thing that a module holds."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+    model.append(nn.utils.parametrizations.weight_norm(nn.Linear(4 * 36, 8)))
+    model.append(nn.Linear(8, 8))
+    model[-1].weight.requires_grad_(False)
+    return model.eval()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Return all that must not change: which objects there are, and the numbers in them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for values in optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
+    return (
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(id(t), type(t), t._version, t.tolist(), t.requires_grad, id(t.grad)) for t in tensors],
+        [[(k, id(v)) for k, v in vars(module).items()] for module in model.modules()],
+        [
+            [(key, repr(value)) for key, value in group.items() if key != "params"]
+            + [id(parameter) for parameter in group["params"]]
+            for group in optimizer.param_groups
+        ],
+        (id(optimizer.param_groups), id(optimizer.state), [id(key) for key in optimizer.state]),
+    )
+
+
+def state_of_the_process() -> Any:
+    """Return the random state and the flags that training code sets."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch.random.get_rng_state().tolist(),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_anomaly_enabled(),
+        torch.get_deterministic_debug_mode(),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_cache_enabled(),
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+        torch.cuda.is_available,
+        torch.cuda.Stream,
+        torch.Generator,
+        torch.compile,
+        nn.parallel.DistributedDataParallel.forward,
+        len(torch.overrides._get_current_function_mode_stack()),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(n_calls=st.integers(0, 300), has_run=st.booleans(), half=st.booleans())
+def test_a_step_that_fails_anywhere_leaves_no_trace(n_calls: int, *, has_run: bool, half: bool) -> None:
+    """Cut off at any operation, or not at all, an estimate changes nothing that was there before it."""
+    model, images, wanted = a_model(), torch.randn(2, 3, 8, 8), torch.randn(2, 8)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    if has_run:
+        model(images).sum().backward()
+        optimizer.step()
+
+    def step(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+        with FailsAfter(n_calls):
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                loss = nn.functional.mse_loss(model(batch[0]), batch[1])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    before, process = state_of(model, optimizer), state_of_the_process()
+    with contextlib.suppress(ValueError):
+        estimate_vram(model, (images, wanted), step=step, optimizer=optimizer, gpu="T4", n_steps=2)
+    assert state_of(model, optimizer) == before
+    assert state_of_the_process() == process
+
+
+@pytest.mark.parametrize("error", [None, FailedError, KeyboardInterrupt, SystemExit])
+def test_flags_that_a_step_sets_are_taken_back(error: type[BaseException] | None) -> None:
+    """What a step sets of PyTorch's flags is as before afterwards, however the step ends."""
+    model, batch = nn.Linear(4, 4), torch.randn(2, 4)
+
+    def step(batch: torch.Tensor) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(mode=True)
+        torch.autograd.set_detect_anomaly(mode=True)
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_grad_enabled(False)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.manual_seed(3)
+        random.seed(3)
+        model(batch)
+        if error is not None:
+            raise error
+
+    before = state_of_the_process()
+    with contextlib.suppress(ValueError, KeyboardInterrupt, SystemExit):
+        estimate_vram(model, batch, step=step, gpu="T4", n_steps=1)
+    assert state_of_the_process() == before
