@@ -217,11 +217,14 @@ class OOMRetry:
         self._has_warned = True
         whole = layers.whole_batch_layers(self._modules)
         drawing = layers.random_layers(self._modules)
+        changing = layers.changing_layers(self._modules)
         differs = []
         if whole:
             differs.append(f"{layers.named(whole)} sees {size} samples at a time instead of all")
         if drawing:
             differs.append(f"{layers.named(drawing)} draws other random numbers than for the whole batch")
+        if changing:
+            differs.append(f"{layers.named(changing)} is refined once for each part")
         if differs:
             warnings.warn(
                 f"oom_guard works in parts of at most {size} samples, and the gradient is not exactly "
