@@ -37,7 +37,9 @@ from torchfast._device import resolve_device
 from torchfast._estimate import calibrate
 from torchfast._estimate.gpus import GPU_NAMES, resolve_gpu
 from torchfast._estimate.settings import AllocatorSettings
+from torchfast._loader import normalize
 from torchfast._loader.late import copied
+from torchfast._oom.ranks import Outcome
 from torchfast._oom.thrash import Thrash
 from torchfast._tree import flatten
 from torchfast.integrations._repeat import repeating
@@ -550,6 +552,24 @@ def test_loader_inside_a_graph_capture() -> None:
         "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would read "
         "that batch's memory at each replay. Take batches outside, into the tensors that the graph reads: "
         "DeviceLoader(..., into=static_batch)."
+    )
+
+
+def test_loader_normalisation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton cannot build its kernel, images are normalised all the same, and it is said why slower."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
+    monkeypatch.setattr(normalize, "_failed", [])
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    with pytest.warns(RuntimeWarning, match="Triton") as warned:
+        assert not normalize._in_one_kernel(images, torch.empty(1, 3, 2, 2), torch.empty(3, 256))
+    assert str(warned[0].message) == (
+        "Triton could not build the kernel that normalises images (Failed to find C compiler.). They are "
+        "normalised by several kernels instead: the same values, more slowly. Installing a C compiler "
+        "usually helps."
     )
 
 
@@ -1717,6 +1737,149 @@ def test_retry_of_a_sharded_model() -> None:
         "rank that ran "
         "out of memory would leave the others waiting for ever. Use oom_guard without retry: it "
         "explains the error and names a batch size to restart with."
+    )
+
+
+def ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """Return the model as it is trained on several ranks."""
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: nn.Sequential(ddp(nn.Linear(2, 2)), nn.SyncBatchNorm(2)),
+            (
+                "guard.retry cannot be used with SyncBatchNorm: its forward pass waits for all ranks, and one "
+                "that ran out of memory would leave the others waiting for ever. Use BatchNorm or GroupNorm, or "
+                "oom_guard without retry."
+            ),
+        ),
+        (
+            lambda: [ddp(nn.Linear(2, 2)), ddp(nn.Linear(2, 2))],
+            (
+                "guard.retry was given 2 DistributedDataParallel models; it reduces the gradients of one. Wrap "
+                "what is trained together in one module."
+            ),
+        ),
+        (
+            lambda: ddp(nn.Embedding(3, 2, sparse=True)),
+            (
+                "guard.retry cannot average the sparse gradients of Embedding(sparse=True) over the ranks. Use "
+                "sparse=False, or oom_guard without retry."
+            ),
+        ),
+    ],
+)
+def test_retry_over_ranks_that_cannot_be(make: Callable[[], Any], text: str) -> None:
+    """What ranks cannot do together is refused when the retry is made."""
+    with pytest.raises(ValueError, match="retry") as error:
+        oom_guard().retry(model=make())
+    assert text_of(error) == text
+
+
+@pytest.mark.usefixtures("one_process")
+def test_retry_with_a_communication_hook() -> None:
+    """A hook that averages gradients in its own way is not called, which is said."""
+    model = ddp(nn.Linear(2, 2))
+
+    def average(_state: object, bucket: dist.GradBucket) -> Any:
+        return bucket
+
+    model.register_comm_hook(None, average)
+    with pytest.warns(UserWarning, match="hook") as warned:
+        oom_guard().retry(model=model)
+    assert [str(warning.message) for warning in warned] == [
+        (
+            "guard.retry averages gradients by itself, as they are: the communication hook that was registered "
+            "with DistributedDataParallel is not called."
+        )
+    ]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_attempt_that_averaged_no_gradients() -> None:
+    """On several ranks, an attempt whose loop was left early has averaged nothing."""
+    step = oom_guard().retry(model=ddp(nn.Linear(2, 2)))(lambda attempt: next(iter(attempt)))
+    with pytest.raises(RuntimeError, match="averaged") as error:
+        step(torch.zeros(2, 2))
+    assert text_of(error) == (
+        "an attempt ended before the loop over its parts did, so the gradients were never averaged over the "
+        "ranks. Loop over the attempt to its end before optimizer.step()."
+    )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that does not vote in time is missed by the others, who say what that may mean."""
+
+    def time_out(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Timed out waiting 5000ms for recv operation to complete")
+
+    step = oom_guard().retry(model=ddp(nn.Linear(2, 2)), timeout_s=5)(list)
+    monkeypatch.setattr(dist, "all_reduce", time_out)
+    with pytest.raises(RuntimeError, match="could not agree") as error:
+        step(torch.zeros(2, 2))
+    assert text_of(error) == (
+        "the ranks could not agree on a step within 5 s: a rank has ended, or does not take part in this "
+        "attempt. Every rank must go through retry.attempts(...) the same number of times; a longer "
+        "timeout_s= helps where ranks are merely slow."
+    )
+
+
+@pytest.mark.usefixtures("one_process")
+def test_retry_within_join() -> None:
+    """Join asks the other ranks in the forward pass, where none must be waited for."""
+    model = ddp(nn.Linear(2, 2))
+    step = oom_guard().retry(model=model)(list)
+    with pytest.raises(RuntimeError, match="Join") as error, model.join():
+        step(torch.zeros(2, 2))
+    assert text_of(error) == (
+        "guard.retry cannot be used within Join: its forward pass asks the other ranks whether they go on, "
+        "and one that ran out of memory would leave them waiting. Give all ranks as many batches."
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "text"),
+    [
+        (
+            Outcome.ERROR,
+            (
+                "another rank failed in this step with an error that is not about memory: see its output. This "
+                "rank stops here, as it would wait for the other for ever."
+            ),
+        ),
+        (
+            Outcome.GIVE_UP,
+            "another rank ran out of memory in this step and it could not be tried again: see its output.",
+        ),
+    ],
+)
+def test_what_became_of_another_rank(monkeypatch: pytest.MonkeyPatch, outcome: Outcome, text: str) -> None:
+    """A rank that got through is told why it cannot go on."""
+    retry = oom_guard().retry(model=nn.Linear(2, 2))
+    monkeypatch.setattr(retry._ranks, "agree", lambda *_, **__: (outcome, False))
+    with pytest.raises(RuntimeError, match="another rank") as error:
+        retry(list)(torch.zeros(2, 2))
+    assert text_of(error) == text
+
+
+class ZeroRedundancyOptimizer(torch.optim.SGD):
+    """Has the name by which a sharded optimizer is known."""
+
+
+def test_retry_with_a_sharded_optimizer() -> None:
+    """Where the optimizer's step is made of collectives, a retry is refused."""
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="its step waits") as error:
+        oom_guard().retry(model=model, optimizer=ZeroRedundancyOptimizer(model.parameters()))
+    assert text_of(error) == (
+        "guard.retry cannot be used with ZeroRedundancyOptimizer: its step waits for the other ranks, and one "
+        "that ran out of memory would leave them waiting for ever. Use another optimizer, or oom_guard without "
+        "retry."
     )
 
 
