@@ -135,6 +135,17 @@ def test_sharded_models_are_refused() -> None:
         model(torch.zeros(1, 2))
 
 
+class ZeroRedundancyOptimizer(torch.optim.SGD):
+    """Has the name by which a sharded optimizer is known."""
+
+
+def test_sharded_optimizers_are_refused() -> None:
+    """Where the optimizer's step is made of collectives, a retry is refused with the reason."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer: its step waits for the other ranks"):
+        oom_guard().retry(model=model, optimizer=ZeroRedundancyOptimizer(model.parameters()))
+
+
 @example([(5 * 2**20, True), (2 * 2**20, False), (2**20, True)])  # 20, 8 and 4 MiB
 @given(st.lists(st.tuples(st.integers(1, 8 * 2**20), st.booleans()), max_size=12))
 def test_reduction_has_room_whichever_parameters_have_gradients(parameters: list[tuple[int, bool]]) -> None:

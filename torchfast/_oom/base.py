@@ -119,8 +119,8 @@ class Guard:
         Raises:
             TypeError: an option of the wrong kind.
             ValueError: no model, an unknown `split`, a `timeout_s` that is not positive; a model under FSDP
-                or tensor parallelism, or with SyncBatchNorm under DDP, whose collectives a failed rank
-                would block.
+                or tensor parallelism, or with SyncBatchNorm under DDP, or an optimizer that is sharded, whose
+                collectives a failed rank would block.
 
         What it does not do: undo what the step does outside of these, such as a metric that it updates.
         """
@@ -139,7 +139,7 @@ class Guard:
             split=split,
             tokens=tokens,
             grow_after=max(grow_after, 1),
-            ranks=ranks_of(modules, timeout_s),
+            ranks=ranks_of(modules, subjects.optimizers, timeout_s),
         )
 
     def chunked(

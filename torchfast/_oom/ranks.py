@@ -220,11 +220,14 @@ def without_collectives(model: DistributedDataParallel) -> Iterator[None]:
                 model._static_graph_delay_allreduce_enqueued = is_enqueued
 
 
-def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
+def ranks_of(
+    modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], timeout_s: float
+) -> Ranks:
     """Return how the ranks of these modules agree, or refuse with the reason."""
     everything = [m for root in modules for m in root.modules()]
     wrappers = [m for m in everything if isinstance(m, DistributedDataParallel)]
     _refuse_sharded(everything)
+    _refuse_shared_steps(optimizers)
     if not wrappers:
         return Ranks()
     if any(isinstance(m, nn.SyncBatchNorm) for m in everything):
@@ -250,9 +253,10 @@ def ranks_of(modules: Sequence[nn.Module], timeout_s: float) -> Ranks:
 
 
 def _refuse_sharded(modules: Sequence[nn.Module]) -> None:
-    names = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    names = _names_of(modules)
     parameters = {type(p).__name__ for module in modules for p in module.parameters(recurse=False)}
-    found = sorted(names & {"FullyShardedDataParallel", "FSDPModule"}) + sorted(parameters & {"DTensor"})
+    wrappers = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine", "ShardedDataParallel"}
+    found = sorted(names & wrappers) + sorted(parameters & {"DTensor"})
     if found:
         raise ValueError(
             f"guard.retry cannot be used with {found[0]}: its forward pass is made of collectives, and a "
@@ -260,6 +264,20 @@ def _refuse_sharded(modules: Sequence[nn.Module]) -> None:
             "out of memory would leave the others waiting for ever. Use oom_guard without retry: it "
             "explains the error and names a batch size to restart with."
         )
+
+
+def _refuse_shared_steps(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    found = sorted(_names_of(optimizers) & {"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer"})
+    if found:
+        raise ValueError(
+            f"guard.retry cannot be used with {found[0]}: its step waits for the other ranks, and one that "
+            "ran out of memory would leave them waiting for ever. Use another optimizer, or oom_guard "
+            "without retry."
+        )
+
+
+def _names_of(things: Sequence[object]) -> set[str]:
+    return {kind.__name__ for thing in things for kind in type(thing).__mro__}
 
 
 def _refuse_sparse(modules: Sequence[nn.Module]) -> None:
