@@ -1784,7 +1784,7 @@ def test_retry_over_ranks_that_cannot_be(make: Callable[[], Any], text: str) -> 
 def test_retry_with_a_communication_hook() -> None:
     """A hook that averages gradients in its own way is not called, which is said."""
     model = ddp(nn.Linear(2, 2))
-    model._comm_hooks.append((None, None))  # what registering one leaves
+    model._comm_hooks.append((len, None))  # what registering one leaves
     with pytest.warns(UserWarning, match="hook") as warned:
         oom_guard().retry(model=model)
     assert [str(warning.message) for warning in warned] == [
