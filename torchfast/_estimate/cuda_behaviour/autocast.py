@@ -3,6 +3,7 @@
 The lists and the rules are those of aten/src/ATen/autocast_mode.{h,cpp} in torch 2.11.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,6 @@ LOWER = (
     "rnn_relu_cell",
     "_scaled_dot_product_flash_attention",
     "scaled_dot_product_attention",
-    "_cudnn_rnn",
 )
 
 FP32 = (
@@ -178,6 +178,7 @@ def cuda_autocast() -> Iterator[None]:
             operator = _overload(name)
             if operator is not None:
                 library.impl(operator, make(operator), _KEY)
+    library.impl("_cudnn_rnn", _recurrent, _KEY)
     torch.set_autocast_enabled = set_both  # type: ignore[assignment] # it has two signatures
     torch.clear_autocast_cache = clear_both
     try:
@@ -208,6 +209,34 @@ def _lower(operator: Any) -> Callable[..., Any]:
             return operator(*_cast_all(args, dtype), **_cast_dict(kwargs, dtype))
 
     return kernel
+
+
+def _recurrent(input: Any, weights: Any, n_weights: int, flat: Any, hx: Any, cx: Any, *rest: Any) -> Any:  # noqa: A002, PLR0913, PLR0917 - aten's own signature
+    """Run a recurrent network in float16, whatever autocast's type, its weights copied into one block.
+
+    AutocastRNN.cpp, torch 2.11. The block is made anew at each call; the casts of other weights are kept.
+    """
+    half = torch.float16
+    with _without_autocast():
+        if _eligible(weights[0]) and weights[0].dtype != half:
+            flat = torch.zeros(sum(weight.numel() for weight in weights), dtype=half, device="meta")
+            offsets = itertools.accumulate((weight.numel() for weight in weights), initial=0)
+            weights = [_Flattened.apply(w, flat, offset) for w, offset in zip(weights, offsets, strict=False)]
+        cx, hx, input = (None if t is None else _cast(t, half) for t in (cx, hx, input))  # noqa: A001
+        return torch.ops.aten._cudnn_rnn(input, weights, n_weights, flat, hx, cx, *rest)
+
+
+class _Flattened(torch.autograd.Function):
+    """A weight cast into its place in a block of all weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, flat: torch.Tensor, offset: int) -> torch.Tensor:
+        ctx.dtype = weight.dtype
+        return flat.as_strided(weight.shape, weight.stride(), offset)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0].to(ctx.dtype), None, None
 
 
 def _fp32(operator: Any) -> Callable[..., Any]:

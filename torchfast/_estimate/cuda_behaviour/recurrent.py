@@ -1,21 +1,24 @@
-"""Recurrent networks: cuDNN's kernels, its reserve that the backward pass needs, and its workspaces.
-
-The reserve is exact for 296 networks measured on an H200 (torch 2.11, cuDNN 9.19); the workspace is a fit to
-them, with a median error of 5 % (docs/decisions/0031-recurrent-workspaces.md).
-"""
+"""Recurrent networks: cuDNN's kernels, and the fused kernels of single cells."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from torchfast._bytes import MIB
 from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
+from torchfast._estimate.cuda_behaviour.recurrent_workspaces import (
+    GRU,
+    LSTM,
+    RELU,
+    TANH,
+    Network,
+    reserve_bytes,
+    workspace_bytes,
+)
 from torchfast._estimate.paper import META
 from torchfast._estimate.recorder import Recorder
 
 aten = torch.ops.aten
-_RELU, _TANH, _LSTM, _GRU = range(4)
 
 
 def _over_batches(mode: int) -> Callable[..., Any]:
@@ -23,12 +26,12 @@ def _over_batches(mode: int) -> Callable[..., Any]:
 
     def kernel(input: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], *rest: Any) -> Any:  # noqa: A002 - aten's own name
         has_biases, num_layers, dropout, train, bidirectional, batch_first = rest
-        states = hx if mode == _LSTM else (hx, None)
+        states = hx if mode == LSTM else (hx, None)
         outputs = _cudnn(
             input, states, params, mode, num_layers, dropout, train, bidirectional, batch_first, ()
         )
         del has_biases
-        return outputs[:3] if mode == _LSTM else outputs[:2]
+        return outputs[:3] if mode == LSTM else outputs[:2]
 
     return kernel
 
@@ -40,18 +43,18 @@ def _over_packed(mode: int) -> Callable[..., Any]:
         data: torch.Tensor, batch_sizes: torch.Tensor, hx: Any, params: Sequence[torch.Tensor], *rest: Any
     ) -> Any:
         has_biases, num_layers, dropout, train, bidirectional = rest
-        states = hx if mode == _LSTM else (hx, None)
+        states = hx if mode == LSTM else (hx, None)
         sizes = batch_sizes.tolist()
         outputs = _cudnn(data, states, params, mode, num_layers, dropout, train, bidirectional, False, sizes)
         del has_biases
-        return outputs[:3] if mode == _LSTM else outputs[:2]
+        return outputs[:3] if mode == LSTM else outputs[:2]
 
     return kernel
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
     f"{name}.{overload}": make(mode)
-    for name, mode in (("lstm", _LSTM), ("gru", _GRU), ("rnn_tanh", _TANH), ("rnn_relu", _RELU))
+    for name, mode in (("lstm", LSTM), ("gru", GRU), ("rnn_tanh", TANH), ("rnn_relu", RELU))
     for overload, make in (("input", _over_batches), ("data", _over_packed))
 }
 
@@ -69,7 +72,8 @@ def _cudnn(  # noqa: PLR0913, PLR0917 - what the operator takes
     batch_sizes: Sequence[int],
 ) -> Any:
     hx, cx = states
-    hidden = hx.shape[2]
+    hidden = hx.shape[2] if cx is None else cx.shape[2]
+    projection = hx.shape[2] if hx.shape[2] != hidden else 0
     n_weights = len(params) // (num_layers * (2 if bidirectional else 1))
     state = None
     if dropout and train:
@@ -83,7 +87,7 @@ def _cudnn(  # noqa: PLR0913, PLR0917 - what the operator takes
         cx,
         mode,
         hidden,
-        0,
+        projection,
         num_layers,
         batch_first,
         dropout,
@@ -111,15 +115,15 @@ def forward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
     tensor, params, _, _, hx, cx, _, _, _, _, batch_first, _, train, bidirectional, batch_sizes, _ = args
     directions = 2 if bidirectional else 1
     shape = (*tensor.shape[:-1], hx.shape[2] * directions)
-    # Autocast lays its casts of the weights out for cuDNN by itself.
-    is_flat = _is_flat(tensor.dtype) or torch.is_autocast_enabled("cuda")
-    flat = None if is_flat else recorder.new((_numel(params),), tensor.dtype)
+    network = _network(args)
+    flat = None if _is_flat(tensor.dtype) else recorder.new((_numel(params),), tensor.dtype)
     with recorder.scratch(*(copy_bytes(tensor.transpose(0, 1)) if batch_first and not batch_sizes else ())):
         output = _sequence(recorder, shape, tensor.dtype, batch_first=batch_first and not batch_sizes)
         hy = recorder.new(hx.shape, tensor.dtype)
-        cy = recorder.new(hx.shape, tensor.dtype) if cx is not None else recorder.new((0,), tensor.dtype)
-        with recorder.scratch(workspace_bytes(args)):
-            reserve = recorder.new((reserve_bytes(args) if train else 0,), torch.uint8)
+        cy = recorder.new((0,) if cx is None else cx.shape, tensor.dtype)
+        kept = reserve_bytes(network, has_dropout=args[11] > 0) if train else 0
+        with recorder.scratch(workspace_bytes(network)):
+            reserve = recorder.new((kept,), torch.uint8)
     if flat is None:
         flat = recorder.new((0,), tensor.dtype)
     return output, hy, cy, reserve, flat
@@ -131,14 +135,14 @@ def backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     tensor, params, _, _, hx, cx = args[:6]
     grad_out, batch_first, wanted = args[7], args[14], args[-1]
     forward_args = (tensor, params, None, None, hx, cx, *args[10:14], batch_first, *args[15:19], None)
-    workspace = workspace_bytes(forward_args)
+    workspace = workspace_bytes(_network(forward_args))
     first = batch_first and not args[18]
     copy = copy_bytes(tensor.transpose(0, 1)) if first else ()
     gradient = copy_bytes(grad_out.transpose(0, 1) if first else grad_out) if grad_out is not None else ()
     with recorder.scratch(*copy, *gradient):
         dx = _sequence(recorder, tuple(tensor.shape), tensor.dtype, batch_first=first)
         dhx = recorder.new(hx.shape, hx.dtype)
-        dcx = recorder.new(hx.shape, hx.dtype) if cx is not None else None
+        dcx = recorder.new(cx.shape, cx.dtype) if cx is not None else None
         with recorder.scratch(workspace):
             pass
     if not wanted[3]:
@@ -156,41 +160,28 @@ def backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return dx, dhx, dcx, pieces
 
 
-def reserve_bytes(args: tuple[Any, ...]) -> int:
-    """Return what the forward pass leaves for the backward pass."""
-    tensor, _, _, _, hx, _, mode, _, _, num_layers, batch_first, _, _, _, batch_sizes, _ = args
-    steps = _steps(tensor, hx, batch_first=batch_first, batch_sizes=batch_sizes)
-    width: int = hx.shape[0] // num_layers * hx.shape[2]  # of all directions
-    gates = {_LSTM: 5, _GRU: 6}.get(mode, 1)
-    size: int = tensor.dtype.itemsize
-    between: int = steps * width * (num_layers - 1)  # what one layer gives to the next
-    masks = between // 4 + 256 if args[11] and between else 0
-    own: int = steps * width * num_layers * gates
-    return (own + between) * size + masks
-
-
-def workspace_bytes(args: tuple[Any, ...]) -> int:
-    """Return what cuDNN takes while it runs."""
-    tensor, params, _, _, hx, _, mode, _, _, num_layers, batch_first, _, _, bidirectional, batch_sizes, _ = (
-        args
+def _network(args: tuple[Any, ...]) -> Network:
+    """Describe the network that `_cudnn_rnn` was called with."""
+    tensor, params, _, _, hx, _, mode, hidden, projection, layers, batch_first = args[:11]
+    batch_sizes = args[14]
+    steps, batch = tensor.shape[:2] if tensor.dim() == 3 else (tensor.shape[0], 1)
+    if batch_sizes:
+        steps, batch = len(batch_sizes), batch_sizes[0]
+    elif batch_first:
+        steps, batch = batch, steps
+    return Network(
+        mode=mode,
+        itemsize=tensor.dtype.itemsize,
+        batch=max(batch, 1),
+        steps=max(steps, 1),
+        n_in=tensor.shape[-1],
+        hidden=hidden,
+        projection=projection,
+        layers=layers,
+        directions=hx.shape[0] // layers,
+        n_weights=_numel(params),
+        n_rows=tensor.numel() // max(tensor.shape[-1], 1),
     )
-    steps = _steps(tensor, hx, batch_first=batch_first, batch_sizes=batch_sizes)
-    size = tensor.dtype.itemsize
-    width = hx.shape[0] // num_layers * hx.shape[2]
-    by_output, by_layers = _FIT.get(mode, _FIT[_TANH])
-    output = steps * width * size
-    fixed = 8.5 * MIB * num_layers * (2 if bidirectional else 1)
-    return int(fixed + by_output * output + by_layers * output * num_layers + _numel(params) * size)
-
-
-# Multiples of the output's bytes, and of the output's of all layers.
-_FIT = {_LSTM: (6.4, 0.3), _GRU: (6.0, 0.0), _TANH: (4.8, 0.5), _RELU: (4.8, 0.5)}
-
-
-def _steps(tensor: torch.Tensor, hx: torch.Tensor, *, batch_first: bool, batch_sizes: Sequence[int]) -> int:
-    """Return the number of samples of all time steps together."""
-    del batch_first
-    return tensor.shape[0] if batch_sizes else tensor.shape[0] * tensor.shape[1] if hx.dim() == 3 else 1
 
 
 def _numel(params: Sequence[torch.Tensor]) -> int:
