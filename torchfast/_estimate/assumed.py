@@ -52,6 +52,13 @@ def left_out(model: nn.Module) -> Iterator[str]:
             )
 
 
+def lbfgs_history(optimizer: torch.optim.LBFGS) -> str:
+    """Return what LBFGS may need beside what ran on paper, where no number ever changes."""
+    (group,) = optimizer.param_groups
+    n_bytes = 2 * group["history_size"] * sum(p.numel() * p.element_size() for p in group["params"])
+    return f"LBFGS keeps steps as numbers tell it to: its history takes up to another {format_bytes(n_bytes)}"
+
+
 def _buckets(wrapped: nn.parallel.DistributedDataParallel) -> str:
     if wrapped.gradient_as_bucket_view:
         return "gradients lie in its buckets,"

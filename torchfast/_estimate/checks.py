@@ -126,7 +126,15 @@ def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callabl
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any, *, has_step: bool) -> None:
-    if has_step or not isinstance(optimizer, torch.optim.Optimizer):
+    if has_step:
+        return
+    kind = getattr(optimizer, "func", optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS) or kind is torch.optim.LBFGS:
+        raise ValueError(
+            "optimizer= is LBFGS, which runs the model as often as its line search wants, by a closure. "
+            "Give the whole step as step=, a function that calls optimizer.step(closure), and the instance."
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
         return
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):

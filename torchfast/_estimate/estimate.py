@@ -1,5 +1,6 @@
 """How much GPU memory a training step will need: traced on paper, replayed through the caching allocator."""
 
+import types
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -209,11 +210,14 @@ class _Retrace:
     def __init__(self, plan: Plan, gpu: GPU) -> None:
         self._gpu = gpu
         self._held = {name: _weak(getattr(plan, name)) for name in ("model", "teacher", "optimizer")}
+        self._held["step"] = _weak_function(plan.step)
+        self._has_step = plan.step is not None
         self._plan = replace(
             plan,
             model=_GONE,
             teacher=None,
             optimizer=None,
+            step=None,
             inputs=_without_values(plan.inputs),
             target=_without_values(plan.target),
         )
@@ -227,6 +231,12 @@ class _Retrace:
                 "The model of this estimate is gone, and what was asked for needs it to be run on paper "
                 "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
             )
+        if self._has_step and plan.step is None:
+            raise ValueError(
+                "The step of this estimate is gone, and what was asked for needs it to be run on paper "
+                "again. An estimate holds the function weakly: define it under a name, and keep that while "
+                "you ask."
+            )
         old = _batch.batch_size(_tree.tensors((plan.inputs, plan.target)))
         if batch_size is not None and old is not None:
             plan = replace(
@@ -239,6 +249,13 @@ class _Retrace:
 
 
 _GONE = nn.Module()
+
+
+def _weak_function(step: Callable[..., Any] | None) -> Callable[[], Any]:
+    """Return a weak reference to a function, which may hold the model in its variables."""
+    if isinstance(step, types.MethodType):
+        return weakref.WeakMethod(step)
+    return (lambda: None) if step is None else weakref.ref(step)
 
 
 def _weak(value: Any) -> Callable[[], Any]:

@@ -12,11 +12,13 @@ from torch import nn
 
 from torchfast import _tree
 from torchfast._estimate import cuda_behaviour
+from torchfast._estimate.assumed import lbfgs_history
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.paper import CUDA, PaperTensor, recorded_elsewhere
+from torchfast._estimate.reach import kept, reached_by, refill
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
@@ -54,6 +56,7 @@ class _Tracer:
         self.plan = plan
         self.recorder = recorder
         self._papers: dict[int, torch.Tensor] = {}
+        self._parameters: list[torch.Tensor] = []
         self._originals: list[Any] = []  # keeps the ids above from being used again
         self._n = 0
         self._n_backward = 0
@@ -63,13 +66,18 @@ class _Tracer:
         plan, recorder = self.plan, self.recorder
         teacher = teacher_module(plan.teacher)
         taught_by = {} if teacher is None else {"teacher": teacher}
-        where = Whereabouts({"": unwrapped(plan.model)} | taught_by, self._root_runs)
+        given = [plan.model, *taught_by.values()]
+        reached = reached_by(plan.step, plan.loss)
+        others = _beside(given, reached.modules)
+        where = Whereabouts({"": unwrapped(plan.model)} | taught_by | others, self._root_runs)
         recorder.module = where.module
         with ExitStack() as scope:
             # A cycle through the recorder would keep the model until Python's collector comes by.
             scope.callback(setattr, recorder, "module", str)
             self._begin("weights", "weights")
             scope.enter_context(self._on_paper(plan.model, training=plan.training))
+            for each in others.values():
+                scope.enter_context(self._on_paper(each, training=None))
             if teacher is not None:
                 self._begin("teacher", "teacher")
                 scope.enter_context(self._on_paper(teacher, training=None))
@@ -83,6 +91,11 @@ class _Tracer:
             inputs, target = _moved(inputs), _moved(target)
             self._begin("optimizer state", "optimizer")
             optimizer = scope.enter_context(self._optimizer(plan.optimizer))
+            for other in reached.optimizers.values():
+                if other is not plan.optimizer:
+                    scope.enter_context(self._optimizer(other))
+            scope.enter_context(kept(reached))
+            self._say_what_was_found(others, reached.optimizers)
             scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
             scope.enter_context(where.watching())
             objects = Objects(inputs, target, optimizer, scaler, recorder.assumptions)
@@ -91,6 +104,19 @@ class _Tracer:
                 with _told(plan):
                     run_step(plan, objects)
             recorder.stop()
+
+    def _say_what_was_found(
+        self, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+    ) -> None:
+        if self.plan.step is None:  # a loss that has weights is known to be on the GPU
+            optimizers = {}
+        new = {name: o for name, o in optimizers.items() if o is not self.plan.optimizer}
+        for each in (self.plan.optimizer, *new.values()):
+            if isinstance(each, torch.optim.LBFGS):
+                self.recorder.unmodelled[lbfgs_history(each)] = None
+        names = [f"{name} ({type(each).__name__})" for name, each in (modules | new).items()]
+        if names:
+            self.recorder.assumptions[f"taken to be on the GPU as well: {', '.join(names)}"] = None
 
     def _root_runs(self) -> None:
         """Note that the model is called: another forward pass, where gradients are accumulated."""
@@ -112,7 +138,7 @@ class _Tracer:
         self._n_backward -= 1
         if self._n_backward:
             return  # one backward pass within another: reentrant checkpointing
-        for parameter in self.plan.model.parameters():
+        for parameter in self._parameters:
             if parameter.grad is not None:
                 self.recorder.label(parameter.grad, "gradients")
         self._phase("optimizer")
@@ -128,6 +154,7 @@ class _Tracer:
         paper.requires_grad_(original.requires_grad)
         if isinstance(original, nn.Parameter):
             paper._is_param = True  # what makes isinstance(_, Parameter) true
+            self._parameters.append(paper)
         keep(paper, original)
         self._papers[id(original)] = paper
         self._originals.append(original)
@@ -156,8 +183,7 @@ class _Tracer:
             yield
         finally:
             for held, before in taken:
-                held.clear()
-                (held.extend if isinstance(held, (list, deque)) else held.update)(before)
+                refill(held, before)
 
     def _flatten(self, module: nn.RNNBase) -> None:
         """Do as `flatten_parameters` does once the module is on the GPU: weights move into one block."""
@@ -194,6 +220,16 @@ class _Tracer:
     def _state_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Put a tensor of the optimizer's state on paper; step counters stay on the host."""
         return tensor.clone() if tensor.ndim == 0 and tensor.device.type == "cpu" else self._paper(tensor)
+
+
+def _beside(given: list[nn.Module], reached: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules that a step reaches and that were not given, in whole or in parts."""
+    known = {id(tensor) for module in given for tensor in (*module.parameters(), *module.buffers())}
+    return {
+        name: module
+        for name, module in reached.items()
+        if any(id(tensor) not in known for tensor in (*module.parameters(), *module.buffers()))
+    }
 
 
 def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
