@@ -96,10 +96,11 @@ def _share(network: Network) -> float:
 @cache
 def _sweep() -> dict[tuple[int, bool], list[tuple[tuple[float, ...], float]]]:
     by_kind: dict[tuple[int, bool], list[tuple[tuple[float, ...], float]]] = defaultdict(list)
-    lines = Path(__file__).with_name("recurrent_sweep.csv").read_text().splitlines()
-    for line in lines[1:]:
-        *numbers, taken = map(int, line.split(","))
-        network = Network(*numbers, numbers[2] * numbers[3])
+    names, *lines = Path(__file__).with_name("recurrent_sweep.csv").read_text().splitlines()
+    for line in lines:
+        row = dict(zip(names.split(","), map(int, line.split(",")), strict=True))
+        taken = row.pop("workspace_bytes")
+        network = Network(**row, n_rows=row["batch"] * row["steps"])
         share = (taken - network.fixed_bytes) / network.batch_bytes
         by_kind[network.kind].append((network.features, max(share, 0.0)))
     return by_kind
