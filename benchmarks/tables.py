@@ -96,6 +96,21 @@ def oom_guard_side_by_side(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def oom_guard_ranks(result: dict[str, Any]) -> str:
+    """Render how many faults two ranks went through over each backend, and what they left behind."""
+    titles = "faults, real / injected|hung|longest step|unlike the other rank|unlike without faults"
+    lines = [f"| ranks over | {titles.replace('|', ' | ')} |", "|---|---:|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        n_real = sum(n for kind, n in row["faults"].items() if kind.startswith("real"))
+        n_tensors = row["n_tensors"]
+        lines.append(
+            f"| {row['backend']} | {n_real} / {row['n_faults'] - n_real} | {row['n_hanging']} "
+            f"| {row['longest_step_s']:.1f} s | {row['n_different_across_ranks']} of {n_tensors} tensors "
+            f"| {row['n_different_from_no_faults']} of {n_tensors} tensors |"
+        )
+    return "\n".join([*lines, "", _source(result).replace("Medians", "Run", 1), ""])
+
+
 def oom_guard_overhead(result: dict[str, Any]) -> str:
     """Render what the guard costs while nothing fails, with how much the steps scatter."""
     rows = {row["way"]: row for row in result["rows"]}
@@ -333,6 +348,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "monitor": monitor,
     "oom_guard_faults": oom_guard_faults,
     "oom_guard_overhead": oom_guard_overhead,
+    "oom_guard_ranks": oom_guard_ranks,
     "oom_guard_recognition": oom_guard_recognition,
     "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
