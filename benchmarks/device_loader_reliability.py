@@ -24,10 +24,11 @@ import record
 import torch
 
 PROTOCOL = (
-    "batch k holds k in every element; the GPU sleeps, 20 us or now and then 1 ms, then compares the batch "
-    "with k, and counts; the loop drops its batch at once and does not wait for the GPU; all jobs at the "
-    "same time, each in a process of its own"
+    "batch k holds k in every element; the GPU sleeps, 20 to 60 us or now and then 1 ms, then compares the "
+    "batch with k, and counts; the loop drops its batch at once and does not wait for the GPU; all jobs at "
+    "the same time, each in a process of its own"
 )
+CONTEXT = mp.get_context("spawn")
 Job = tuple[str, Any, dict[str, Any]]
 NEEDS_GPU = ("batches", "peers", "memory")
 PARTS = (*NEEDS_GPU, "breaks", "faults", "exits")
@@ -61,18 +62,21 @@ def main() -> None:
 def jobs_of(part: str, options: argparse.Namespace) -> Iterator[Job]:
     """Return what a part consists of: for each job its part, a function and its arguments."""
     limited = {"limit_s": options.limit_s}
-    n_batches = -(-options.n_batches // len(loader_numbered.KINDS))
+    n_left = CONTEXT.Value("q", options.n_batches)
     n_breaks = -(-options.n_breaks // len(WORKERS))
     jobs: dict[str, list[tuple[Any, dict[str, Any]]]] = {
         "batches": [
             (
                 loader_numbered.count_ours,
-                {"shape": shape, "source": source, "n_batches": n_batches, **limited},
+                {"shape": shape, "source": source, "n_left": n_left, **limited},
             )
             for shape, source in loader_numbered.KINDS
         ],
         "peers": [
-            (loader_numbered.count_peer, {"peer": peer, "n_batches": options.n_peer_batches, **limited})
+            (
+                loader_numbered.count_peer,
+                {"peer": peer, "n_left": CONTEXT.Value("q", options.n_peer_batches), **limited},
+            )
             for peer in loader_numbered.PEERS
         ],
         "memory": [
@@ -122,12 +126,11 @@ class Results:
 
 def run(jobs: list[Job], results: Results) -> None:
     """Run each job in a process of its own, and collect what they report."""
-    context = mp.get_context("spawn")
     pending = dict[Any, int]()
     processes = []
     for index, (_, function, kind) in enumerate(jobs):
-        reader, writer = context.Pipe(duplex=False)
-        processes.append(context.Process(target=work, args=(writer, mp.get_start_method(), function, kind)))
+        reader, writer = CONTEXT.Pipe(duplex=False)
+        processes.append(CONTEXT.Process(target=work, args=(writer, mp.get_start_method(), function, kind)))
         processes[-1].start()
         writer.close()  # the job's own end is then the last, and closes with it
         pending[reader] = index

@@ -227,6 +227,8 @@ def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             return f"{n_taken}: {error!r}"
+    except (ConnectionError, EOFError):
+        pass  # it was just being asked for a batch's memory; the bare loop gets the same
     else:
         return f"{n_taken}: no error"
     # The error came where PyTorch's signal handler raised it, which need not be inside of the pass.

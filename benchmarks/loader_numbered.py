@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchfast import DeviceLoader
 
 N_PER_PASS = 1000
-N_PASSES_PER_REPORT = 10
-SLEEP_CYCLES, LONG_SLEEP_CYCLES = 40_000, 2_000_000
-"""About 20 us before each batch, and 1 ms before each hundredth, in which the host gets far ahead."""
+N_PASSES_PER_REPORT = 5
+SLEEP_CYCLES = {"pinned": 40_000, "fresh": 80_000, "pageable": 120_000, "reused": 120_000}
+"""20 to 60 us before each batch, as much as keeps the GPU behind such a source most of the time."""
+
+LONG_SLEEP_CYCLES = 2_000_000
+"""1 ms before each hundredth, in which the host gets far ahead."""
 
 SHAPES = {"packed": (3, (5_000,)), "large": (1, (300_000,)), "images": (1, (2, 3, 224, 224))}
 """Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 1 of 1.2 MB; images, 1.2 MB too."""
@@ -43,29 +46,30 @@ def _wrapped(batches: Any) -> DeviceLoader[list[torch.Tensor]]:
     return DeviceLoader(batches, "cuda")
 
 
-def count_peer(report: Report, *, peer: str, n_batches: int, limit_s: float) -> None:
+def count_peer(report: Report, *, peer: str, n_left: Any, limit_s: float) -> None:
     """Count a peer's wrong batches, on the same batches by the same loop."""
     shape = "images" if peer.startswith("timm") else "large"
-    _count(peer, PEERS[peer], report, shape, "pinned", n_batches, limit_s)
+    _count(peer, PEERS[peer], report, shape, "pinned", n_left, limit_s)
 
 
 def _count(  # noqa: PLR0913, PLR0917 - what a row says
-    name: str, peer: Peer, report: Report, shape: str, source: str, n_batches: int, limit_s: float
+    name: str, peer: Peer, report: Report, shape: str, source: str, n_left: Any, limit_s: float
 ) -> None:
     torch.set_num_threads(1)  # many processes share the cores
     batches = peer(_source(shape, source))
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     lag = Lag()
     began_s, n_seen = time.perf_counter(), 0
-    while n_seen < n_batches and time.perf_counter() - began_s < limit_s:
-        for _ in range(min(N_PASSES_PER_REPORT, -(-(n_batches - n_seen) // N_PER_PASS))):
-            n_seen += compare(batches, wrong, lag)
+    while n_left.value > 0 and time.perf_counter() - began_s < limit_s:
+        n_now = sum(compare(batches, wrong, lag, SLEEP_CYCLES[source]) for _ in range(N_PASSES_PER_REPORT))
+        n_seen += n_now
+        with n_left.get_lock():
+            n_left.value -= n_now
         report(
             {
                 "peer": name,
                 "shape": shape,
                 "source": source,
-                "n_asked": n_batches,
                 "n_batches": n_seen,
                 "n_wrong": int(wrong),
                 "gpu_was_behind": lag.share,
@@ -99,13 +103,15 @@ class Lag:
         return round(self.n_behind / max(1, self.n_asked), 3)
 
 
-def compare(batches: Iterable[Sequence[torch.Tensor]], wrong: torch.Tensor, lag: Lag) -> int:
+def compare(
+    batches: Iterable[Sequence[torch.Tensor]], wrong: torch.Tensor, lag: Lag, sleep_cycles: int
+) -> int:
     """Add the wrong batches of one pass to `wrong`, on the GPU; return how many batches there were."""
     numbers = itertools.count()  # enumerate would hold on to each batch
     for batch in batches:
         number = next(numbers)
         lag.ask()
-        torch.cuda._sleep(SLEEP_CYCLES if number % 100 else LONG_SLEEP_CYCLES)
+        torch.cuda._sleep(sleep_cycles if number % 100 else LONG_SLEEP_CYCLES)
         wrong += (torch.cat([leaf.view(-1) for leaf in batch]) != number).any()
         del batch
         if number % 16 == 15:
@@ -197,7 +203,7 @@ class Timm:
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         """Begin a pass. The GPU sleeps before its first look at a batch, as before ours."""
         for images, _ in self._loader:
-            torch.cuda._sleep(SLEEP_CYCLES)
+            torch.cuda._sleep(SLEEP_CYCLES["pinned"])
             yield [images.mul(self._std).add_(self._mean).round_()]
 
 

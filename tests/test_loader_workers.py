@@ -152,3 +152,11 @@ def test_garbage_is_left_alone_in_workers() -> None:
     finally:
         gc.enable()
         Collecting.found.clear()
+
+
+def test_what_the_user_froze_stays_frozen(quick_collections: None) -> None:  # noqa: ARG001 - it freezes
+    """Where objects are frozen already, beginning a pass lets none of them go."""
+    n_frozen = gc.get_freeze_count()
+    loader = DataLoader(Collecting(), num_workers=1)
+    assert list(DeviceLoader(loader, "cpu")) == [0]
+    assert gc.get_freeze_count() > n_frozen / 2 > 0  # some of them have ended by themselves

@@ -46,13 +46,20 @@ def writes_afresh(loader: object) -> bool:
     return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
 
 
+_FROZEN_BY_PYTHON = gc.get_freeze_count()
+"""Python 3.12 freezes some objects of its own as it starts."""
+
+
 def begun(loader: Iterable[Any]) -> Iterator[Any]:
     """Return the loader's iterator.
 
     Workers are forked with the garbage of this process. Were their collectors to find a CUDA event in it, its
     destructor would end them: so what there is by now is kept from them, and costs them no memory either.
     """
-    if not getattr(loader, "num_workers", 0) or gc.get_freeze_count():
+    if not getattr(loader, "num_workers", 0):
+        return iter(loader)
+    if gc.get_freeze_count() > _FROZEN_BY_PYTHON:
+        gc.collect()  # quick, where somebody froze the rest; to unfreeze would undo that
         return iter(loader)
     gc.freeze()
     try:
