@@ -69,6 +69,8 @@ MEASURED = [
     (lambda x: x.logsumexp(-1), ROWS, "logsumexp", 16_384, 8_404_992),
     (lambda x: x.sort(-1)[0], ROWS, "sort", 25_165_824, 0),
     (lambda x: x.sort(-1)[0], (64, 40_000), "sort", 30_720_000, 82_417_151),
+    (lambda x: x.sort(-1)[0], (512, 5000), "sort", 30_720_000, 51_200_255),
+    (lambda x: x.sort(-1)[0], (2_000_000,), "sort", 24_000_000, 40_390_655),
     (lambda x: x.topk(8)[0], ROWS, "topk", 393_216, 6_407_423),
     (lambda x: x.topk(64)[0], (64, 40_000), "topk", 49_152, 500_735),
     (lambda x: x.masked_scatter(mask(x), x), ROWS, "masked_scatter", 8_388_608, 16_815_871),

@@ -58,13 +58,18 @@ def _topk_bytes(n_slices: int, size: int, gpu: GPU) -> int:
 
 
 _SORTED_BY_A_BLOCK = 4096
+_MANY_SLICES = 128
 
 
 def _sort_bytes(tensor: torch.Tensor, size: int) -> int:
-    """Return what a sort of long slices takes: keys, and pairs of slice and place, twice (Sort.cu)."""
+    """Return what a sort takes (Sort.cu, torch 2.11): the places, and for long slices a copy of the keys.
+
+    A few long slices are sorted together, twice: with pairs of slice and place for values.
+    """
     if size <= _SORTED_BY_A_BLOCK:
-        return 0
-    return tensor.numel() * (2 * tensor.dtype.itemsize + 24)
+        return 8 * size
+    is_few = 1 < tensor.numel() // size < _MANY_SLICES
+    return tensor.numel() * (2 * tensor.dtype.itemsize + 24 if is_few else tensor.dtype.itemsize + 16)
 
 
 def _dim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
