@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfast import inject_oom, oom_guard
+from torchfast import OutOfMemoryError, inject_oom, oom_guard
 from torchfast._oom import layers
 
 
@@ -46,6 +46,15 @@ def test_layers_that_see_the_whole_batch(layer: nn.Module, *, sees_whole_batch: 
     expected = [f"layer ({type(layer).__name__})"] if sees_whole_batch else []
     assert layers.whole_batch_layers([model]) == expected
     assert layers.whole_batch_layers([model.eval()]) == []
+
+
+def test_batch_norm_without_running_statistics() -> None:
+    """It takes the statistics of the batch even in evaluation, so chunks of a batch are refused there too."""
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    assert layers.whole_batch_layers([model]) == ["0 (BatchNorm1d without running statistics)"]
+    predict = oom_guard().chunked(model)
+    with pytest.raises(OutOfMemoryError, match="sees the whole batch"), inject_oom(above=4, times=None):
+        predict(torch.randn(16, 3))
 
 
 class DropPath(nn.Module):

@@ -36,10 +36,16 @@ def _training(modules: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
     found = []
     for root in modules:
         for path, module in root.named_modules():
-            if module.training:
-                kind = type(module).__name__
+            always = _has_no_statistics(module)
+            if module.training or always:
+                kind = type(module).__name__ + (" without running statistics" if always else "")
                 found.append((f"{path} ({kind})" if path else kind, module))
     return found
+
+
+def _has_no_statistics(module: nn.Module) -> bool:
+    """Say whether it takes the statistics of the batch even in evaluation."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
 
 
 def _sees_whole_batch(module: nn.Module) -> bool:
