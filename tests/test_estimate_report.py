@@ -164,6 +164,24 @@ def test_the_picture_is_self_contained() -> None:
     assert "prefers-color-scheme:dark" in html
 
 
+def test_the_picture_names_what_it_draws() -> None:
+    """The legend has each colour of the timeline, also of what is gone by the peak; the peak has its size."""
+    notes = [Note("teacher", "", "", "teacher"), Note("weights", "", "", "weights")]
+    events = [Event(0, 4 * MIB, 0), Event(0, 0, 0), Event(1, 9 * MIB, 1)]
+    e = estimate_of(Trace(events, notes), gpu=resolve_gpu("H200"), subject=Subject("Made"))
+    assert "teacher" not in e.breakdown
+    assert "<span>teacher</span><span>0 B</span>" in e._repr_html_()
+    assert ">9.00 MiB</text>" in e._repr_html_()
+
+
+def test_a_context_that_nobody_measured_is_said() -> None:
+    """Where the context is known by rule only, the list of what is not modelled says so."""
+    ruled = estimate(gpu="RTX 3090").unmodelled
+    assert "a made-up <operator>" in ruled
+    assert any(said.startswith("the context is not measured on this GPU") for said in ruled)
+    assert estimate(gpu="H200").unmodelled == ("a made-up <operator>",)
+
+
 def test_the_picture_stays_small() -> None:
     """However long the run, the picture draws a few hundred points."""
     assert len(points(range(100_000))) == 360

@@ -115,10 +115,12 @@ def _bar(estimate: "VRAMEstimate") -> str:
 
 def _legend(estimate: "VRAMEstimate") -> str:
     total = estimate.peak_process_bytes
+    drawn = {LINES[estimate._trace.category(event)] for event in estimate._trace.events if event.size_bytes}
     rows = "".join(
         f"<div class='tfv-row'><i style='background:{COLOURS[name]}'></i><span>{name}</span>"
         f"<span>{format_bytes(size)}</span><span>{share(size, total)}</span></div>"
-        for name, size in estimate.breakdown.items()
+        for name in COLOURS
+        if (size := estimate.breakdown.get(name, 0)) or name in drawn
     )
     return (
         f"<div class='tfv-legend'>{rows}</div><div class='tfv-soft'>Peak in {escape(where(estimate))}</div>"
@@ -215,22 +217,25 @@ def _timeline(estimate: "VRAMEstimate") -> str:
 
 
 def _bands(estimate: "VRAMEstimate", x_of: Callable[[int], float]) -> list[str]:
-    """Shade every other phase and name those that are wide enough, the step on top."""
+    """Shade the backward passes, and name the phases that are wide enough, the step on top."""
     svg, start, step_labelled = [], 0, ""
     height = _HEIGHT - _TOP - _BOTTOM
-    for number, phase in enumerate(estimate.phases):
+    for phase in estimate.phases:
         x, width = x_of(start), x_of(start + phase.n_events) - x_of(start)
-        if number % 2 == 0:
+        step, name = split_phase(phase.name)
+        if name == "backward":
             svg.append(
                 f"<rect x='{x:.1f}' y='{_TOP}' width='{width:.1f}' height='{height}' fill='var(--band)'/>"
             )
-        step, name = split_phase(phase.name)
         if width > 6 * len(name):
             svg.append(
                 f"<text x='{x + width / 2:.1f}' y='{_HEIGHT - 7}' text-anchor='middle'>{escape(name)}</text>"
             )
         if step and step != step_labelled:
-            svg.append(f"<text x='{x + 3:.1f}' y='{_TOP - 6}'>{escape(step)}</text>")
+            svg.append(
+                f"<line x1='{x:.1f}' x2='{x:.1f}' y1='4' y2='{_HEIGHT - _BOTTOM}' stroke='var(--line)'/>"
+            )
+            svg.append(f"<text x='{x + 5:.1f}' y='{_TOP - 6}'>{escape(step)}</text>")
             step_labelled = step
         start += phase.n_events
     return svg
@@ -265,8 +270,12 @@ def tick(size_bytes: int) -> str:
 
 
 def _peak_mark(x: float, y: float, estimate: "VRAMEstimate") -> str:
-    label = f"{format_bytes(estimate.peak_allocated_bytes)} allocated: {where(estimate)}"
+    size = format_bytes(estimate.peak_allocated_bytes)
+    label = f"{size} allocated: {where(estimate)}"
+    is_left = x > _WIDTH * 0.8
     return (
+        f"<text x='{x - 9 if is_left else x + 9:.1f}' y='{y + 4:.1f}' style='fill:var(--ink)' "
+        f"text-anchor='{'end' if is_left else 'start'}'>{size}</text>"
         f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='var(--card)' stroke='var(--ink)' stroke-width='1.6'>"
         f"<title>{escape(label)}</title></circle>"
     )

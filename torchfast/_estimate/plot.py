@@ -43,21 +43,36 @@ def _pyplot() -> Any:
 
 def _dress(axes: "Axes", estimate: "VRAMEstimate") -> None:
     """Name the axes, the phases and the peak."""
-    n = len(estimate._trace.events)
     top = max(estimate.peak_reserved_bytes, 1) * 1.08
-    step = nice_step(int(top))
-    sizes = list(range(0, int(top) + 1, step))
+    sizes = list(range(0, int(top) + 1, nice_step(int(top))))
     axes.set_yticks(sizes, [tick(size) for size in sizes])
     axes.set_ylim(0, top)
-    axes.set_xlim(0, n)
+    axes.set_xlim(0, len(estimate._trace.events))
     axes.set_xticks([])
-    start = 0
-    for number, phase in enumerate(estimate.phases):
+    _name_phases(axes, estimate)
+    axes.grid(axis="y", color=_GREY, alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{estimate.subject}\n{format_bytes(estimate.peak_process_bytes)} on {estimate.gpu.name}, "
+        f"peak in {where(estimate)}",
+        loc="left",
+        fontsize=9,
+    )
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _name_phases(axes: "Axes", estimate: "VRAMEstimate") -> None:
+    """Shade the backward passes, set the steps apart, and name what is wide enough."""
+    start, current, n = 0, "", len(estimate._trace.events)
+    for phase in estimate.phases:
         end = start + phase.n_events
-        if number % 2 == 0:
-            axes.axvspan(start, end, color=_GREY, alpha=0.08, lw=0, zorder=0)
-        _, name = split_phase(phase.name)
-        if phase.n_events > n * 0.012 * len(name):
+        step, name = split_phase(phase.name)
+        if name == "backward":
+            axes.axvspan(start, end, color=_GREY, alpha=0.1, lw=0, zorder=0)
+        if step and step != current:
+            axes.axvline(start, color=_GREY, alpha=0.4, lw=0.6, zorder=0)
+            current = step
+        if phase.n_events > n * 0.0085 * len(name):
             axes.text(
                 (start + end) / 2,
                 -0.03,
@@ -69,12 +84,3 @@ def _dress(axes: "Axes", estimate: "VRAMEstimate") -> None:
                 color=_GREY,
             )
         start = end
-    axes.grid(axis="y", color=_GREY, alpha=0.25, lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"{estimate.subject}\n{format_bytes(estimate.peak_process_bytes)} on {estimate.gpu.name}, "
-        f"peak in {where(estimate)}",
-        loc="left",
-        fontsize=9,
-    )
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

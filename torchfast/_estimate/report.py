@@ -270,13 +270,18 @@ def estimate_of(
         peak_module=at_peak.module if at_peak else "",
         peak_operator=at_peak.operator if at_peak else "",
         phases=_phases(trace, done),
-        unmodelled=trace.unmodelled,
+        unmodelled=(*trace.unmodelled, *_of_the_context(context)),
         assumptions=trace.assumptions,
         settings=settings,
         _trace=trace,
         _replay=done,
         _retrace=retrace,
     )
+
+
+def _of_the_context(context: Context) -> tuple[str, ...]:
+    """Say of a context that nobody measured by what it was guessed."""
+    return (f"the context is {context.source}",) if context.source.startswith("not measured") else ()
 
 
 def _live_by_line(trace: Trace, until: int) -> dict[str, int]:

@@ -349,7 +349,7 @@ def _scratch(trace: Trace) -> frozenset[int]:
 
 def what_if(estimate: "VRAMEstimate") -> WhatIfTable:
     """Trace each change that makes sense for the step; see `VRAMEstimate.what_if`."""
-    changes = SAVINGS if estimate.subject.optimizer else (*OPTIMIZERS, *SAVINGS)
+    changes = SAVINGS if estimate.subject.optimizer else tuple(dict.fromkeys((*OPTIMIZERS, *SAVINGS)))
     rows, left_out = [], []
     for change in changes:
         try:

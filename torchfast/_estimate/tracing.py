@@ -141,7 +141,8 @@ class _Tracer:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 self.recorder.label(parameter.grad, "gradients")
-        self._phase("optimizer")
+        if self.plan.optimizer is not None or self.plan.step is not None:
+            self._phase("optimizer")
 
     def _paper(self, original: torch.Tensor) -> torch.Tensor:
         """Return the paper tensor that stands for a real one, making it where it is new."""
