@@ -264,3 +264,27 @@ def test_embeddings_and_indexing_take_room_to_sort() -> None:
     found = estimate(nn.Embedding(50, 32), tokens, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     n_parts = 6400 // 10 + 50
     assert n_parts * 32 * 4 in sizes_of(found, "aten.embedding_dense_backward")
+
+
+@pytest.mark.parametrize(
+    ("shape", "forward_bytes", "backward_bytes"),
+    [
+        ((64, 16, 224, 224), 25_892_352, 17_128_448),
+        ((48, 128, 128, 128), 12_682_752, 8_390_144),
+        ((48, 256, 56, 56), 4_855_808, 3_212_800),
+        ((24, 64, 112, 112), 2_428_416, 1_607_168),
+    ],
+)
+def test_batch_norm_in_channels_last_sums_over_tiles(
+    shape: tuple[int, ...], forward_bytes: int, backward_bytes: int
+) -> None:
+    """In fp32 it takes what an H200 took, to the rounding of the allocator; contiguous, nothing."""
+    found, plain = (
+        estimate(nn.BatchNorm2d(shape[1]), torch.empty(shape, device="meta", memory_format=memory_format))
+        for memory_format in (torch.channels_last, torch.contiguous_format)
+    )
+    for name, size_bytes in (("", forward_bytes), ("_backward", backward_bytes)):
+        operator = f"aten.cudnn_batch_norm{name}"
+        rounded = [-(-size // 512) * 512 for size in sizes_of(found, operator)]
+        assert size_bytes in rounded
+        assert len(rounded) == len(sizes_of(plain, operator)) + 1

@@ -46,6 +46,8 @@ _RULES: dict[str, Rule] = {
     "convolution_backward": convolution.convolution_backward,
     "native_dropout": norms.native_dropout,
     "_safe_softmax": norms.safe_softmax,
+    "cudnn_batch_norm": norms.cudnn_batch_norm,
+    "cudnn_batch_norm_backward": norms.cudnn_batch_norm_backward,
     "_fused_rms_norm": norms.rms_norm,
     "_fused_rms_norm_backward": norms.rms_norm_backward,
     "_local_scalar_dense": conditions.item,
