@@ -50,15 +50,17 @@ def bound_in(frame: FrameType, /) -> Bound:
     Almost all that a guard costs while nothing fails. A tensor's id may be used again for another one as soon
     as it is gone, so tensors are noted by weak references.
     """
-    names = names_bound(frame.f_code, frame.f_lasti)
+    code = frame.f_code
+    names = names_bound(code, frame.f_lasti)
     values: dict[str, object] = {}
     if names != ():
         variables = frame.f_locals
         for name in _all_names(frame, variables) if names is None else names:
-            value = variables.get(name, _UNBOUND)
-            if value is not _UNBOUND:
+            if name in variables:
+                value = variables[name]
                 values[name] = _ref(value) if type(value) is _Tensor else id(value)
-        _drop_snapshot(frame, variables)
+        if not _WRITES_THROUGH:
+            _drop_snapshot(frame, variables)
     # Past the Python function that makes a named tuple, which costs as much again.
     return _make_tuple(Bound, (id(frame), names, values, id(_exception())))
 

@@ -126,10 +126,11 @@ class OOMRetry:
 
     def _begins(self, leaves: Sequence[Any], size: int) -> bool:
         """Note where the step begins; False where a quiet guard gives up, as that takes memory too."""
-        bound = frames.bound_in(sys._getframe())
+        handled_id = id(sys.exception())
         try:
             self._transaction.begin(leaves)
         except Exception as error:
+            bound = frames.Bound(0, (), {}, handled_id)
             report = self._explained(error, bound, size)
             self._ranks.begin()  # the others are in the step already
             try:

@@ -18,7 +18,8 @@ from torchfast._oom.step_probe import StepProbe
 
 State = dict[str, Any]
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
-_gradient_of = operator.attrgetter("grad")
+# At every step these go over hundreds of tensors: calls from C take half the time of a comprehension.
+_gradient_of, _is_none = operator.attrgetter("grad"), functools.partial(operator.is_, None)
 
 
 class Subjects(NamedTuple):
@@ -43,9 +44,9 @@ class Transaction:
     def __init__(self, subjects: Subjects, *, copy: bool) -> None:
         self._subjects, self._copy = subjects, copy
         modules = list(dict.fromkeys(m for root in subjects.modules for m in root.modules()))
-        self._slots: list[tuple[dict[str, Any], str]] = [
-            (m._buffers, name) for m in modules for name, buffer in m._buffers.items() if buffer is not None
-        ]
+        slots = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        self._owners: list[dict[str, Any]] = [owner for owner, _ in slots]
+        self._names = [name for _, name in slots]
         in_modules = (p for m in modules for p in m._parameters.values() if p is not None)
         in_groups = (p for o in subjects.optimizers for g in o.param_groups for p in g["params"])
         self._parameters = list(dict.fromkeys([*in_modules, *in_groups]))
@@ -62,13 +63,16 @@ class Transaction:
         self._has_step_begun = False
         for probe in self._probes:
             probe.seen = None
-        self._buffers = [slots[name] for slots, name in self._slots]
+        self._buffers = list(map(operator.getitem, self._owners, self._names))
         self._buffer_copies.take(self._buffers)
         self._random.note()
         self._scaler = _scaler_state(self._subjects.scaler)
         self._with_gradients = [*self._parameters, *filter(_is_leaf, inputs)]
-        gradients = map(_gradient_of, self._with_gradients)
-        self._gradients = [None if g is None else (g, g.clone()) for g in gradients]
+        gradients = list(map(_gradient_of, self._with_gradients))
+        are_none = all(map(_is_none, gradients))  # as a rule: only while accumulating is there something
+        self._gradients = (
+            gradients if are_none else [None if g is None else (g, g.clone()) for g in gradients]
+        )
         self._optimizers = [_optimizer_state(o, copy=self._copy) for o in self._subjects.optimizers]
         if self._copy:
             self._parameter_copies.take(self._parameters)
@@ -111,8 +115,8 @@ class Transaction:
         """Restore the state noted by `begin`."""
         for parameter, before in zip(self._with_gradients, self._gradients, strict=True):
             parameter.grad = None if before is None else before[0].copy_(before[1])
-        for (slots, name), buffer in zip(self._slots, self._buffers, strict=True):
-            slots[name] = buffer
+        for owner, name, buffer in zip(self._owners, self._names, self._buffers, strict=True):
+            owner[name] = buffer
         self._buffer_copies.put_back()
         for optimizer, state in zip(self._subjects.optimizers, self._optimizers, strict=True):
             state.restore(optimizer)
