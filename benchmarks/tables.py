@@ -213,16 +213,23 @@ def _three(rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, A
 
 def loader_reliability(result: dict[str, Any]) -> str:
     """Render how many numbered batches were handed out, and how many were wrong; then the other counts."""
-    lines = ["| loader | batches | source | handed out | wrong |", "|---|---|---|---:|---:|"]
-    lines += [
-        f"| {row['peer']} | {row['shape']} | {row['source']} | {row['n_batches']:,} | {row['n_wrong']:,} |"
-        for row in result["rows"]
-        if "peer" in row
+    counted = [row for row in result["rows"] if "peer" in row]
+    ours = [row for row in counted if row["peer"] == "torchfast"]
+    n_batches, n_wrong = (sum(row[key] for row in ours) for key in ("n_batches", "n_wrong"))
+    lines = [
+        "| loader | batches | source | GPU was behind | handed out | wrong |",
+        "|---|---|---|---:|---:|---:|",
+        *[
+            f"| {row['peer']} | {row['shape']} | {row['source']} | {row['gpu_was_behind']:.0%} "
+            f"| {row['n_batches']:,} | {row['n_wrong']:,} |"
+            for row in counted
+        ],
+        f"| torchfast | all | | | {n_batches:,} | {n_wrong:,} |",
+        "",
+        "| counted beside them | times | wrong |",
+        "|---|---:|---:|",
+        *[f"| {_counted(row)} | {row['n_wrong']:,} |" for row in result["rows"] if "peer" not in row],
     ]
-    others = [row for row in result["rows"] if "peer" not in row]
-    if others:
-        lines += ["", "| counted beside them | times | wrong |", "|---|---:|---:|"]
-        lines += [f"| {_counted(row)} | {row['n_wrong']:,} |" for row in others]
     return "\n".join([*lines, "", _source(result).replace("Medians", "Counted", 1), ""])
 
 
