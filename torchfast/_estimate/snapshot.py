@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torchfast._estimate.report import VRAMEstimate
 
 _SMALL_SEGMENT = 2 * MIB
+# Where entries have categories, some versions of the viewer fail unless one of them is this.
+_NO_CATEGORY = "unknown"
 _VIEWERS_PROTOCOL = 4  # the newest that the viewer's own reader of pickles knows; Python 3.14 writes 5
 Frames = list[dict[str, Any]]
 
@@ -54,7 +56,8 @@ def _history(estimate: "VRAMEstimate", frames: list[Frames]) -> Iterator[dict[st
     for i, (event, address) in enumerate(series, start=1):
         common = {"stream": 0, "time_us": i, "frames": frames[event.note]}
         while segment is not None and segment[0] == i:  # taken or given back within this call
-            yield {"action": segment[1], "addr": segment[2], "size": segment[3], **common}
+            place = {"addr": segment[2], "size": segment[3], "category": _NO_CATEGORY}
+            yield {"action": segment[1], **place, **common}
             segment = next(log, None)
         if event.size_bytes:
             sizes[event.block] = event.size_bytes
