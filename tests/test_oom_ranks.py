@@ -1,5 +1,6 @@
 """Two ranks at one step: whatever fails on one of them, none hangs, and both end with the same weights."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -133,6 +134,12 @@ def test_sharded_models_are_refused() -> None:
         oom_guard().retry(model=model)
     with pytest.raises(OutOfMemoryError), oom_guard(), inject_oom():
         model(torch.zeros(1, 2))
+
+
+def test_ranks_wait_as_long_as_nccl_does() -> None:
+    """While rank 0 saves a checkpoint or evaluates, the others are not to give up earlier than bare."""
+    default_s = inspect.signature(oom_guard().retry).parameters["timeout_s"].default
+    assert default_s == 600  # torch.distributed.constants.default_pg_nccl_timeout, None in a CPU build
 
 
 class ZeroRedundancyOptimizer(torch.optim.SGD):

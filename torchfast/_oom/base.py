@@ -86,7 +86,7 @@ class Guard:
         split: "Split" = "safe",
         copy: bool = False,
         grow_after: int = 100,
-        timeout_s: float = 60.0,
+        timeout_s: float = 600.0,
     ) -> "OOMRetry":
         """Return training steps that are tried again, made once and used for every step.
 
@@ -114,7 +114,8 @@ class Guard:
                 the middle of `optimizer.step()` can be undone too: memory of that size again. By default a
                 step of the optimizer is tried for memory before it begins.
             grow_after: how many steps without a failure go by before a larger size is tried, at least 1.
-            timeout_s: how long a rank waits for the others, in seconds.
+            timeout_s: how long a rank waits for the others, in seconds: rank 0 may be saving a checkpoint. One
+                that has ended is noticed at once. The default is NCCL's own.
 
         Raises:
             TypeError: an option of the wrong kind.
