@@ -114,8 +114,8 @@ class Guard:
                 the middle of `optimizer.step()` can be undone too: memory of that size again. By default a
                 step of the optimizer is tried for memory before it begins.
             grow_after: how many steps without a failure go by before a larger size is tried, at least 1.
-            timeout_s: how long a rank waits for the others, in seconds: rank 0 may be saving a checkpoint. One
-                that has ended is noticed at once. The default is NCCL's own.
+            timeout_s: how long a rank waits for the others, in seconds, as rank 0 may be saving a checkpoint.
+                One that has ended is noticed at once. The default is NCCL's own.
 
         Raises:
             TypeError: an option of the wrong kind.
