@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/oom_guard_overhead.py [seconds for each comparison, by default 8]
 
 Needs a GPU. Two steps of a ResNet-50 are measured: one that waits for the host, whose time counts in full
-there, and one that waits for the GPU, as its forward and backward pass are CUDA graphs. How fast the host is by
-now is measured beside: an empty context manager, back to back and in the same loop.
+there, and one that waits for the GPU, as its forward and backward pass are CUDA graphs. How fast the host is
+by now is measured beside: an empty context manager, back to back and in the same loop.
 """
 
 import gc
