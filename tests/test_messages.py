@@ -1098,7 +1098,7 @@ def test_estimating_with_options_that_make_no_step() -> None:
         "allocator=3 was given to estimate_vram, which takes text as in PYTORCH_CUDA_ALLOC_CONF, such as "
         '"expandable_segments:True", or None for PyTorch\'s own settings.'
     )
-    with pytest.raises(ValueError, match="does not read"):
+    with pytest.raises(ValueError, match="would not take"):
         estimate_vram(model, batch, allocator="expandable_segments:Maybe")
 
 
@@ -1190,11 +1190,13 @@ def test_calibrating_without_a_gpu() -> None:
 
 def test_allocator_settings_that_do_not_read() -> None:
     """A setting that PyTorch would not read either is refused."""
-    for text in ("expandable_segments", "max_split_size_mb:many", "roundup_power2_divisions:[a:1]"):
+    wrong = ("expandable_segments", "max_split_size_mb:many", "roundup_power2_divisions:[a:1]")
+    refused = ("expandable:True", "backend:cudaMallocAsync", "max_split_size_mb:20")
+    for text in (*wrong, *refused, "garbage_collection_threshold:1.5", "roundup_power2_divisions:3"):
         with pytest.raises(ValueError, match="allocator") as error:
             AllocatorSettings.parse(text)
         assert text_of(error) == (
-            f"The allocator's settings were given as {text!r}, which does not read as PyTorch's own do. "
+            f"The allocator's settings were given as {text!r}, which PyTorch's own allocator would not take. "
             'Write them as in PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True,max_split_size_mb:128".'
         )
 

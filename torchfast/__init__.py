@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torchfast._estimate.estimate import estimate_vram
     from torchfast._estimate.gpus import GPU
     from torchfast._estimate.report import VRAMEstimate
+    from torchfast._estimate.settings import AllocatorSettings
     from torchfast._loader.loader import DeviceLoader
     from torchfast._loader.stats import LoaderStats
     from torchfast._monitor.history import VRAMSpan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GPU",
+    "AllocatorSettings",
     "DeviceLoader",
     "GPUTeacher",
     "HostOutOfMemoryError",
@@ -49,6 +51,7 @@ __all__ = [
 
 # What is imported when it is first asked for: records of many fields cost milliseconds to define.
 _HOMES = {
+    "AllocatorSettings": "_estimate.settings",
     "DeviceLoader": "_loader.loader",
     "GPU": "_estimate.gpus",
     "GPUTeacher": "_teacher",

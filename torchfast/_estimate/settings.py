@@ -1,21 +1,24 @@
 """The options of PyTorch's caching allocator that decide how much it reserves."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torchfast._bytes import MIB
 
 NO_LIMIT = 2**62
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AllocatorSettings:
     """The options of `PYTORCH_CUDA_ALLOC_CONF` that decide how much is reserved.
 
+    For `estimate_vram(allocator=...)`, which takes the text as well. A limit on the memory is none of them:
+    that is `limit_bytes=` of `fits` and `max_batch_size`.
+
     Example:
-        >>> from torchfast._estimate.settings import AllocatorSettings
-        >>> AllocatorSettings.parse("expandable_segments:True,max_split_size_mb:64").max_split_size_bytes
-        67108864
+        >>> from torchfast import AllocatorSettings
+        >>> AllocatorSettings.parse("expandable_segments:True,max_split_size_mb:64")
+        AllocatorSettings(expandable_segments=True, max_split_size_bytes=67108864)
     """
 
     expandable_segments: bool = False
@@ -30,11 +33,12 @@ class AllocatorSettings:
         """Read a value of `PYTORCH_CUDA_ALLOC_CONF`; options that do not change sizes are passed over.
 
         Raises:
-            ValueError: an option without a value, or a value that is no number.
+            ValueError: an option that PyTorch does not know, one without a value or with one that PyTorch
+                refuses, or another backend than its own.
         """
         found = dict(_option(part) for part in _split_outside_brackets(text))
         try:
-            return cls(
+            settings = cls(
                 expandable_segments=_SWITCH[found.get("expandable_segments", "False")],
                 roundup_power2_divisions=_divisions(found.get("roundup_power2_divisions", "0")),
                 max_split_size_bytes=int(found["max_split_size_mb"]) * MIB
@@ -45,8 +49,32 @@ class AllocatorSettings:
             )
         except (KeyError, ValueError) as error:
             raise _not_a_setting(text) from error
+        if not (settings._is_accepted() and found.get("backend", "native") == "native"):
+            raise _not_a_setting(text)
+        return settings
+
+    def _is_accepted(self) -> bool:
+        """Whether PyTorch would take these values (c10/core/AllocatorConfig.cpp)."""
+        return (
+            self.max_split_size_bytes > 20 * MIB
+            and 0 <= self.garbage_collection_threshold < 1
+            and all(n >= 0 and n & (n - 1) == 0 for n in self.roundup_power2_divisions)
+        )
+
+    def __repr__(self) -> str:
+        changed = (f.name for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"AllocatorSettings({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
 
+# All that PyTorch knows; those that the dataclass has no field for change no sizes.
+_NAMES = {
+    *("backend", "expandable_segments", "roundup_power2_divisions", "max_split_size_mb"),
+    *("max_non_split_rounding_mb", "garbage_collection_threshold", "per_process_memory_fraction"),
+    *("release_lock_on_cudamalloc", "release_lock_on_hipmalloc", "throw_on_cudamalloc_oom"),
+    *("pinned_use_cuda_host_register", "pinned_use_hip_host_register", "pinned_num_register_threads"),
+    *("pinned_use_background_threads", "pinned_reserve_segment_size_mb"),
+    *("graph_capture_record_stream_reuse",),
+}
 _SWITCH = {"True": True, "1": True, "False": False, "0": False}
 
 
@@ -78,14 +106,14 @@ def _split_outside_brackets(text: str) -> Iterable[str]:
 
 def _option(part: str) -> tuple[str, str]:
     name, colon, value = part.strip().partition(":")
-    if not colon:
+    if not colon or name.strip() not in _NAMES:
         raise _not_a_setting(part)
     return name.strip(), value.strip()
 
 
 def _not_a_setting(text: str) -> ValueError:
     return ValueError(
-        f"The allocator's settings were given as {text!r}, which does not read as PyTorch's own do. "
+        f"The allocator's settings were given as {text!r}, which PyTorch's own allocator would not take. "
         'Write them as in PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True,max_split_size_mb:128".'
     )
 
