@@ -348,18 +348,13 @@ def host_time(n_samples: int) -> Iterator[dict[str, Any]]:
     for n_leaves, n_elements in ((1, 65536), (8, 65536), (64, 65536), (8, 1 << 20)):
         batches = host_batches(n_leaves, n_elements, "pinned", 300)
         loader = DeviceLoader(batches, "cuda")
-        for _ in range(n_samples):
-            times_us, iterator = [], iter(loader)
+        times_us: list[float] = []
+        for _ in range(n_samples + 1):
+            iterator = iter(loader)
             feed: Any = iterator._feed
-            for _ in range(len(batches)):
-                for _ in range(200):
-                    total.add_(1)
-                while not feed._work.ready:
-                    total.add_(1)
-                began_s = time.perf_counter()
-                next(iterator)
-                times_us.append((time.perf_counter() - began_s) * 1e6)
-            times_us = sorted(times_us[50:])
+            times_us += [ready_next_us(iterator, feed, total) for _ in batches]
+            iterator.close()
+        times_us = sorted(times_us[len(batches) :])  # less the first pass
         yield {
             "n_leaves": n_leaves,
             "leaf_bytes": n_elements * 4,
@@ -367,6 +362,17 @@ def host_time(n_samples: int) -> Iterator[dict[str, Any]]:
             "p99_us": round(times_us[int(0.99 * len(times_us))], 1),
             "samples_us": [round(t, 1) for t in times_us],
         }
+
+
+def ready_next_us(iterator: Iterator[Any], feed: Any, total: torch.Tensor) -> float:
+    """Return how long `next` takes after many launches, and more of them until a batch is ready."""
+    for _ in range(200):
+        total.add_(1)
+    while not feed._work.ready:
+        total.add_(1)
+    began_s = time.perf_counter()
+    next(iterator)
+    return (time.perf_counter() - began_s) * 1e6
 
 
 if __name__ == "__main__":
