@@ -19,7 +19,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.utils.rnn import pack_sequence
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from tests.fake_gpu import FakeGPU
@@ -1048,6 +1052,128 @@ def test_estimating_a_model_that_cannot_be_put_on_paper() -> None:
     assert text_of(error) == (
         "'weight' of the model has no shape yet: it takes it from the first batch. Run one batch through "
         "it, then estimate."
+    )
+
+
+def test_estimating_tensors_that_paper_cannot_be() -> None:
+    """Nested and sparse tensors, and those with operators of their own, are told what to do instead."""
+    rows = torch.nested.nested_tensor([torch.zeros(2, 1), torch.zeros(3, 1)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="nested") as error:
+        estimate_vram(nn.Linear(1, 1), rows)
+    assert text_of(error) == (
+        "the batch is a nested tensor, whose rows are of different lengths, and paper has one shape. "
+        "Estimate with the padded tensor, torch.nested.to_padded_tensor(t, 0.0): it needs no less."
+    )
+    sparse = nn.Linear(2, 2)
+    sparse.register_buffer("adjacent", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match="sparse") as error:
+        estimate_vram(sparse, torch.zeros(4, 2))
+    assert text_of(error) == (
+        "'adjacent' of the model is a tensor of layout sparse_coo, of which only the non-zero numbers take "
+        "memory, and operators on it tell no shapes. Estimate the part of the step that works on plain "
+        "tensors, or give t.to_dense() where that is affordable."
+    )
+    with pytest.raises(ValueError, match="sparse=True") as error:
+        estimate_vram(nn.Embedding(2, 2, sparse=True), torch.zeros(4, dtype=torch.int64))
+    assert text_of(error) == (
+        "'Embedding' of the model has sparse=True, and sparse gradients cannot be put on paper. Estimate "
+        "with sparse=False: dense gradients and dense optimizer state need no less."
+    )
+    own = nn.Linear(2, 2)
+    own.weight = nn.Parameter(TwoTensor(torch.zeros(2, 2), torch.zeros(2, 2)))
+    with pytest.raises(ValueError, match="TwoTensor") as error:
+        estimate_vram(own, torch.zeros(4, 2))
+    assert text_of(error) == (
+        "'weight' of the model is a TwoTensor, a kind of tensor with operators of its own, whose memory "
+        "cannot be told from its shape. Estimate with plain tensors in its place."
+    )
+
+
+def test_estimating_modules_that_are_spread_over_processes() -> None:
+    """Sharded modules are estimated before they are sharded."""
+    advice = (
+        "weights are spread over several processes, and an estimate knows one GPU. Estimate the module "
+        "before it is sharded: one GPU will need no more than that."
+    )
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+        with pytest.raises(ValueError, match="FSDP") as error:
+            estimate_vram(cast(nn.Module, fully_shard(nn.Linear(2, 2), mesh=mesh)), torch.zeros(4, 2))
+        assert text_of(error) == f"the model is wrapped by FSDP: {advice}"
+        spread = nn.Linear(2, 2)
+        spread.weight = nn.Parameter(distribute_tensor(torch.zeros(2, 2), mesh, [Replicate()]))
+        with pytest.raises(ValueError, match="DTensor") as error:
+            estimate_vram(spread, torch.zeros(4, 2))
+        assert text_of(error) == f"'weight' of the model is a DTensor: {advice}"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_estimating_what_no_gpu_runs() -> None:
+    """Layers that PyTorch packed for the CPU are estimated as they were before."""
+    packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
+    with pytest.raises(ValueError, match="quantised") as error:
+        estimate_vram(packed, torch.zeros(4, 2), training=False)
+    assert text_of(error) == (
+        "'0' of the model is quantised for the CPU: its weights are packed, and no GPU runs it. Estimate the "
+        "module as it was before."
+    )
+
+
+def test_estimating_a_loader() -> None:
+    """What yields batches is none."""
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.zeros(4, 1)))
+    with pytest.raises(TypeError, match="batch") as error:
+        estimate_vram(nn.Linear(1, 1), loader)
+    assert text_of(error) == (
+        "estimate_vram takes one batch, but was given an object of type DataLoader, which yields them. Give "
+        "one of its batches, such as next(iter(loader)): only shapes and types count."
+    )
+
+
+def test_estimating_lbfgs_without_a_step() -> None:
+    """An optimizer that runs the model itself needs the whole step."""
+    model = nn.Linear(1, 1)
+    for optimizer in (torch.optim.LBFGS, torch.optim.LBFGS(model.parameters())):
+        with pytest.raises(ValueError, match="LBFGS") as error:
+            estimate_vram(model, torch.zeros(4, 1), optimizer=optimizer)
+        assert text_of(error) == (
+            "optimizer= is LBFGS, which runs the model as often as its line search wants, by a closure. Give "
+            "the whole step as step=, a function that calls optimizer.step(closure), and the instance."
+        )
+
+
+def test_using_a_tensor_of_an_estimate_afterwards() -> None:
+    """What was kept outside of the model says where it comes from."""
+    kept: list[torch.Tensor] = []
+
+    class Keeps(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept.append(super().forward(x))
+            return kept[-1]
+
+    estimate_vram(Keeps(1, 1), torch.zeros(4, 1), n_steps=1)
+    with pytest.raises(RuntimeError, match="estimate") as error:
+        kept[0].sum()
+    assert text_of(error) == (
+        "A tensor of an estimate was used after estimate_vram had returned. It has no numbers: something "
+        "outside of the model kept it, such as a functools.lru_cache or a list that the step appends to. "
+        "Clear that after the estimate."
+    )
+
+
+def test_asking_an_estimate_whose_step_is_gone() -> None:
+    """A step that was only passed in is gone with the call."""
+    model = nn.Linear(1, 1)
+    found = estimate_vram(model, torch.zeros(4, 1), step=lambda x: model(x).sum().backward(), n_steps=1)
+    gc.collect()
+    with pytest.raises(ValueError, match="gone") as error:
+        found.max_batch_size("T4")
+    assert text_of(error) == (
+        "The step of this estimate is gone, and what was asked for needs it to be run on paper again. An "
+        "estimate holds the function weakly: define it under a name, and keep that while you ask."
     )
 
 
