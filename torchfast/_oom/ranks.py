@@ -187,9 +187,8 @@ class DDPRanks(Ranks):
             dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the ranks could not agree on a step within {self._timeout_s:g} s: a rank has ended, "
-                "or does not take "
-                "part in this attempt. Every rank must go through retry.attempts(...) the same "
+                "the ranks could not agree on a step: one has ended, or did not take part in this attempt "
+                f"within {self._timeout_s:g} s. Every rank must go through retry.attempts(...) the same "
                 "number of times; a longer timeout_s= helps where ranks are merely slow."
             ) from error
         numbers: list[int] = votes.tolist()
