@@ -1947,9 +1947,9 @@ def test_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="could not agree") as error:
         step(torch.zeros(2, 2))
     assert text_of(error) == (
-        "the ranks could not agree on a step within 5 s: a rank has ended, or does not take part in this "
-        "attempt. Every rank must go through retry.attempts(...) the same number of times; a longer "
-        "timeout_s= helps where ranks are merely slow."
+        "the ranks could not agree on a step: one has ended, or did not take part in this attempt within 5 "
+        "s. Every rank must go through retry.attempts(...) the same number of times; a longer timeout_s= "
+        "helps where ranks are merely slow."
     )
 
 
