@@ -233,7 +233,7 @@ def on_the_host(training: Training, *, copy: bool) -> dict[str, Any]:
     retry = oom_guard().retry(model=training.model, optimizer=training.optimizer, copy=copy)
     spent_ns: list[int] = []
     transaction = retry._transaction
-    for owner, hook in [(transaction, "_before_step"), *((probe, "after") for probe in transaction._probes)]:
+    for owner, hook in [(transaction, "_begin_step"), *((probe, "after") for probe in transaction._probes)]:
         setattr(owner, hook, _timed(getattr(owner, hook), spent_ns))
     following = _timed(lambda attempts: next(attempts, None), spent_ns)
     samples_us = []

@@ -136,7 +136,7 @@ def test_compiled_models() -> None:
 
 
 def test_interrupt_while_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt during the clean-up passes at once, leaves no hook behind, and the next step works."""
+    """An interrupt during the clean-up passes at once, nothing is watched any more, the next step works."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     retry = oom_guard().retry(model=model, optimizer=optimizer)
@@ -156,8 +156,7 @@ def test_interrupt_while_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("torchfast._oom.release.gc.collect", interrupt)
         with pytest.raises(KeyboardInterrupt), inject_oom():
             step(batch)
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
+    assert not retry._transaction._is_watching
     assert step(batch) == 1
 
 

@@ -202,3 +202,17 @@ def test_lists_in_the_state_come_back() -> None:
         undo.roll_back()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_hooks_go_with_the_retry(*, copy: bool) -> None:
+    """An optimizer has its hooks for as long as the retry lives, and does not keep it alive."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    retry = oom_guard().retry(model=model, optimizer=optimizer, copy=copy)
+    alive = weakref.ref(retry._transaction)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    del retry
+    assert alive() is None
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

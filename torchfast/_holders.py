@@ -6,7 +6,7 @@ go, and whether they draw random numbers. So neither has to know the other.
 
 from contextlib import suppress
 from typing import Protocol
-from weakref import WeakSet
+from weakref import ref
 
 
 class Holder(Protocol):
@@ -16,12 +16,13 @@ class Holder(Protocol):
         """Let go of whatever is not needed right now; called between steps, in the caller's thread."""
 
 
-_holders: WeakSet[Holder] = WeakSet()
+_holders: dict[int, ref[Holder]] = {}  # asked at every step: going over a WeakSet takes several calls
 
 
 def register(holder: Holder, /) -> None:
     """Have `holder` asked to let go when memory runs out, for as long as it lives."""
-    _holders.add(holder)
+    key = id(holder)
+    _holders[key] = ref(holder, lambda _: _holders.pop(key, None))
 
 
 def release_all() -> int:
@@ -30,7 +31,7 @@ def release_all() -> int:
     One that fails keeps what it holds. Its error is dropped: it would stand in the way of the others, and in
     the place of the failure that made somebody ask.
     """
-    holders = list(_holders)
+    holders = [holder for reference in list(_holders.values()) if (holder := reference()) is not None]
     for holder in holders:
         with suppress(Exception):
             holder.release_memory()
@@ -43,4 +44,4 @@ def draw_beside() -> bool:
     Who puts the generators back to an earlier state would then have those numbers drawn twice. A holder says
     so by an attribute `draws_beside`.
     """
-    return any(getattr(holder, "draws_beside", False) for holder in list(_holders))
+    return any(getattr(reference(), "draws_beside", False) for reference in list(_holders.values()))

@@ -7,7 +7,9 @@ cheap to keep; the last need a copy, which is the user's to ask for.
 
 import functools
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torchfast._oom.step_probe import StepProbe
 State = dict[str, Any]
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 # At every step these go over hundreds of tensors: calls from C take half the time of a comprehension.
-_gradient_of, _is_none = operator.attrgetter("grad"), functools.partial(operator.is_, None)
+_gradient_of = operator.attrgetter("grad")
 
 
 class Subjects(NamedTuple):
@@ -55,8 +57,8 @@ class Transaction:
         self._moment_copies = _Copies()
         self._probes = [StepProbe(optimizer) for optimizer in subjects.optimizers]
         self._random = RandomState(subjects.generators)
-        self._handles: list[Any] = []
-        self._has_step_begun = False
+        self._has_step_begun = self._is_watching = False
+        self._hook_up()
 
     def begin(self, inputs: Sequence[Any] = ()) -> None:
         """Note the state that `roll_back` is to restore; tensors among the inputs may get gradients too."""
@@ -69,7 +71,7 @@ class Transaction:
         self._scaler = _scaler_state(self._subjects.scaler)
         self._with_gradients = [*self._parameters, *filter(_is_leaf, inputs)]
         gradients = list(map(_gradient_of, self._with_gradients))
-        are_none = all(map(_is_none, gradients))  # as a rule: only while accumulating is there something
+        are_none = set(map(type, gradients)) == {NoneType}  # as a rule: all but while accumulating
         self._gradients = (
             gradients if are_none else [None if g is None else (g, g.clone()) for g in gradients]
         )
@@ -80,17 +82,11 @@ class Transaction:
 
     def watch(self) -> None:
         """Before each step of an optimizer find out whether it will fit, then note that it has begun."""
-        for optimizer, probe in zip(self._subjects.optimizers, self._probes, strict=True):
-            before = functools.partial(self._before_step, probe)
-            self._handles.append(optimizer.register_step_pre_hook(before))
-            if not self._copy:
-                self._handles.append(optimizer.register_step_post_hook(probe.after))
+        self._is_watching = True
 
     def stop_watching(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._is_watching = False
         for probe in self._probes:
             probe.stop()
 
@@ -131,12 +127,40 @@ class Transaction:
         """Let go of the gradients that the step began with; the other copies are for the next one."""
         self._gradients, self._with_gradients = [], []
 
-    def _before_step(self, probe: StepProbe, *_: Any) -> None:
+    def _hook_up(self) -> None:
+        """Have the optimizers tell of their steps for as long as this lives, which they do not prolong."""
+        this, handles = weakref.ref(self), []
+        for optimizer, probe in zip(self._subjects.optimizers, self._probes, strict=True):
+            before = functools.partial(_before_step, this, probe)
+            after = functools.partial(_after_step, this, probe)
+            handles.append(optimizer.register_step_pre_hook(before))
+            if not self._copy:
+                handles.append(optimizer.register_step_post_hook(after))
+        weakref.finalize(self, _remove, handles).atexit = False
+
+    def _begin_step(self, probe: StepProbe) -> None:
         if not self._copy:
             probe.before()
         # Which of its changes a step has made by the time it fails cannot be told: fused optimizers, and any
         # under a dispatch mode, change parameters without counting up their versions.
         self._has_step_begun = True
+
+
+def _before_step(reference: "weakref.ref[Transaction]", probe: StepProbe, *_: Any) -> None:
+    transaction = reference()
+    if transaction is not None and transaction._is_watching:
+        transaction._begin_step(probe)
+
+
+def _after_step(reference: "weakref.ref[Transaction]", probe: StepProbe, *_: Any) -> None:
+    transaction = reference()
+    if transaction is not None and transaction._is_watching:
+        probe.after()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _is_leaf(part: Any) -> bool:
@@ -150,15 +174,19 @@ class _Copies:
         self._tensors: list[torch.Tensor] = []
         self._copies: list[torch.Tensor] = []
         self._groups: list[Pairs] = []
+        self._require_grad = False
 
-    @torch.no_grad()
     def take(self, tensors: list[torch.Tensor]) -> None:
         """Copy the tensors: into new memory the first time, and when they are others or of other shapes."""
         is_same = len(tensors) == len(self._tensors) and all(map(operator.is_, tensors, self._tensors))
-        if not is_same or not self._renew():
-            views = [_without_repeats(tensor) for tensor in tensors]
-            self._tensors, self._copies = tensors, [view.clone() for view in views]
-            self._groups = _grouped(self._copies, views)
+        if is_same and not self._require_grad and self._renew():
+            return
+        with torch.no_grad():  # which takes as long as all that comes before it, so not for buffers
+            if not (is_same and self._renew()):
+                views = [_without_repeats(tensor) for tensor in tensors]
+                self._tensors, self._copies = tensors, [view.clone() for view in views]
+                self._groups = _grouped(self._copies, views)
+                self._require_grad = any(tensor.requires_grad for tensor in tensors)
 
     @torch.no_grad()
     def put_back(self) -> None:
