@@ -204,9 +204,10 @@ def noting(run: Callable[..., Any], of: Any, seen: list[dict[str, int]]) -> Call
 def work_refused(rank: int) -> list[str]:
     """Use what a retry cannot be used with, and return the errors."""
     model = DistributedDataParallel(nn.Linear(6, 3))
-    attempts = oom_guard().retry(model=model, timeout_s=20).attempts(batch_of(0, rank))
+    retry = oom_guard().retry(model=model, timeout_s=20)
     with Join([model]), pytest.raises(RuntimeError) as joined:
-        next(attempts).__enter__()
+        next(retry.attempts(batch_of(0, rank))).__enter__()
+    assert model.require_backward_grad_sync
     bag = DistributedDataParallel(nn.EmbeddingBag(4, 2, sparse=True))
     with pytest.raises(ValueError, match="sparse") as sparse:
         oom_guard().retry(model=bag)

@@ -290,8 +290,8 @@ class OOMAttempt(Generic[T]):
     def __enter__(self) -> Self:
         retry = self._retry
         self._bound = frames.bound_in(sys._getframe(1))
+        retry._ranks.begin()  # this may refuse; then nothing is left behind
         retry._transaction.watch()
-        retry._ranks.begin()
         return self
 
     def __exit__(
