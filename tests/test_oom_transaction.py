@@ -105,15 +105,21 @@ def test_replaced_buffers_come_back() -> None:
     assert mean.tolist() == [0, 0]
 
 
-def test_settings_of_the_optimizer_come_back() -> None:
-    """A learning rate that the step has changed is the old one again."""
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)])
+def test_settings_of_the_optimizer_come_back(rate: float | torch.Tensor) -> None:
+    """A learning rate that the step has changed, be it a number or a tensor, is the old one again."""
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, foreach=False)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
     undo = Transaction(Subjects((model,), (optimizer,), None, ()), copy=False)
-    undo.begin()
-    optimizer.param_groups[0]["lr"] = 0.5
-    undo.roll_back()
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    for _ in range(2):
+        undo.begin()
+        schedule.step()
+        assert float(optimizer.param_groups[0]["lr"]) < 0.5
+        undo.roll_back()
+        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+        assert isinstance(optimizer.param_groups[0]["lr"], type(rate))
 
 
 def test_gradients_keep_their_identity() -> None:

@@ -238,6 +238,7 @@ class _OptimizerState(NamedTuple):
 
     entries: dict[Any, State] | None
     groups: list[State]
+    rates: list[tuple[torch.Tensor, torch.Tensor]]  # settings that are tensors, and their values
     tensors: list[torch.Tensor]
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
@@ -245,6 +246,8 @@ class _OptimizerState(NamedTuple):
         del optimizer.param_groups[len(self.groups) :]
         for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
             group.update(settings)
+        for rate, value in self.rates:
+            rate.copy_(value)
         if self.entries is None:
             return
         for key in list(optimizer.state):
@@ -257,11 +260,12 @@ class _OptimizerState(NamedTuple):
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, *, copy: bool) -> _OptimizerState:
     groups = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    rates = [(v, v.clone()) for group in groups for v in group.values() if isinstance(v, torch.Tensor)]
     if not copy:  # then there is no way back once a step has begun, and before it nothing is made
-        return _OptimizerState(None, groups, [])
+        return _OptimizerState(None, groups, rates, [])
     tensors: list[torch.Tensor] = []
     entries = {key: _apart(state, tensors) for key, state in optimizer.state.items()}
-    return _OptimizerState(entries, groups, tensors)
+    return _OptimizerState(entries, groups, rates, tensors)
 
 
 def _apart(state: Any, tensors: list[torch.Tensor]) -> Any:
