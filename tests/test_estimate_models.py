@@ -124,6 +124,20 @@ def test_the_real_functions_are_back() -> None:
     assert ([getattr(torch.cuda, name) for name in names], torch.Generator, torch.compile) == before
 
 
+def test_bfloat16_runs_on_older_gpus_too() -> None:
+    """PyTorch allows bfloat16 where it is emulated, as on a T4, and tells the two apart when asked."""
+    model, told = nn.Linear(8, 8), []
+
+    def step(batch: torch.Tensor) -> None:
+        told.append(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.autocast("cuda", torch.bfloat16):
+            model(batch).sum().backward()
+
+    for gpu in ("T4", "RTX 3060"):
+        estimate_vram(model, torch.randn(4, 8), step=step, gpu=gpu, n_steps=1)
+    assert told == [False, True]
+
+
 def test_generators_and_old_types_make_tensors_on_paper() -> None:
     """A GPU's generator, `torch.cuda.FloatTensor` and data from the host give tensors that are counted."""
 
@@ -139,6 +153,24 @@ def test_generators_and_old_types_make_tensors_on_paper() -> None:
     taken = [event.size_bytes for event in found._trace.events]
     assert taken.count(1024 * 8 * 4) >= 3
     assert 1024 * 8 * 8 in taken
+
+
+def test_the_default_device_decides_where_a_step_makes_tensors() -> None:
+    """With a GPU as the default device, what is made without one is counted; with `meta` it is the host's."""
+
+    def forward(layer: nn.Module, x: torch.Tensor) -> Any:
+        table = torch.ones(1024, 8)
+        return layer(x).sum() + (table.sum() if table.is_cuda else float(table.sum()))
+
+    sizes: dict[str, list[int]] = {}
+    for device in ("cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])):
+        model = Model(forward)
+        with torch.device(device):
+            found = estimate(model, n_steps=1, optimizer=torch.optim.AdamW)
+        sizes[device] = [event.size_bytes for event in found._trace.events]
+    assert sizes.get("cuda", [1024 * 8 * 4]).count(1024 * 8 * 4) == 1
+    assert 1024 * 8 * 4 not in sizes["cpu"]
+    assert sizes["meta"] == sizes["cpu"]
 
 
 def test_values_of_data_from_the_host_are_known() -> None:

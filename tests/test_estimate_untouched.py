@@ -1,7 +1,10 @@
 """Whatever happens within an estimate, model, optimizer, random state and flags come out as they went in."""
 
 import contextlib
+import json
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -134,3 +137,14 @@ def test_flags_that_a_step_sets_are_taken_back(error: type[BaseException] | None
     with contextlib.suppress(ValueError, KeyboardInterrupt, SystemExit):
         estimate_vram(model, batch, step=step, gpu="T4", n_steps=1)
     assert state_of_the_process() == before
+
+
+def test_the_first_estimate_of_a_process_is_like_any_other() -> None:
+    """What PyTorch imports on the way keeps nothing of the first step alive."""
+    program = (
+        "import torch; from torchfast import estimate_vram; model = torch.nn.Linear(8, 8);"
+        "print([estimate_vram(model, torch.zeros(4, 8), gpu='T4').peak_requested_bytes for _ in range(2)])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = json.loads(run.stdout)
+    assert first == second

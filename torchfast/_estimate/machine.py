@@ -64,6 +64,15 @@ def _from_data(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **{**kwargs, "device": None}).to(META)
 
 
+def _new_tensor(mode: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
+    """Handle `tensor.new_tensor(data)`: on paper it would ask for the backend that paper borrows."""
+    tensor, data = args
+    if not isinstance(tensor, PaperTensor):
+        return func(*args, **kwargs)
+    made = {"dtype": tensor.dtype, "device": tensor.device} | kwargs
+    return _from_data(mode, torch.tensor, (data,), made)
+
+
 def _on_host(_: OnPaper, func: Any, args: Any, kwargs: Any) -> Any:
     """Handle reading a tensor's values as a whole: `tolist`, `numpy`."""
     tensor, *rest = args
@@ -92,6 +101,7 @@ _HANDLERS: dict[Any, Callable[[OnPaper, Any, Any, Any], Any]] = {
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray), _from_data),
     torch.Tensor.to: _move,
     torch.Tensor.cuda: _cuda,
+    torch.Tensor.new_tensor: _new_tensor,
     torch.Tensor.tolist: _on_host,
     torch.Tensor.numpy: _on_host,
     torch.Tensor.type: _type,
@@ -137,8 +147,7 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
                 undo.callback(setattr, owner, attribute, getattr(owner, attribute))
                 setattr(owner, attribute, value)
         undo.callback(_forget_stand_ins, _filled_tables())
-        if "torch._dynamo" in sys.modules:  # nothing is compiled where it is not imported
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -154,7 +163,7 @@ def _a_gpu(gpu: GPU) -> list[StandIn]:
     )
     return [
         (torch.cuda, "is_available", lambda *_: True),
-        (torch.cuda, "is_bf16_supported", lambda *_: capability >= (8, 0)),
+        (torch.cuda, "is_bf16_supported", _has_bfloat16(capability)),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "set_device", lambda *_: None),
@@ -166,6 +175,15 @@ def _a_gpu(gpu: GPU) -> list[StandIn]:
         (torch.accelerator, "device_count", lambda: 1),
         (torch.accelerator, "current_device_index", lambda: 0),
     ]
+
+
+def _has_bfloat16(capability: tuple[int, int]) -> Callable[..., bool]:
+    """Return what answers as PyTorch does, to whom every GPU has bfloat16: older ones emulate it."""
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:  # noqa: FBT001, FBT002 -- as in torch
+        return including_emulation or capability >= (8, 0)
+
+    return is_bf16_supported
 
 
 def _paper_as_cuda() -> list[StandIn]:
@@ -225,10 +243,10 @@ def _without_wrappers() -> list[StandIn]:
         return compiled._orig_mod(*args, **kwargs)
 
     wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    compiled = importlib.import_module("torch._dynamo.eval_frame").OptimizedModule
     return [
         *((wrapper, "forward", run_inside) for wrapper in wrappers),
-        *([] if compiler is None else [(compiler.OptimizedModule, "__call__", run_uncompiled)]),
+        (compiled, "__call__", run_uncompiled),
     ]
 
 

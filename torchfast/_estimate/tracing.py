@@ -1,6 +1,7 @@
 """Runs a training step without memory and without a GPU, and yields its stream of allocations and frees."""
 
 import copy
+import importlib
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -28,14 +29,20 @@ from torchfast._modules import unwrapped
 
 def trace(plan: Plan, gpu: GPU) -> Trace:
     """Run the plan's steps on paper. Everything the plan holds comes out as it went in."""
+    # PyTorch imports its compiler when an operator is first decomposed. Imported within a step, it leaves a
+    # traceback behind, which holds what the step's functions held: the model's output, to the end.
+    importlib.import_module("torch._dynamo")
+    default = torch.get_default_device().type
     recorder = Recorder(gpu, cuda_behaviour.rule_for)
     with ExitStack() as scope:
         scope.enter_context(_running())
+        if default != "cpu":
+            scope.enter_context(torch.device("cpu"))
         scope.enter_context(collector_kept_quiet())
         scope.enter_context(random_state_kept())
         scope.enter_context(flags_kept())
         scope.enter_context(imagined_gpu(gpu))
-        tracer = _Tracer(plan, recorder)
+        tracer = _Tracer(plan, recorder, default)
         tracer.run()
     return Trace(
         recorder.events,
@@ -52,8 +59,9 @@ class _Tracer:
 
     is_running = False
 
-    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+    def __init__(self, plan: Plan, recorder: Recorder, default_device: str) -> None:
         self.plan = plan
+        self._default_device = default_device
         self.recorder = recorder
         self._papers: dict[int, torch.Tensor] = {}
         self._parameters: list[torch.Tensor] = []
@@ -84,6 +92,8 @@ class _Tracer:
             self._begin("batch", "batch")
             inputs, target = (_tree.map_tensors(self._paper, part) for part in (plan.inputs, plan.target))
             mode = scope.enter_context(OnPaper())
+            if self._default_device == "cuda":  # what the user makes without a device is on paper then
+                scope.enter_context(torch.device("cuda"))
             scope.enter_context(watched_backward(mode, self._backward_begins, self._backward_ends))
             scope.enter_context(recorder)
             scope.enter_context(recorded_elsewhere(recorder.run_elsewhere))
