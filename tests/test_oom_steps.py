@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
@@ -52,6 +53,34 @@ def test_optimizer_with_a_closure() -> None:
         injection = inject_oom(at)
         assert all(map(torch.equal, train(injection), expected)), at
         assert injection.n_failures == 1
+
+
+def test_two_optimizers_and_an_average() -> None:
+    """A generator, a discriminator and an average of weights, stepped in one attempt, come back together."""
+
+    def train(injection: inject_oom) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        generator, critic = nn.Linear(4, 4), nn.Linear(4, 1)
+        average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        optimizers = [torch.optim.Adam(model.parameters()) for model in (generator, critic)]
+        models = [generator, critic, average]
+        retry = oom_guard().retry(model=models, optimizer=optimizers, copy=True)
+        for step in range(3):
+            for attempt in retry.attempts(torch.randn(6, 4)):
+                with attempt, injection if step == 2 else nullcontext():
+                    for part, weight in attempt:
+                        (critic(part).mean() * weight).backward()
+                        optimizers[1].step()
+                        (critic(generator(torch.randn(len(part), 4))).mean() * weight).backward()
+                        optimizers[0].step()
+                    average.update_parameters(generator)
+                    _ = [optimizer.zero_grad() for optimizer in optimizers]
+        return [tensor.clone() for model in models for tensor in model.state_dict().values()]
+
+    counting = inject_oom(times=0)
+    expected = train(counting)
+    for at in range(0, counting.n_operators, 7):
+        assert all(map(torch.equal, train(inject_oom(at)), expected)), at
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
