@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from torchfast._estimate.cuda_behaviour import reductions
-from torchfast._estimate.known import values_of
+from torchfast._estimate.known import values_of, worth_keeping
 from torchfast._estimate.recorder import Recorder
 
 _READ_BACK = "numbers that the step reads back from the GPU were taken to be 0 (1 for integers)"
 _HOLDS = "checks that all of something holds (all, equal, allclose, isfinite) were taken to hold"
+_FINITE = "activations that are looked at for NaN or infinity were taken to have none"
 _LEFT = "a loop that waits for a number of the GPU's was taken to end after 10,000 rounds"
 _PATIENCE = 10_000
 _TRUE = torch.ones((), dtype=torch.bool)  # by its identity, the answer that was assumed
@@ -76,6 +77,15 @@ def itself(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     outputs = recorder.run(func, args, kwargs)
     is_half = args[0] is args[1] if func._schema.name == "aten::eq" else _is_infinity(args[1])
     return _taken_to_hold(recorder, outputs, args[0]) if is_half else outputs
+
+
+def not_finite(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answer `isnan` and `isinf`: a step that works has no such numbers."""
+    outputs = recorder.run(func, args, kwargs)
+    if values_of(args[0]) is None and worth_keeping(outputs):
+        recorder.assumptions[_FINITE] = None
+        outputs.values = torch.zeros(outputs.shape, dtype=torch.bool)
+    return outputs
 
 
 def _is_infinity(other: Any) -> bool:

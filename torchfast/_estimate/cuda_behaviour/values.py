@@ -29,6 +29,14 @@ def copy(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     return recorder.run(func, args, kwargs) if args[0].is_cuda else args[0]
 
 
+def masked_fill(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fill where a mask says so; a single value on the host is read, as CUDA's kernel does."""
+    tensor, mask, value = args
+    if isinstance(value, torch.Tensor) and not value.is_cuda:
+        return recorder.run(func.overloadpacket.Scalar, (tensor, mask, value.item()), kwargs)
+    return recorder.run(func, args, kwargs)
+
+
 def nonzero(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the places of what is not zero: all, where the mask is not known."""
     del func, kwargs
