@@ -785,6 +785,18 @@ def test_a_checkpoint_that_is_broken(tmp_path: Path, name: str) -> None:
     )
 
 
+def test_a_checkpoint_of_a_whole_module(tmp_path: Path) -> None:
+    """A module that was saved as it is, is told from a file that is broken."""
+    path = tmp_path / "whole.pt"
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(TypeError, match="Linear") as error:
+        GPUTeacher.from_checkpoint(lambda: nn.Linear(2, 2), path, "cpu")
+    assert text_of(error) == (
+        f"{str(path)!r} holds an object of torch.nn.modules.linear.Linear, and to read one is to run code of "
+        "the file. Save the state dict alone: torch.save(module.state_dict(), path)."
+    )
+
+
 def test_a_checkpoint_of_no_file() -> None:
     """No file, or a number, is said before anything is built."""
     with pytest.raises(ValueError, match="no file") as error:
@@ -1378,12 +1390,13 @@ def test_an_estimate_within_an_estimate() -> None:
 # --- VRAMMonitor -----------------------------------------------------------------------------------------
 
 
-def test_monitor_with_an_interval_that_is_none() -> None:
-    """A time between samples that is not positive is answered with what to give."""
+@pytest.mark.parametrize("interval_s", [0, float("nan"), float("inf"), "0.1"])
+def test_monitor_with_an_interval_that_is_none(interval_s: Any) -> None:
+    """A time between samples that is no positive number is answered with what to give."""
     with pytest.raises(ValueError, match="interval_s") as error:
-        VRAMMonitor("cpu", interval_s=0)
+        VRAMMonitor("cpu", interval_s=interval_s)
     assert text_of(error) == (
-        "interval_s=0 is not a time between two samples. "
+        f"interval_s={interval_s!r} is not a time between two samples. "
         "Give seconds above zero, such as 0.1, or None to sample only when you ask."
     )
 

@@ -6,6 +6,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Mapping
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
@@ -70,12 +71,12 @@ class VRAMMonitor:
         _ledger: PeakLedger | None = None,
         _clock: Clock = time.perf_counter,
     ) -> None:
-        if interval_s is not None and not (interval_s > 0 and math.isfinite(interval_s)):
+        if interval_s is not None and not (_is_number(interval_s) and 0 < interval_s < math.inf):
             raise ValueError(
                 f"interval_s={interval_s!r} is not a time between two samples. "
                 "Give seconds above zero, such as 0.1, or None to sample only when you ask."
             )
-        if max_history < 2:
+        if not _is_number(max_history) or max_history < 2:
             raise ValueError(f"max_history={max_history!r} is too short: a history needs at least 2 spans.")
         self.device = resolve_device(device) if _probe is None else _probe.device
         self.interval_s = interval_s
@@ -246,3 +247,7 @@ class VRAMMonitor:
             f"the last one {self.errors[-1]!r}. Its samples lack what those sources would have told; "
             "peaks are not affected. All kept errors are in .errors."
         )
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, Real)

@@ -1,5 +1,6 @@
 """A module's weights, read from a file one tensor at a time: never the whole checkpoint, never twice."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,6 +90,12 @@ def _named(path: Path) -> Iterator[None]:
     except (OSError, MemoryError):  # not the file's fault, or the file is named
         raise
     except Exception as error:
+        stranger = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if stranger is not None:
+            raise TypeError(
+                f"{fspath(path)!r} holds an object of {stranger[1]}, and to read one is to run code of "
+                "the file. Save the state dict alone: torch.save(module.state_dict(), path)."
+            ) from error
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
             f"{fspath(path)!r} could not be read as a checkpoint: {type(error).__name__}: {reason}. "
