@@ -13,6 +13,7 @@ from typing import Any, assert_type
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from torchfast import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport, _holders, oom_guard
@@ -151,6 +152,21 @@ def test_error_crosses_a_dataloader_worker() -> None:
     assert guard.report is not None
     assert guard.report.record.kind == "host"
     assert guard.report.record.requested_bytes == 2**60
+
+
+def test_error_crosses_a_dataparallel_replica() -> None:
+    """Handed over as `DataParallel` does, type and text arrive, and a guard outside reads them."""
+    try:
+        with oom_guard(batch_size=16):
+            run_out()
+    except OutOfMemoryError:
+        wrapped = ExceptionWrapper(where="in replica 1 on device 1")
+    with pytest.raises(OutOfMemoryError, match="Try batch_size=8 instead of 16"):
+        wrapped.reraise()
+    with oom_guard(reraise=False, batch_size=16) as guard:
+        wrapped.reraise()
+    assert guard.report is not None
+    assert guard.report.record.requested_bytes == 2 * 2**30
 
 
 def test_nested_guards_explain_once() -> None:
