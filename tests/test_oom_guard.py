@@ -17,6 +17,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from torchfast import HostOutOfMemoryError, OutOfMemoryError, OutOfMemoryReport, _holders, oom_guard
+from torchfast._oom import telemetry
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.80 GiB"
@@ -340,6 +341,21 @@ def test_any_monitor_with_two_methods_will_do() -> None:
     assert "monitor: {'vram': '3 GiB'}" in guard.report.details
     assert recorder.held is not None
     assert not recorder.was_held
+
+
+def test_failure_matters_more_than_what_fails_while_it_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a monitor that fails nor a driver that no longer answers takes the place of the failure."""
+    recorder = Recorder()
+
+    def no_answer(_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(recorder, "status", lambda: no_answer(None))
+    monkeypatch.setattr(telemetry, "room_on", no_answer)
+    with pytest.raises(OutOfMemoryError) as caught, oom_guard(monitor=recorder, batch_size=8):
+        run_out()
+    assert caught.value.report is not None
+    assert (caught.value.report.suggested_batch_size, caught.value.report.status) == (4, None)
 
 
 def test_holders_are_asked_to_let_go() -> None:

@@ -5,6 +5,7 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast
 
@@ -256,9 +257,15 @@ class Guard:
             growth_bytes=self._log.growth_bytes,
             place=place,
             traceback=text,
-            status=None if self._monitor is None else self._monitor.status(),
+            status=self._status(),
         )
         return message.report(case)
+
+    def _status(self) -> Any:
+        # An error of the monitor's would take the place of the failure that is being explained.
+        with suppress(Exception):
+            return None if self._monitor is None else self._monitor.status()
+        return None
 
     def _size(self, findings: frames.Findings) -> tuple[int | None, SizeSource | None]:
         if self._log.batch_size is not None:

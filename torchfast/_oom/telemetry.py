@@ -44,8 +44,11 @@ class Situation(NamedTuple):
 
 
 def situation(device: torch.device, /) -> Situation:
-    """Read what there is and what there could be; all None on a CPU."""
-    stats, room = allocator_stats(device), room_on(device)
+    """Read what there is and what there could be; all None on a CPU, and where the driver has no answer."""
+    try:
+        stats, room = allocator_stats(device), room_on(device)
+    except RuntimeError:  # after some failures every call to CUDA fails
+        return Situation(None, None)
     if stats is None or room is None:
         return Situation(None, None)
     return Situation(stats.allocated_bytes, room.usable_bytes)
