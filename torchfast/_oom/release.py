@@ -24,9 +24,9 @@ def clean_up(error: BaseException, bound: frames.Bound | None, /, *, keep_frames
 
 def empty_caches() -> None:
     """Give cached blocks back to the device, unless a CUDA graph is being captured."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        return
     try:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return
         torch.accelerator.empty_cache()
     except RuntimeError:
         # A device without memory can fail to free as well. What is cached stays usable by PyTorch.
