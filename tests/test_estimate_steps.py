@@ -192,6 +192,22 @@ def test_a_trainer_is_left_as_it_was() -> None:
     assert vars(trainer.schedule) == schedule
 
 
+def test_containers_that_a_step_writes_into() -> None:
+    """Lists and dicts get rid of tensors of the estimate, at any depth; what else was put in stays."""
+    model, logs, counts = layer(), [{"loss": torch.zeros(1)}], [0]
+    logs.append({"self": logs})  # type: ignore[dict-item]  # a cycle must not be walked for ever
+
+    def step(batch: torch.Tensor) -> None:
+        loss = model(batch).sum()
+        loss.backward()
+        logs.append({"loss": loss})
+        counts.append(1)
+
+    estimate(model, step=step, n_steps=2)
+    assert len(logs) == 2
+    assert counts == [0, 1, 1]
+
+
 def test_a_loss_with_weights_of_its_own() -> None:
     """A perceptual loss is a network too, and its weights are on the GPU."""
     judge = layer().requires_grad_(False)

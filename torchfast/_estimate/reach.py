@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfast import _tree
 from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.step import teacher_module
 from torchfast._modules import comes_from
@@ -79,9 +78,12 @@ def kept(found: Reached) -> Iterator[None]:
                 refill(held, contents)
 
 
-def _has_paper(container: Any) -> bool:
-    values = container if not isinstance(container, (set, deque)) else list(container)
-    return any(isinstance(tensor, PaperTensor) for tensor in _tree.tensors(values))
+def _has_paper(value: Any, depth: int = _DEPTH) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if depth and isinstance(value, (list, tuple, set, deque)):
+        return any(_has_paper(item, depth - 1) for item in value)
+    return isinstance(value, PaperTensor)
 
 
 def refill(container: Any, contents: Any, /) -> None:
