@@ -187,7 +187,7 @@ def count_exits(report: Report, *, n_exits: int) -> None:
 
 
 SCRIPT = """
-import os, sys, torch
+import os, signal, sys, torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchfast import DeviceLoader
 
@@ -210,6 +210,7 @@ ENDS = {
     "break": ("break", 0, ""),
     "sys.exit": ("sys.exit(3)", 3, ""),
     "error": ("raise LookupError('mine')", 1, "LookupError: mine"),
+    "interrupt": ("os.kill(os.getpid(), signal.SIGINT)", -2, "KeyboardInterrupt"),
     "held": ("held = iter(loader); next(held); break", 0, "RuntimeWarning: a new pass"),
 }
 
@@ -229,6 +230,10 @@ def _ended_badly(end: str, loader: str) -> str | None:
     except subprocess.TimeoutExpired:
         return f"{end}, {loader}: hangs"
     is_quiet = not ended.stderr if not last_words else last_words in ended.stderr
-    if ended.returncode == status and is_quiet and ended.stderr.count("Traceback") == (end == "error"):
+    if (
+        ended.returncode == status
+        and is_quiet
+        and ended.stderr.count("Traceback") == (end in ("error", "interrupt"))
+    ):
         return None
     return f"{end}, {loader}: status {ended.returncode}, {ended.stderr[-1000:]!r}"
