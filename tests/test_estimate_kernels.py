@@ -57,7 +57,7 @@ def test_a_measured_convolution_gets_what_was_measured() -> None:
 def test_convolutions_that_nobody_measured_copy_their_operands(batch: int) -> None:
     """At a batch size that is not in the table a convolution takes input, output and weight again."""
     shape = square(batch, 256, 256, 32)
-    operands = sum(shape.operand_bytes)
+    operands = sum(shape.operand_bytes(shape.vector))
     assert workspace_bytes(shape, DATA) == pytest.approx(operands, rel=0.01)
 
 
@@ -69,8 +69,22 @@ def test_depthwise_convolutions_take_nothing(direction: int) -> None:
 
 def test_channels_are_padded_to_whole_vectors() -> None:
     """Three channels of an image in half precision are copied as eight."""
-    n_in, _, _ = square(2, 3, 64, 10, itemsize=2).operand_bytes
+    n_in, _, _ = square(2, 3, 64, 10, itemsize=2).operand_bytes(8)
     assert n_in == 2 * 8 * 100 * 2
+
+
+def test_channels_of_each_group_are_padded_for_themselves() -> None:
+    """Eight groups of six channels are copied as eight groups of eight."""
+    n_in, n_out, weight = square(2, 48, 48, 10, itemsize=2, groups=8).operand_bytes(8)
+    assert n_in == n_out == 2 * 64 * 100 * 2
+    assert weight == 8 * 8 * 8 * 9 * 2
+
+
+def test_one_dimension_is_looked_up_as_two() -> None:
+    """Sequences run as images one row high, and take what those take."""
+    found = sizes_of(estimate(nn.Conv1d(80, 512, 3, padding=1), torch.randn(8, 80, 3000)), "aten.convolution")
+    flat = nn.Conv2d(80, 512, (1, 3), padding=(0, 1))
+    assert found == sizes_of(estimate(flat, torch.randn(8, 80, 1, 3000)), "aten.convolution")
 
 
 def test_operands_in_another_layout_are_copied_first() -> None:

@@ -101,6 +101,40 @@ def test_operators_take_what_was_measured(
     assert found == pytest.approx((left, back), abs=20_000, rel=0.01)
 
 
+def test_an_embedding_copies_a_gradient_that_is_not_contiguous() -> None:
+    """A gradient that lies time first, as that of a recurrent network does, is copied before it is summed."""
+
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(1000, 512)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens)
+            return (x.transpose(0, 1).contiguous() * x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+    found = estimate_vram(Embedded(), torch.zeros(32, 256, dtype=torch.int64), gpu="H200", n_steps=1)
+    notes, copy = found._trace.notes, 32 * 256 * 512 * 4
+    inside = [e for e in found._trace.events if notes[e.note].operator == "aten.embedding_dense_backward"]
+    assert copy in [e.size_bytes for e in inside]
+
+
+def test_a_pool_copies_its_gradient_into_the_layout_of_its_input() -> None:
+    """A gradient in channels_last is copied for an input that is not."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(F.avg_pool2d(x, 3, 1, 1))
+
+    image = torch.empty(4, 8, 64, 64, device="meta", requires_grad=True)
+    found = estimate_vram(Pooled(), image, gpu="H200", n_steps=1)
+    assert taken(found, "aten.avg_pool2d_backward")[1] == image.numel() * 4
+
+
 ATTENTION = [
     # Heads of which size, of which type, with a bias or not: the operator, and what it gave back.
     (64, torch.bfloat16, True, (4, 8, 256), "efficient_attention_backward", 2_131_968),

@@ -2,10 +2,10 @@
 
 No source tells how much workspace cuDNN takes: it tries to pick the fastest of its kernels, and most of what
 they take is the input, the output or the weight in another layout, padded to whole vectors of channels. So
-the rule is a sweep (`convolution_sweep.csv`: convolutions of common networks, random batch sizes, types and
-layouts, measured on an H200 with torch 2.11 and cuDNN 9.19): a convolution takes which of the three the most
-alike measured ones took, in its own sizes, and what they took beside. How far that is off is in
-docs/decisions/0030-convolution-workspaces.md.
+the rule is a sweep (`convolution_sweep.csv`: convolutions of common networks and variations of them, random
+batch sizes, types and layouts, measured on an H200 with torch 2.11 and cuDNN 9.19): a convolution takes which
+of the three the most alike measured ones took, in its own sizes, and what they took beside. How far that is
+off is in docs/decisions/0030-convolution-workspaces.md.
 """
 
 import math
@@ -23,7 +23,7 @@ from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
 from torchfast._estimate.recorder import Recorder
 
 _FORWARD, _DATA, _WEIGHT = 0, 1, 2
-_N_ALIKE = 3
+_N_ALIKE = 5
 _SLACK = 1200  # kernels take up to so many bytes beside their copies
 
 
@@ -44,36 +44,36 @@ class Shape:
     size_out: tuple[int, ...]
 
     @property
-    def operand_bytes(self) -> tuple[int, int, int]:
-        """The bytes of input, output and weight with their channels padded to whole vectors."""
-        vector = (8 if self.itemsize == 2 else 4) if self.groups == 1 else 1
-        n_in, n_out = (-(-n // vector) * vector for n in (self.n_in, self.n_out))
+    def vector(self) -> int:
+        """How many channels the fastest kernels load at once."""
+        return 8 if self.itemsize == 2 else 4
+
+    def operand_bytes(self, vector: int) -> tuple[int, int, int]:
+        """Return the bytes of input, output and weight, each group's channels padded to whole vectors."""
+        n_in, n_out = (-(-(n // self.groups) // vector) * vector for n in (self.n_in, self.n_out))
         return (
-            self.batch * n_in * math.prod(self.size_in) * self.itemsize,
-            self.batch * n_out * math.prod(self.size_out) * self.itemsize,
-            n_out * (n_in // self.groups) * math.prod(self.kernel) * self.itemsize,
+            self.batch * self.groups * n_in * math.prod(self.size_in) * self.itemsize,
+            self.batch * self.groups * n_out * math.prod(self.size_out) * self.itemsize,
+            self.groups * n_out * n_in * math.prod(self.kernel) * self.itemsize,
         )
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What must be the same for two convolutions to be compared at all."""
-        vector = 8 if self.itemsize == 2 else 4
         return (
             self.itemsize == 2,
             self.channels_last,
             math.prod(self.kernel) == 1,
             "depthwise" if self.groups == self.n_in > 1 else "grouped" if self.groups > 1 else "",
             len(self.kernel) == 3,
-            self.n_in % vector == 0,
-            self.n_out % vector == 0,
+            self.n_in // self.groups % self.vector == 0,
+            self.n_out // self.groups % self.vector == 0,
         )
 
     @property
     def features(self) -> list[float]:
         """Numbers whose distance says how alike two convolutions of a kind are, weighted."""
         n_positions = math.prod(self.size_out)
-        n_in, n_out, weight = self.operand_bytes
-        partial = self.batch * weight * 4 // self.itemsize
         alignment = next(value for step, value in _ALIGNMENTS if n_positions % step == 0)
         return [
             0.5 * math.log2(self.batch * n_positions),
@@ -82,10 +82,10 @@ class Shape:
             0.8 * math.log2(self.n_out),
             math.log2(math.prod(self.kernel)),
             3.0 * max(self.stride),
-            1.5 * alignment,
+            0.75 * alignment,
             2.0 * (max(self.dilation) > 1),
             1.0 * (self.kernel[-1] != self.kernel[0]),
-            math.log2(max(partial, 1) / max(n_in + n_out, 1)),
+            1.0 * math.log2(self.groups),
         ]
 
 
@@ -95,37 +95,45 @@ _ALIGNMENTS = ((8, 2.0), (4, 1.0), (2, 0.5), (1, 0.0))
 def workspace_bytes(shape: Shape, direction: int) -> int:
     """Return what cuDNN takes for the forward pass, the gradient of the data or that of the weight."""
     alike = _most_alike(shape)
-    operands = shape.operand_bytes
+    operands = sum(shape.operand_bytes(shape.vector))
     if not alike:
-        return 0 if shape.channels_last else sum(operands)
+        return 0 if shape.channels_last else operands
     parts = [_taken_apart(measured, taken[direction]) for measured, taken in alike]
     common, _ = Counter(copies for copies, _ in parts).most_common(1)[0]
     rest = sorted(rest for copies, rest in parts if copies == common)
     # What a few convolutions of other sizes took beside is no reason to take more than all operands.
-    return _copies_bytes(common, shape) + min(rest[(len(rest) - 1) // 2], sum(operands) + _SMALL_BYTES)
+    return _copies_bytes(common, shape) + min(rest[(len(rest) - 1) // 2], operands + _SMALL_BYTES)
 
 
 _SMALL_BYTES = 2**23
 
-# Which of input, output and weight are copied; "partial" is an fp32 gradient of the weight for each sample.
+# Which of input, output and weight are copied; "partial" is an fp32 gradient of the weight for each sample,
+# "tiles" eight of them for each sample and 32 channels of a depthwise convolution.
 _COPIES = ("", "iow", "io", "iw", "ow", "i", "o", "w")
+Copies = tuple[str, int]
+"""What is copied, and to how many channels a group's are padded; 0 for whole vectors."""
 
 
-def _copies_bytes(copies: str, shape: Shape) -> int:
-    n_in, n_out, weight = shape.operand_bytes
-    if copies == "partial":
+def _copies_bytes(copies: Copies, shape: Shape) -> int:
+    what, vector = copies
+    n_in, n_out, weight = shape.operand_bytes(vector or shape.vector)
+    if what == "partial":
         return shape.batch * weight * 4 // shape.itemsize
-    return n_in * ("i" in copies) + n_out * ("o" in copies) + weight * ("w" in copies)
+    if what == "tiles":
+        return shape.batch * 8 * -(-shape.n_in // 32) * 32 * math.prod(shape.kernel) * 4
+    return n_in * ("i" in what) + n_out * ("o" in what) + weight * ("w" in what)
 
 
 @cache
-def _taken_apart(shape: Shape, taken: int) -> tuple[str, int]:
+def _taken_apart(shape: Shape, taken: int) -> tuple[Copies, int]:
     """Explain measured bytes as copies of operands and a rest."""
-    rests = {copies: taken - _copies_bytes(copies, shape) for copies in (*_COPIES, "partial")}
+    special = [("partial", 0), ("partial", 1), *([("tiles", 0)] if shape.groups == shape.n_in > 1 else [])]
+    known = [(what, vector) for vector in (0, 4, 1) for what in _COPIES]
+    rests = {copies: taken - _copies_bytes(copies, shape) for copies in known + special}
     for copies, rest in rests.items():
         if 0 <= rest <= _SLACK:
             return copies, rest
-    return min(((c, r) for c, r in rests.items() if r >= 0 and c != "partial"), key=lambda pair: pair[1])
+    return min(((c, rests[c]) for c in known if rests[c] >= 0), key=lambda pair: pair[1])
 
 
 Options = tuple[Sequence[int], Sequence[int], bool, int]  # stride, dilation, transposed, groups
@@ -248,16 +256,20 @@ def _shape(tensor: torch.Tensor, output: torch.Tensor, weight: torch.Tensor, opt
     stride, dilation, transposed, groups = options
     if transposed:
         tensor, output = output, tensor
+
+    def sizes(of: Sequence[int]) -> tuple[int, ...]:
+        return (1, *of) if tensor.dim() == 3 else tuple(of)  # one dimension is run as two (Convolution.cpp)
+
     return Shape(
         itemsize=min(tensor.dtype.itemsize, 4),
         channels_last=_memory_format(tensor, weight) is not torch.contiguous_format,
         batch=tensor.shape[0],
         n_in=tensor.shape[1],
         n_out=output.shape[1],
-        kernel=tuple(weight.shape[2:]),
-        stride=tuple(stride),
-        dilation=tuple(dilation),
+        kernel=sizes(weight.shape[2:]),
+        stride=sizes(stride),
+        dilation=sizes(dilation),
         groups=groups,
-        size_in=tuple(tensor.shape[2:]),
-        size_out=tuple(output.shape[2:]),
+        size_in=sizes(tensor.shape[2:]),
+        size_out=sizes(output.shape[2:]),
     )

@@ -21,11 +21,12 @@ def embedding_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     """
     gradient, indices, n_rows = args[0], args[1], args[2]
     n, width = indices.numel(), gradient.shape[-1]
+    copies = *copy_bytes(indices), *copy_bytes(gradient)
     if n <= _SMALL_EMBEDDING:
-        return recorder.run(func, args, kwargs)
+        with recorder.scratch(*copies):
+            return recorder.run(func, args, kwargs)
     column = n * _INDEX_BYTES
-    copy = () if indices.is_contiguous() else (column,)
-    with recorder.scratch(*copy, column, column):  # indices, sorted indices, where they came from
+    with recorder.scratch(*copies, column, column):  # sorted indices, where they came from
         with recorder.scratch(column, 2 * column + _SORT_BYTES):
             pass
         outputs = recorder.run(func, args, kwargs)

@@ -70,6 +70,19 @@ def copied_after_output(position: int, *, takes_channels_last: bool = True) -> R
     return rule
 
 
+def pool_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a pooling's backward pass: its gradient is copied into the layout of its input."""
+    outputs = recorder.run(func, args, kwargs)
+    gradient, tensor = args[0], args[1]
+    is_last = suggests_channels_last(tensor)
+    layout = torch.channels_last if is_last and tensor.dim() == 4 else torch.contiguous_format
+    is_dense = (
+        gradient.is_contiguous(memory_format=layout) if gradient.dim() == 4 else gradient.is_contiguous()
+    )
+    with recorder.scratch(0 if is_dense else gradient.numel() * gradient.dtype.itemsize):
+        return outputs
+
+
 def roll(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Roll along one dimension after the other, each into a tensor of its own (TensorTransformations.cu)."""
     tensor = args[0]
@@ -152,6 +165,6 @@ RULES: dict[str, Rule] = {
     "upsample_bicubic2d_backward": copied_after_output(0, takes_channels_last=False),
     "upsample_nearest3d_backward": copied_after_output(0),
     "upsample_trilinear3d_backward": copied_after_output(0),
-    "avg_pool2d_backward": copied_after_output(0),
-    "max_pool2d_with_indices_backward": copied_after_output(0),
+    "avg_pool2d_backward": pool_backward,
+    "max_pool2d_with_indices_backward": pool_backward,
 }
