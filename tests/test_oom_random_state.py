@@ -83,8 +83,8 @@ def draw() -> float:
 
 def test_words_are_where_python_keeps_them() -> None:
     """CPython's generator lies in memory as expected, and what is read there changes with every number."""
-    random_state._python_is_readable.cache_clear()
-    assert random_state._python_is_readable()
+    random_state._python_in_memory.cache_clear()
+    assert random_state._python_in_memory() is not None
     mark = random_state._mark_of_python()
     draw()
     assert random_state._mark_of_python() != mark
@@ -92,17 +92,17 @@ def test_words_are_where_python_keeps_them() -> None:
 
 def test_words_that_are_not_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the memory does not agree with Python's own answer, its state is read each time."""
-    random_state._python_is_readable.cache_clear()
+    random_state._python_in_memory.cache_clear()
     monkeypatch.setattr(random_state, "_HEADER_BYTES", random_state._HEADER_BYTES - 4)
     try:
-        assert not random_state._python_is_readable()
+        assert random_state._python_in_memory() is None
         state = RandomState(())
         state.note()
         first = draw()
         state.restore()
         assert draw() == first
     finally:
-        random_state._python_is_readable.cache_clear()
+        random_state._python_in_memory.cache_clear()
 
 
 def test_words_are_where_numpy_says() -> None:

@@ -71,30 +71,37 @@ class RandomState:
 
 def _mark_of_python() -> tuple[bytes, float | None] | None:
     """Return what changes with every number drawn from Python's generator; None if that cannot be read."""
-    if not _python_is_readable():
-        return None
-    generator: Any = random._inst  # private, as is how it lies in memory
-    return ctypes.string_at(id(generator) + _HEADER_BYTES, _STATE_BYTES), generator.gauss_next
+    readable = _python_in_memory()
+    return None if readable is None else (readable[1].raw, readable[0].gauss_next)
 
 
 @functools.cache
-def _python_is_readable() -> bool:
-    """Say whether CPython's generator lies in memory as expected: compared with its own answer, once."""
+def _python_in_memory() -> tuple[Any, Any] | None:
+    """Return CPython's generator and its memory; None where that does not agree with its own answer."""
     generator = getattr(random, "_inst", None)
     size = getattr(type(generator), "__basicsize__", 0)
     if sys.implementation.name != "cpython" or size < _HEADER_BYTES + _STATE_BYTES:
-        return False
+        return None
     if not hasattr(generator, "gauss_next"):
-        return False
-    found = struct.unpack(f"{_N_WORDS + 1}I", ctypes.string_at(id(generator) + _HEADER_BYTES, _STATE_BYTES))
-    return bool(random.getstate()[1] == (*found[1:], found[0]))
+        return None
+    memory = _memory_at(id(generator) + _HEADER_BYTES)
+    found = struct.unpack(f"{_N_WORDS + 1}I", memory.raw)
+    return (generator, memory) if random.getstate()[1] == (*found[1:], found[0]) else None
 
 
 def _mark_of_numpy(numpy_random: Any) -> bytes | None:
     """Return what changes with every number drawn from NumPy's global generator; None if it is another."""
     if not hasattr(numpy_random, "get_bit_generator"):  # before NumPy 1.24
         return None
-    generator = numpy_random.get_bit_generator()
-    if type(generator).__name__ != "MT19937":
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, _STATE_BYTES)
+    memory = _numpy_in_memory(numpy_random.get_bit_generator())
+    return None if memory is None else bytes(memory.raw)
+
+
+@functools.lru_cache(maxsize=1)
+def _numpy_in_memory(generator: Any) -> Any:
+    is_known = type(generator).__name__ == "MT19937"
+    return _memory_at(generator.ctypes.state_address) if is_known else None
+
+
+def _memory_at(address: int) -> Any:
+    return (ctypes.c_char * _STATE_BYTES).from_address(address)
