@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchfast import DeviceLoader, GPUTeacher, VRAMMonitor, estimate_vram, oom_guard, to_channels_last
+from torchfast import (
+    DeviceLoader,
+    GPUTeacher,
+    VRAMMonitor,
+    estimate_vram,
+    inject_oom,
+    oom_guard,
+    to_channels_last,
+)
 
 SIX = ("to_channels_last", "DeviceLoader", "GPUTeacher", "estimate_vram", "VRAMMonitor", "oom_guard")
 COMBINATIONS = [(), *itertools.combinations(SIX, 2), SIX]
@@ -75,3 +83,30 @@ def test_an_oom_in_a_composed_loop_is_explained(device: str) -> None:
     assert guard.report.batch_size == 8
     assert guard.report.suggested_batch_size in range(1, 8)
     assert [labels.tolist() for _, labels in loader] == [labels.tolist() for _, labels in batches]
+
+
+@ON_EACH_DEVICE
+def test_a_composed_loop_that_fails_at_every_step_trains_as_the_bare_loop(device: str) -> None:
+    """With a failure in each step, tried again whole, the losses are those of the loop without torchfast."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 3, 8, 8).double(), torch.randint(10, (8,))) for _ in range(4)]
+    student, module = network().to(device), network().eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
+    student = to_channels_last(student, optimizer=optimizer)
+    teacher = GPUTeacher(module, device)
+    losses: list[float] = []
+    with VRAMMonitor(device) as vram, oom_guard(monitor=vram) as guard:
+        retry = guard.retry(model=student, optimizer=optimizer, copy=True)
+        for batch in guard.steps(DeviceLoader(batches, device, channels_last=True)):
+            fault = inject_oom(5 * len(losses), phase="backward")
+            for attempt in retry.attempts(batch):
+                with attempt, fault:
+                    for (images, labels), weight in attempt:
+                        targets, logits = teacher(images), student(images)
+                        loss = F.cross_entropy(logits, labels) + F.mse_loss(logits, targets)
+                        (loss * weight).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            assert (attempt.number, fault.n_failures) == (2, 1)
+            losses.append(loss.item())
+    assert losses == pytest.approx(losses_with((), device), rel=1e-9)
