@@ -1145,6 +1145,40 @@ def test_estimating_a_loader() -> None:
     )
 
 
+def test_estimating_with_a_loss_of_no_number() -> None:
+    """A loss that returns parts, or a number for each sample, is told what a backward pass starts from."""
+    model, batch = nn.Linear(2, 2), (torch.zeros(4, 2), torch.zeros(4, 2))
+    losses = {
+        "an object of type tuple": lambda output, target: ((output - target).sum(), {}),
+        "a tensor of shape (4, 2)": lambda output, target: output - target,
+    }
+    for found, loss in losses.items():
+        with pytest.raises(ValueError, match="could not run") as error:
+            estimate_vram(model, batch, loss=loss)
+        assert str(error.value.__cause__) == (
+            f"loss= returned {found}, and a backward pass starts from a tensor of one number. Give a "
+            "function that returns that alone: lambda output, target: loss(output, target).mean(), or [0], "
+            "or ['loss']."
+        )
+
+
+def test_estimating_with_numbers_that_are_none() -> None:
+    """Norms that nothing can be clipped at, and sizes of GPUs that are no bytes."""
+    model, batch, half = nn.Linear(2, 2), torch.zeros(4, 2), cast("Any", 24.5)
+    with pytest.raises(ValueError, match="clip") as error:
+        estimate_vram(model, batch, clip_grad_norm=0.0)
+    assert text_of(error) == (
+        "clip_grad_norm=0.0 was given to estimate_vram, which is no norm that gradients can be clipped at. "
+        "Give the number that the loop gives to clip_grad_norm_, or None for no clipping."
+    )
+    with pytest.raises(TypeError, match="gpu") as no_size:
+        estimate_vram(model, batch, gpu=half)
+    assert text_of(no_size) == (
+        "gpu=24.5 is neither a GPU's name, nor a GPU, a device of this machine or a whole number of bytes. "
+        'Give "RTX 4090", or 24 * 2**30 for 24 GiB.'
+    )
+
+
 def test_estimating_lbfgs_without_a_step() -> None:
     """An optimizer that runs the model itself needs the whole step."""
     model = nn.Linear(1, 1)

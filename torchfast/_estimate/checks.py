@@ -125,6 +125,15 @@ def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callabl
     _check_optimizer(model, callables["optimizer"], has_step=callables["step"] is not None)
 
 
+def check_clipping(norm: Any, /) -> None:
+    """Refuse a norm to clip gradients at that is no number above zero."""
+    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        raise ValueError(
+            f"clip_grad_norm={norm!r} was given to estimate_vram, which is no norm that gradients can be "
+            "clipped at. Give the number that the loop gives to clip_grad_norm_, or None for no clipping."
+        )
+
+
 def _check_optimizer(model: nn.Module, optimizer: Any, *, has_step: bool) -> None:
     if has_step:
         return

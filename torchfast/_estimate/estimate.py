@@ -11,7 +11,7 @@ from torch import nn
 
 from torchfast import _batch, _tree
 from torchfast._estimate.assumed import assumed, left_out
-from torchfast._estimate.checks import check_batch, check_model, check_options, check_paper
+from torchfast._estimate.checks import check_batch, check_clipping, check_model, check_options, check_paper
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
@@ -112,6 +112,7 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         if taught_by is not None:
             check_paper(taught_by, "the teacher")
         check_batch(batch)
+        check_clipping(clip_grad_norm)
     imagined = resolve_gpu(gpu)
     settings = None if allocator is None else settings_of(allocator)
     inputs, target = _split(batch, loss)
@@ -255,7 +256,10 @@ def _weak_function(step: Callable[..., Any] | None) -> Callable[[], Any]:
     """Return a weak reference to a function, which may hold the model in its variables."""
     if isinstance(step, types.MethodType):
         return weakref.WeakMethod(step)
-    return (lambda: None) if step is None else weakref.ref(step)
+    try:
+        return (lambda: None) if step is None else weakref.ref(step)
+    except TypeError:  # an object of a class with slots and none for weak references
+        return lambda: step
 
 
 def _weak(value: Any) -> Callable[[], Any]:

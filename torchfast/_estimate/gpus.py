@@ -171,6 +171,11 @@ def resolve_gpu(gpu: "GPU | str | int | torch.device | None" = None, /) -> GPU:
         return gpu
     if isinstance(gpu, int):
         return _of_size(gpu)
+    if gpu is not None and not isinstance(gpu, (str, torch.device)):
+        raise TypeError(
+            f"gpu={gpu!r} is neither a GPU's name, nor a GPU, a device of this machine or a whole number of "
+            'bytes. Give "RTX 4090", or 24 * 2**30 for 24 GiB.'
+        )
     if gpu is None or isinstance(gpu, torch.device) or re.fullmatch(r"cuda(:\d+)?", gpu):
         return _of_this_machine(gpu)
     row = _row(gpu)

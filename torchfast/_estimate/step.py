@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchfast import _tree
-from torchfast._modules import call
+from torchfast._modules import call, what
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,17 @@ def _forward(plan: Plan, objects: Objects) -> tuple[torch.Tensor, Any]:
             objects.assumptions[assumption] = None
             return loss, taught
         extra = taught if _takes_three(plan.loss) else ()
-        return plan.loss(output, objects.target, *extra), taught
+        return _of_one_number(plan.loss(output, objects.target, *extra)), taught
+
+
+def _of_one_number(loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else what(loss)
+    raise ValueError(
+        f"loss= returned {found}, and a backward pass starts from a tensor of one number. Give a function "
+        "that returns that alone: lambda output, target: loss(output, target).mean(), or [0], or ['loss']."
+    )
 
 
 def own_loss(output: Any) -> tuple[torch.Tensor, str]:
