@@ -262,6 +262,7 @@ def test_inference_keeps_no_graph() -> None:
     inference = estimate(model, batch, training=False)
     assert inference.peak_allocated_bytes < estimate(model, batch).peak_allocated_bytes
     assert "gradients" not in inference.breakdown
+    assert inference.summary().startswith("VRAM estimate: Sequential, batch 4096, inference, fp32: ")
     assert inference.assumptions[0] == "the model was in train mode and is estimated in eval mode"
     assert model.training
 
@@ -280,6 +281,9 @@ def test_a_whole_step_of_the_users_own() -> None:
     found = estimate(model, torch.randn(8, 64), optimizer=optimizer, step=step, n_steps=1)
     names = [phase.name for phase in found.phases]
     assert names.count("step 1 backward") == 2
+    assert str(estimate(model, torch.randn(8, 64), step=step).subject) == (
+        "Sequential, batch 8, a step of its own, fp32"
+    )
     assert "step 1 optimizer" in names
 
 

@@ -161,11 +161,16 @@ def _subject(plan: Plan) -> Subject:
         precision = f"autocast {names.get(plan.autocast, str(plan.autocast))}"
     return Subject(
         model=type(unwrapped(plan.model)).__name__,
-        optimizer=_optimizer_name(plan.optimizer),
+        optimizer=_optimizer_name(plan.optimizer) or _other_work(plan),
         precision=precision,
         batch_size=_batch.batch_size(_tree.tensors((plan.inputs, plan.target))),
         teacher=None if plan.teacher is None else type(plan.teacher).__name__,
     )
+
+
+def _other_work(plan: Plan) -> str | None:
+    """Name a step without an optimizer that has none for a reason."""
+    return "a step of its own" if plan.step is not None else None if plan.training else "inference"
 
 
 def _optimizer_name(optimizer: Any) -> str | None:

@@ -36,7 +36,7 @@ class Subject:
     """What was estimated, for the headline and the log line."""
 
     model: str
-    optimizer: str | None = None
+    optimizer: str | None = None  # or what is done instead: inference, a step of the user's own
     precision: str = "fp32"
     batch_size: int | None = None
     teacher: str | None = None
