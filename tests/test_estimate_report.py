@@ -232,6 +232,37 @@ def test_the_snapshot_opens_in_pytorchs_own_viewer(tmp_path: Path, *, expandable
     assert sum(segment["allocated_size"] for segment in data["segments"]) == e.timeline[-1].allocated_bytes
 
 
+@pytest.mark.parametrize("allocator", ["expandable_segments:False", "expandable_segments:True"])
+@given(batch_size=st.integers(1, 100))
+def test_the_snapshots_history_leads_to_what_is_left(allocator: str, batch_size: int) -> None:
+    """Replayed as the viewer does, each block lies in memory that is held, and the last ones are listed."""
+    settings = AllocatorSettings.parse(allocator)
+    e = estimate_of(training(batch_size), gpu=resolve_gpu("T4"), subject=Subject("Made"), settings=settings)
+    data = snapshot(e)
+    held: set[int] = set()  # pages of 2 MiB, of which every segment is made
+    live: dict[int, int] = {}
+    for entry in data["device_traces"][0]:
+        address, size = entry["addr"], entry["size"]
+        pages = set(range(address // (2 * MIB), -(-(address + size) // (2 * MIB))))
+        match entry["action"]:
+            case "segment_alloc" | "segment_map":
+                assert not pages & held
+                held |= pages
+            case "segment_free" | "segment_unmap":
+                assert pages <= held
+                held -= pages
+            case "alloc":
+                assert pages <= held
+                assert address not in live
+                live[address] = size
+            case "free_completed":
+                assert live.pop(address) == size
+    blocks = [block for segment in data["segments"] for block in segment["blocks"]]
+    active = {b["address"]: b["requested_size"] for b in blocks if b["state"] == "active_allocated"}
+    assert active == live
+    assert len(held) * 2 * MIB == sum(segment["total_size"] for segment in data["segments"])
+
+
 def test_the_snapshot_says_who_allocated() -> None:
     """The frames of an entry are the operator, the module and the phase."""
     history = snapshot(estimate())["device_traces"][0]
