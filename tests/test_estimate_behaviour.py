@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfast._estimate import paper
+from torchfast._estimate import paper, shapes
 from torchfast._estimate.cuda_behaviour import attention, autocast
 from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
 from torchfast._estimate.gpus import resolve_gpu
@@ -188,3 +188,26 @@ def test_autocast_casts_as_cuda_does() -> None:
         "cat": full,
         "off": full,
     }
+
+
+# --- remembered shapes -----------------------------------------------------------------------------------
+
+
+def test_operators_in_place_are_remembered_and_views_are_not() -> None:
+    """What works in place gives back its first argument; what changes a shape in place is asked each time."""
+    aten = torch.ops.aten
+    in_place = (aten.add_.Tensor, aten.copy_.default, aten.zero_.default, aten.index_put_.default)
+    not_so = (aten.resize_.default, aten.squeeze_.default, aten.set_.source_Tensor, aten.add.out)
+    assert all(map(shapes._works_in_place, in_place))
+    assert not any(map(shapes._works_in_place, not_so))
+
+
+def test_an_operator_in_place_gives_back_its_own_tensor_each_time() -> None:
+    """The second call of an operator with the same shapes changes its own tensor, not the first call's."""
+    cache = shapes.ShapeCache()
+    first, second = (on_meta(4, 8) for _ in range(2))
+    add = torch.ops.aten.add_.Tensor
+    key = cache.key(add, (first, 1.0), {})
+    assert cache.recall(key, (first, 1.0)) is None
+    cache.remember(key, (first, 1.0), first)
+    assert cache.recall(cache.key(add, (second, 1.0), {}), (second, 1.0)) is second

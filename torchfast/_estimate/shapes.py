@@ -15,14 +15,15 @@ class ShapeCache:
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[bool, list[Spec]]] = {}
-        self._makes_new: dict[Any, bool] = {}
+        self._gives_back: set[Any] = set()  # keys of operators in place, which return their first argument
+        self._is_kept: dict[Any, bool] = {}
 
     def key(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what decides the outputs, or None where they are not new tensors or it cannot be told."""
-        makes_new = self._makes_new.get(func)
-        if makes_new is None:
-            makes_new = self._makes_new[func] = _makes_new(func)
-        if not makes_new:
+        is_kept = self._is_kept.get(func)
+        if is_kept is None:
+            is_kept = self._is_kept[func] = _makes_new(func) or _works_in_place(func)
+        if not is_kept:
             return None
         try:
             key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else ())
@@ -31,11 +32,11 @@ class ShapeCache:
             return None
         return key
 
-    def recall(self, key: Any) -> Any:
-        """Return new meta tensors as the operator would, or None where it was not asked before."""
+    def recall(self, key: Any, args: tuple[Any, ...]) -> Any:
+        """Return what the operator would: new meta tensors, or its first argument; None if it is new."""
         known = self._known.get(key)
         if known is None:
-            return None
+            return args[0] if key in self._gives_back else None
         single, specs = known
         with torch._C.DisableTorchFunction():
             outputs = [
@@ -45,6 +46,9 @@ class ShapeCache:
 
     def remember(self, key: Any, args: tuple[Any, ...], outputs: Any) -> None:
         """Keep what the operator answered, if its outputs are new and dense in their storage."""
+        if args and outputs is args[0]:
+            self._gives_back.add(key)
+            return
         single = isinstance(outputs, torch.Tensor)
         items = [outputs] if single else outputs
         if not isinstance(items, (list, tuple)) or isinstance(outputs, list):
@@ -56,7 +60,7 @@ class ShapeCache:
                 specs.append(None)
                 continue
             if type(item) is not torch.Tensor or not item.is_meta or item.untyped_storage()._cdata in inputs:
-                self._makes_new[key[0]] = False
+                self._is_kept[key[0]] = False
                 return
             if item.storage_offset() or item.untyped_storage().nbytes() != _span_bytes(item):
                 return
@@ -68,6 +72,19 @@ def _makes_new(func: Any) -> bool:
     """Whether an operator's schema says that it writes to nothing and returns no alias."""
     schema = func._schema
     return not schema.is_mutable and all(returned.alias_info is None for returned in schema.returns)
+
+
+def _works_in_place(func: Any) -> bool:
+    """Whether an operator changes the values of its first argument, and of nothing else, and returns it."""
+    schema = func._schema
+    written = [argument.alias_info is not None for argument in schema.arguments]
+    return (
+        schema.name.endswith("_")
+        and len(schema.returns) == 1
+        and written[:1] == [True]
+        and not any(written[1:])
+        and torch.Tag.inplace_view not in func.tags
+    )
 
 
 def _key(arg: Any) -> Any:
