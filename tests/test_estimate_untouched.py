@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -148,3 +149,39 @@ def test_the_first_estimate_of_a_process_is_like_any_other() -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     first, second = json.loads(run.stdout)
     assert first == second
+
+
+BACKENDS: Any = torch.backends  # whose types are not complete
+PRECISIONS = (
+    BACKENDS,
+    BACKENDS.cuda.matmul,
+    BACKENDS.cudnn.conv,
+    BACKENDS.cudnn.rnn,
+    BACKENDS.mkldnn.matmul,
+)
+
+
+@pytest.fixture(params=["none", "tf32", "ieee"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Set each of the newer flags for TF32 but the one of all backends, and put them back."""
+    before = [owner.fp32_precision for owner in PRECISIONS]
+    for owner in PRECISIONS[1:]:
+        owner.fp32_precision = request.param
+    yield request.param
+    for owner, value in zip(PRECISIONS, before, strict=True):
+        owner.fp32_precision = value
+
+
+def test_precisions_of_single_backends_are_taken_back(precision: str) -> None:
+    """Where they forbid to read the older flags, too; an estimate by itself sets none of either."""
+
+    def step(batch: torch.Tensor) -> None:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = precision == "ieee"
+        model(batch)
+
+    model = nn.Linear(4, 4)
+    before = [owner.fp32_precision for owner in PRECISIONS]
+    for each in (None, step):
+        estimate_vram(model, torch.randn(2, 4), step=each, gpu="T4", n_steps=1)
+        assert [owner.fp32_precision for owner in PRECISIONS] == before

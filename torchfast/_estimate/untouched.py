@@ -28,17 +28,28 @@ def random_state_kept() -> Iterator[None]:
 @contextmanager
 def flags_kept() -> Iterator[None]:
     """Record gradients, as a training loop does, wherever the call is made; put back what a step changes."""
-    before = [(put, get()) for get, put in _flags()]
+    before = [(flag, value) for flag in _flags() if (value := _read(flag)) is not None]
     with torch.inference_mode(mode=False), torch.enable_grad():
         try:
             yield
         finally:
-            for put, value in before:
-                put(value)
+            for flag, value in before:
+                if _read(flag) != value:  # older flags, even set to what they are, overwrite newer ones
+                    _, put = flag
+                    put(value)
 
 
 Flag = tuple[Callable[[], Any], Callable[[Any], Any]]
 """How a flag is read, and how it is set."""
+
+
+def _read(flag: Flag) -> Any:
+    """Return a flag's value; None for an older flag that cannot be read, as a newer one has been set."""
+    get, _ = flag
+    try:
+        return get()
+    except RuntimeError:
+        return None
 
 
 def _flags() -> Iterator[Flag]:
@@ -53,6 +64,10 @@ def _flags() -> Iterator[Flag]:
     yield torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled
     for name in ("enabled", "benchmark", "deterministic", "allow_tf32"):
         yield _attribute(torch.backends.cudnn, name)
+    backends: Any = torch.backends  # whose types are not complete
+    one_by_one = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+    for backend in (*one_by_one, backends):
+        yield _attribute(backend, "fp32_precision")
     yield _attribute(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction")
 
 
