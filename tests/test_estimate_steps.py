@@ -279,3 +279,20 @@ def test_an_estimate_keeps_no_step() -> None:
     assert watched() is None
     with pytest.raises(ValueError, match="The step of this estimate is gone"):
         found.fits("T4")
+
+
+def test_samples_along_another_dimension() -> None:
+    """With batch_dim the samples are those of that dimension, and other batch sizes grow along it."""
+    model = nn.LSTM(8, 8)
+    sequences = torch.randn(100, 4, 8)  # (time, samples, features)
+    by_default, by_second = (estimate(model, sequences, batch_dim=dim, n_steps=1) for dim in (0, 1))
+    assert (by_default.batch_size, by_second.batch_size) == (100, 4)
+    assert by_second._retrace is not None
+    doubled = by_second._retrace(batch_size=8)
+    assert doubled is not None
+    batch = [
+        e.size_bytes for e in doubled.events if doubled.notes[e.note].category == "batch" and e.size_bytes
+    ]
+    assert batch == [2 * sequences.nbytes]
+    with pytest.raises(ValueError, match="batch_dim=-1 was given to estimate_vram"):
+        estimate(model, sequences, batch_dim=-1)

@@ -125,12 +125,18 @@ def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callabl
     _check_optimizer(model, callables["optimizer"], has_step=callables["step"] is not None)
 
 
-def check_clipping(norm: Any, /) -> None:
-    """Refuse a norm to clip gradients at that is no number above zero."""
-    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+def check_numbers(*, clip_grad_norm: Any, batch_dim: Any) -> None:
+    """Refuse a norm that nothing can be clipped at, and what counts no dimension from the front."""
+    if clip_grad_norm is not None and not (isinstance(clip_grad_norm, (int, float)) and clip_grad_norm > 0):
         raise ValueError(
-            f"clip_grad_norm={norm!r} was given to estimate_vram, which is no norm that gradients can be "
-            "clipped at. Give the number that the loop gives to clip_grad_norm_, or None for no clipping."
+            f"clip_grad_norm={clip_grad_norm!r} was given to estimate_vram, which is no norm that gradients "
+            "can be clipped at. Give the number that the loop gives to clip_grad_norm_, or None for no "
+            "clipping."
+        )
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool) or batch_dim < 0:
+        raise ValueError(
+            f"batch_dim={batch_dim!r} was given to estimate_vram; the tensors of a batch differ in rank, so "
+            "the dimension must be counted from the front: 0, 1, ..."
         )
 
 

@@ -1,7 +1,5 @@
 """How much GPU memory a training step will need: traced on paper, replayed through the caching allocator."""
 
-import types
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,16 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchfast import _batch, _tree
 from torchfast._estimate.assumed import assumed, left_out
-from torchfast._estimate.checks import check_batch, check_clipping, check_model, check_options, check_paper
-from torchfast._estimate.events import Trace
+from torchfast._estimate.checks import (
+    check_batch,
+    check_model,
+    check_numbers,
+    check_options,
+    check_paper,
+)
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
+from torchfast._estimate.retrace import Again, size_of
 from torchfast._estimate.settings import AllocatorSettings, settings_of
 from torchfast._estimate.step import Plan, teacher_module
 from torchfast._estimate.tracing import trace, turn
-from torchfast._estimate.variants import changed, sample_of
+from torchfast._estimate.variants import sample_of
 from torchfast._modules import unwrapped
 
 
@@ -37,6 +40,7 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
     training: bool = True,
     gpu: GPU | str | int | torch.device | None = None,
     allocator: AllocatorSettings | str | None = None,
+    batch_dim: int = 0,
     n_steps: int = 3,
 ) -> VRAMEstimate:
     """Say how much GPU memory a training step of this model on this batch will need, before any is taken.
@@ -83,6 +87,8 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         gpu: a name ("A100-80", "RTX 4090"), a `GPU`, a device of this machine, or bytes of memory. By default
             this machine's GPU, else an H200.
         allocator: settings as in `PYTORCH_CUDA_ALLOC_CONF`; by default PyTorch's own.
+        batch_dim: the dimension that counts samples, for the batch's size and for `max_batch_size`. The size
+            is the one that most tensors of the batch share along it; those are its samples.
         n_steps: how many steps are run; optimizer state appears in the first, the peak from the second on.
 
     Raises:
@@ -112,7 +118,7 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         if taught_by is not None:
             check_paper(taught_by, "the teacher")
         check_batch(batch)
-        check_clipping(clip_grad_norm)
+        check_numbers(clip_grad_norm=clip_grad_norm, batch_dim=batch_dim)
     imagined = resolve_gpu(gpu)
     settings = None if allocator is None else settings_of(allocator)
     inputs, target = _split(batch, loss)
@@ -130,6 +136,7 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         training=training,
         step=step,
         n_steps=n_steps,
+        batch_dim=batch_dim,
     )
     found = trace(plan, imagined)
     said = assumed(plan, imagined, given_gpu=gpu, given_scaler=grad_scaler)
@@ -142,7 +149,7 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         gpu=imagined,
         subject=_subject(plan),
         settings=settings,
-        retrace=_Retrace(plan, imagined),
+        retrace=Again(plan, imagined),
     )
 
 
@@ -163,7 +170,7 @@ def _subject(plan: Plan) -> Subject:
         model=type(unwrapped(plan.model)).__name__,
         optimizer=_optimizer_name(plan.optimizer) or _other_work(plan),
         precision=precision,
-        batch_size=_batch.batch_size(_tree.tensors((plan.inputs, plan.target))),
+        batch_size=size_of(plan),
         teacher=None if plan.teacher is None else type(plan.teacher).__name__,
     )
 
@@ -183,92 +190,3 @@ def _optimizer_name(optimizer: Any) -> str | None:
         return getattr(optimizer, "__name__", type(optimizer).__name__)
     is_fused = any(group.get("fused") for group in sample.param_groups)
     return f"{'fused ' if is_fused else ''}{type(sample).__name__}"
-
-
-def _resized(batch: Any, old: int, new: int) -> Any:
-    """Return the batch with another number of samples: rows are repeated or left out."""
-
-    def resize(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != old:
-            return tensor
-        if tensor.is_meta:
-            return tensor.new_empty((new, *tensor.shape[1:]))
-        rows = torch.arange(new, device=tensor.device) % old
-        return tensor[rows]
-
-    return _tree.map_tensors(resize, batch)
-
-
-def _without_values(batch: Any) -> Any:
-    """Return the batch on `meta`, but for integers, whose values a model may look at."""
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() or tensor.is_meta:
-            return torch.empty_like(tensor, device="meta")
-        return tensor.detach().to("cpu", copy=True)
-
-    return _tree.map_tensors(keep, batch)
-
-
-class _Retrace:
-    """Runs the step on paper again with one thing changed; holds model, teacher and optimizer weakly."""
-
-    def __init__(self, plan: Plan, gpu: GPU) -> None:
-        self._gpu = gpu
-        self._held = {name: _weak(getattr(plan, name)) for name in ("model", "teacher", "optimizer")}
-        self._held["step"] = _weak_function(plan.step)
-        self._has_step = plan.step is not None
-        self._plan = replace(
-            plan,
-            model=_GONE,
-            teacher=None,
-            optimizer=None,
-            step=None,
-            inputs=_without_values(plan.inputs),
-            target=_without_values(plan.target),
-        )
-
-    def __call__(
-        self, *, batch_size: int | None = None, gpu: GPU | None = None, variant: str | None = None
-    ) -> Trace | None:
-        plan = replace(self._plan, **{name: held() for name, held in self._held.items()})
-        if plan.model is None:
-            raise ValueError(
-                "The model of this estimate is gone, and what was asked for needs it to be run on paper "
-                "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
-            )
-        if self._has_step and plan.step is None:
-            raise ValueError(
-                "The step of this estimate is gone, and what was asked for needs it to be run on paper "
-                "again. An estimate holds the function weakly: define it under a name, and keep that while "
-                "you ask."
-            )
-        old = _batch.batch_size(_tree.tensors((plan.inputs, plan.target)))
-        if batch_size is not None and old is not None:
-            plan = replace(
-                plan,
-                inputs=_resized(plan.inputs, old, batch_size),
-                target=_resized(plan.target, old, batch_size),
-            )
-        varied = plan if variant is None else changed(plan, variant)
-        return None if varied is None else trace(varied, gpu or self._gpu)
-
-
-_GONE = nn.Module()
-
-
-def _weak_function(step: Callable[..., Any] | None) -> Callable[[], Any]:
-    """Return a weak reference to a function, which may hold the model in its variables."""
-    if isinstance(step, types.MethodType):
-        return weakref.WeakMethod(step)
-    try:
-        return (lambda: None) if step is None else weakref.ref(step)
-    except TypeError:  # an object of a class with slots and none for weak references
-        return lambda: step
-
-
-def _weak(value: Any) -> Callable[[], Any]:
-    """Return a weak reference to a module, what holds one, or an optimizer; a strong one to a factory."""
-    if isinstance(value, (nn.Module, torch.optim.Optimizer)) or hasattr(value, "module"):
-        return weakref.ref(value)
-    return lambda: value

@@ -29,6 +29,7 @@ class Plan:
     training: bool
     step: Callable[..., Any] | None
     n_steps: int
+    batch_dim: int = 0
 
 
 @dataclass(slots=True)
