@@ -57,9 +57,13 @@ def calls_of_torch_cuda(layer: nn.Module, x: torch.Tensor) -> Any:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     assert torch.cuda.memory_allocated() == torch.cuda.max_memory_reserved(0) == 0
-    assert torch.cuda.mem_get_info()[1] > 2**36
+    assert torch.cuda.mem_get_info()[1] == torch.cuda.mem_get_info(device=0)[0] > 2**36
+    assert torch.cuda.memory_stats(device=0)["allocated_bytes.all.current"] == 0
+    assert torch.cuda.get_device_properties(device="cuda").name == torch.cuda.get_device_name(device=0)
+    assert torch.cuda.get_device_capability(device=0) >= (7, 0)
+    torch.cuda.set_device(device=0)
     torch.cuda.manual_seed_all(0)
-    torch.cuda.set_rng_state(torch.cuda.get_rng_state())
+    torch.cuda.set_rng_state(torch.cuda.get_rng_state(device="cuda"))
     torch.cuda.nvtx.range_push("layer")
     with torch.cuda.nvtx.range("inner"), torch.cuda.device(0), torch.profiler.record_function("named"):
         y = layer(x)
@@ -70,8 +74,10 @@ def calls_of_torch_cuda(layer: nn.Module, x: torch.Tensor) -> Any:
 def streams(layer: nn.Module, x: torch.Tensor) -> Any:
     """Run on a side stream, with events."""
     side, begins, ends = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True), torch.cuda.Event()
-    side.wait_stream(torch.cuda.current_stream())
-    begins.record()
+    side.wait_stream(stream=torch.cuda.current_stream())
+    begins.record(stream=side)
+    begins.wait(stream=torch.cuda.current_stream())
+    side.wait_event(event=begins)
     with torch.cuda.stream(side):
         y = layer(x)
     ends.record(side)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -44,10 +45,10 @@ class PaperStream(torch.Stream):
     def synchronize(self) -> None:
         """Wait for nothing."""
 
-    def wait_stream(self, _: Any) -> None:
+    def wait_stream(self, stream: Any) -> None:
         """Wait for nothing."""
 
-    def wait_event(self, _: Any) -> None:
+    def wait_event(self, event: Any) -> None:
         """Wait for nothing."""
 
 
@@ -65,7 +66,7 @@ class PaperEvent:
         """Return some time that is not zero, by which a step may divide."""
         return 1.0
 
-    def record(self, *_: Any) -> None:
+    def record(self, stream: Any = None) -> None:
         """Do nothing."""
 
     wait = synchronize = record
@@ -116,8 +117,9 @@ def cuda_calls(total_bytes: int) -> list[StandIn]:
     for owner in (torch.cuda, torch.cuda.memory):
         put(owner, _zero, *_COUNTERS)
         put(owner, _nothing, *_RESETS)
-        put(owner, lambda *_: (total_bytes, total_bytes), "mem_get_info")
-        put(owner, lambda *_, **__: {}, "memory_stats", "memory_stats_as_nested_dict")
+        put(owner, lambda *_, **__: (total_bytes, total_bytes), "mem_get_info")
+        put(owner, lambda *_, **__: Counter(), "memory_stats")
+        put(owner, lambda *_, **__: {}, "memory_stats_as_nested_dict")
         put(owner, lambda *_, **__: "", "memory_summary", "list_gpu_processes")
     put(torch.cuda, _nothing, "synchronize", "_lazy_init", "init", "ipc_collect", "set_stream")
     put(torch.accelerator, _nothing, "synchronize", "set_device_index", "empty_cache")
@@ -125,7 +127,7 @@ def cuda_calls(total_bytes: int) -> list[StandIn]:
     put(torch.cuda.nvtx, _nothing, "range_push", "range_pop", "mark")
     put(torch.cuda.nvtx, PaperContext, "range")
     seed = torch.zeros(16, dtype=torch.uint8)
-    put(torch.cuda, lambda *_: seed, "get_rng_state")
+    put(torch.cuda, lambda *_, **__: seed, "get_rng_state")
     put(torch.cuda, lambda: [seed], "get_rng_state_all")
     put(torch.cuda, _nothing, "set_rng_state", "set_rng_state_all", "manual_seed", "manual_seed_all")
     put(torch.cuda, _nothing, "seed", "seed_all")
