@@ -1174,8 +1174,8 @@ def test_estimating_with_numbers_that_are_none() -> None:
     with pytest.raises(ValueError, match="batch_dim") as error:
         estimate_vram(model, batch, batch_dim=-1)
     assert text_of(error) == (
-        "batch_dim=-1 was given to estimate_vram; the tensors of a batch differ in rank, so the dimension must "
-        "be counted from the front: 0, 1, ..."
+        "batch_dim=-1 was given to estimate_vram; the tensors of a batch differ in rank, so the dimension "
+        "must be counted from the front: 0, 1, ..."
     )
     with pytest.raises(TypeError, match="gpu") as no_size:
         estimate_vram(model, batch, gpu=half)
