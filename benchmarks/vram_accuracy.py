@@ -43,7 +43,7 @@ def main() -> None:
         print(line(row), flush=True)
     result = summary(rows)
     if options.record:
-        record.write("vram_accuracy", PROTOCOL, rows, truth_gpu=truth.get("gpu"), summary=result)
+        record.write(f"vram_accuracy_{options.record}", PROTOCOL, rows, truth_gpu=truth.get("gpu"), summary=result)
     if options.json:
         options.json.write_text(json.dumps({"summary": result, "rows": rows}, indent=1) + "\n")
     print(json.dumps(result))
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=0, help="only so many jobs, always the same ones")
     parser.add_argument("--only", default="", help="only jobs with this text in their id")
     parser.add_argument("--json", type=Path, help="write summary and rows to this file")
-    parser.add_argument("--record", action="store_true", help="write them to benchmarks/results as well")
+    parser.add_argument("--record", metavar="NAME", help="write them to benchmarks/results/ as well")
     return parser.parse_args()
 
 

@@ -51,7 +51,7 @@ ROWS: tuple[tuple[Any, ...], ...] = (  # the columns, the limit in GiB, and what
 JOBS: list[tuple[Job, int]] = [
     ({"id": f"{row[1]}-{row[5]}", **dict(zip(COLUMNS, row, strict=False)), **row[7]}, row[6]) for row in ROWS
 ]
-BUDGET_BYTES = 100 * GIB  # of all processes at a time
+BUDGET_BYTES = 60 * GIB  # of all processes at a time: others may use the GPU too
 PROTOCOL = (
     "largest batch found by VRAMEstimate.max_batch_size(limit_bytes=limit) without touching the GPU, then "
     "three training steps in fresh processes under set_per_process_memory_fraction at that batch and at "

@@ -185,6 +185,7 @@ def from_transformers(job: Job) -> Parts:
     import transformers
 
     config = transformers.AutoConfig.for_model(job["model"], **job.get("config", {}))
+    config.architectures = config.architectures or []  # some families have several models for a task
     options = {"attn_implementation": job["attention"]} if "attention" in job else {}
     factory = getattr(transformers, job.get("auto", "AutoModelForCausalLM"))
     model = factory.from_config(config, **options)

@@ -43,7 +43,7 @@ def test_last_line_is_the_promised_json(
     """A row a job with signed errors, failures counted and named, and one line of JSON at the end."""
     jobs = [JOB | {"id": "small"}, JOB | {"id": "broken", "model": "nothing"}]
     monkeypatch.setenv("TORCHFAST_RESULTS", str(tmp_path))
-    run(script, tmp_path, monkeypatch, jobs, "--json", str(tmp_path / "out.json"), "--record")
+    run(script, tmp_path, monkeypatch, jobs, "--json", str(tmp_path / "out.json"), "--record", "known")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert lines[1].startswith("small ")
@@ -70,7 +70,7 @@ def test_last_line_is_the_promised_json(
     ]
     assert result["families"]["conv"]["allocated_median_pct"] is None
     assert json.loads((tmp_path / "out.json").read_text())["summary"] == result
-    recorded = next(tmp_path.glob("vram_accuracy_*.json"))
+    recorded = next(tmp_path.glob("vram_accuracy_known_*.json"))
     assert json.loads(recorded.read_text())["summary"] == result
 
 
