@@ -43,7 +43,9 @@ def main() -> None:
         print(line(row), flush=True)
     result = summary(rows)
     if options.record:
-        record.write(f"vram_accuracy_{options.record}", PROTOCOL, rows, truth_gpu=truth.get("gpu"), summary=result)
+        record.write(
+            f"vram_accuracy_{options.record}", PROTOCOL, rows, truth_gpu=truth.get("gpu"), summary=result
+        )
     if options.json:
         options.json.write_text(json.dumps({"summary": result, "rows": rows}, indent=1) + "\n")
     print(json.dumps(result))
