@@ -271,6 +271,16 @@ def vram_accuracy(result: dict[str, Any]) -> str:
 _SIZES = ("allocated", "reserved", "process")
 
 
+def vram_host_memory(result: dict[str, Any]) -> str:
+    """Render by how much the process that estimates grows."""
+    summary = result["summary"]
+    source = f"{result['machine']['system']}, torch {result['versions']['torch']}, {result['date']}"
+    return (
+        f"{summary['grown_median_mib']:.0f} MiB at the median of {summary['n']} models, "
+        f"{summary['grown_max_mib']:.0f} MiB at most ({source}: {result['protocol']}).\n"
+    )
+
+
 def vram_batch_size(result: dict[str, Any]) -> str:
     """Render the batches that were found, and which of the sizes around them ran."""
     lines = ["| model | limit | found | ran | ran out of memory |", "|---|---:|---:|---|---|"]
@@ -361,6 +371,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "teacher_forward": teacher_forward,
     "teacher_loading": teacher_loading,
     "vram_accuracy": vram_accuracy,
+    "vram_accuracy_blind": vram_accuracy,
+    "vram_accuracy_first": vram_accuracy,
+    "vram_accuracy_known": vram_accuracy,
+    "vram_host_memory": vram_host_memory,
     "vram_batch_size": vram_batch_size,
 }
 
