@@ -28,7 +28,7 @@ def as_sequence(rows: torch.Tensor) -> PackedSequence:
 def as_sparse(rows: torch.Tensor) -> torch.Tensor:
     """Return a sparse tensor with these values."""
     indices = torch.arange(N_ROWS, device=rows.device)[None]
-    return torch.sparse_coo_tensor(indices, rows, (N_ROWS,), is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(indices, rows, (N_ROWS,), is_coalesced=True)
 
 
 KINDS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = {
@@ -69,6 +69,7 @@ def wrong_on_another_stream(kind: str, *, is_named: bool) -> int:
     return int(wrong)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 @pytest.mark.parametrize("is_named", [False, True], ids=["the consumer's stream", "a named stream"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_loader_makes_on_the_gpu_is_safe_on_other_streams(kind: str, *, is_named: bool) -> None:
@@ -130,9 +131,8 @@ def test_deterministic_mode_fills_no_memory_twice() -> None:
     host = [torch.full((N_ROWS,), float(number)) for number in range(8)]
     batches = iter(DeviceLoader(host, "cuda"))
     next(batches), next(batches)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
-    ) as trace:
+    on_host = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=on_host, record_shapes=True, acc_events=True) as trace:
         torch.empty(7, device="cuda")
         arrived = list(batches)
     filled = [event.input_shapes[0] for event in trace.events() if event.name == "aten::fill_"]
