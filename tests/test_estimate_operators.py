@@ -164,6 +164,21 @@ def test_attention_takes_what_was_measured(  # noqa: PLR0913, PLR0917 - a row of
     assert taken(found, f"aten._scaled_dot_product_{operator}")[1] == pytest.approx(back, abs=4096)
 
 
+def test_the_math_kernel_adds_its_mask_in_place() -> None:
+    """Attention in fp32 over grouped heads runs the math kernel, which takes no memory to add a mask."""
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        keys = x[:, :2] * 1
+        return F.scaled_dot_product_attention(x * 1, keys, keys, is_causal=True, enable_gqa=True)
+
+    found = run(attend, (2, 8, 64, 32))
+    scores = 2 * 8 * 64 * 64 * 4
+    notes = found._trace.notes
+    added = [e.size_bytes for e in found._trace.events if notes[e.note].operator == "aten.add"]
+    assert scores not in added
+    assert taken(found, "aten._safe_softmax")[0] == scores
+
+
 @pytest.mark.parametrize(
     ("cell", "operator", "kept"),
     [(nn.LSTMCell, "_thnn_fused_lstm_cell", 786_432), (nn.GRUCell, "_thnn_fused_gru_cell", 786_432)],

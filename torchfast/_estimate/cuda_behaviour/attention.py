@@ -4,7 +4,8 @@ The order and the conditions are those of aten/src/ATen/native/transformers/cuda
 with cuDNN 9.15 or later; checked against the runs on an H200 that the accuracy benchmark compares with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +50,29 @@ def attention_kernel(gpu: GPU) -> Callable[..., torch.Tensor]:
                 query, key, value, mask, call.requires_grad, dropout_p, is_causal, scale=scale
             )
         else:
-            outputs = aten._scaled_dot_product_attention_math(
-                query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-            )
+            with _math():
+                outputs = aten._scaled_dot_product_attention_math(
+                    query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+                )
         output: torch.Tensor = outputs[0]
         return output
 
     return scaled_dot_product_attention
+
+
+class Math:
+    """Whether the math kernel is running: it adds its mask in place, but for tensor subclasses."""
+
+    is_running = False
+
+
+@contextmanager
+def _math() -> Iterator[None]:
+    Math.is_running = True
+    try:
+        yield
+    finally:
+        Math.is_running = False
 
 
 @dataclass(frozen=True, slots=True)

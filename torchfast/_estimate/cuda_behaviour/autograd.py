@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from torchfast._estimate.cuda_behaviour.attention import Math
 from torchfast._estimate.cuda_behaviour.indexing import index_put_bytes
 from torchfast._estimate.recorder import Recorder
 
@@ -12,8 +13,10 @@ def add(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """Run an addition; autograd sums two gradients in place where it alone holds the first.
 
     accumulate() in torch/csrc/autograd/input_buffer.cpp leaves tensor subclasses out, so that paper tensors
-    would take memory for sums that take none on a GPU.
+    would take memory for sums that take none on a GPU; so does attention.cpp where it adds a mask.
     """
+    if Math.is_running and isinstance(args[0], torch.Tensor):
+        return recorder.adopt(recorder.run_unrecorded(torch.ops.aten.alias.default, (args[0],), {}))
     is_sum = _in_backward_pass(recorder) and len(args) == 2 and not kwargs and _alike(*args)
     if is_sum and _held_by_autograd_alone(args[0]):
         return args[0]
