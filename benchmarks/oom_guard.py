@@ -1,11 +1,12 @@
 """Measure oom_guard: what it recognises, and what a fault leaves behind.
 
-PYTHONPATH=. python benchmarks/oom_guard.py [recognition] [faults] [side_by_side]
+PYTHONPATH=. python benchmarks/oom_guard.py [recognition] [faults]
 
 `recognition` runs 28 texts of out-of-memory errors, and texts that only look like one, through the detectors
 of the peers that are installed (pip install accelerate pytorch-lightning stormlog toma torch-max-mem
 torchtnt). `faults` injects an error at every operator of a step, one at a time, and compares bit for bit
-with a run without. What it costs is measured by `oom_guard_overhead.py`.
+with a run without. What it costs is measured by `oom_guard_overhead.py`; `oom_guard_side_by_side.py` and
+`oom_guard_ranks.py` train until memory runs out.
 """
 
 import builtins
@@ -25,10 +26,9 @@ from typing import Any, NamedTuple, cast
 import record
 import torch
 import torch.distributed
-import torch.nn.functional as F
 
 from tests import oom_faults
-from torchfast import inject_oom, oom_guard
+from torchfast import inject_oom
 from torchfast._oom_errors import classify
 
 TEXTS = Path(__file__).parents[1] / "tests" / "oom_texts.json"
@@ -209,112 +209,9 @@ def _splits_of(shard: Shard) -> tuple[int, int]:
     return n_faults, n_wrong
 
 
-# --- side by side -----------------------------------------------------------------------------------------
-
-N_TAKEN = 16  # samples that the pretended device takes at once
-N_BATCH = 64
-
-
-class Run:
-    """One training of eight batches of 64 on a device that takes `n_taken` samples at once."""
-
-    def __init__(self, n_taken: int | None = N_TAKEN) -> None:
-        torch.manual_seed(0)
-        self.n_taken = n_taken
-        self.model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.samples, self.labels = torch.randn(8 * N_BATCH, 20), torch.randint(4, (8 * N_BATCH,))
-        self.n_steps = self.n_passes = 0
-
-    def batches(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the data in batches of this size."""
-        return list(zip(self.samples.split(size), self.labels.split(size), strict=True))
-
-    def gradient(self, samples: torch.Tensor, labels: torch.Tensor, weight: float = 1.0) -> None:
-        """Add the gradient of some samples, if the device takes as many."""
-        hidden = self.model[0](samples)
-        self.n_passes += len(samples)
-        if self.n_taken is not None and len(samples) > self.n_taken:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        (F.cross_entropy(self.model[1:](hidden), labels) * weight).backward()
-
-    def step(self) -> None:
-        """Take the optimizer's step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.n_steps += 1
-
-
-def side_by_side() -> list[dict[str, Any]]:
-    """Train the same model under each, on a device on which a batch of 64 does not fit."""
-    roomy = Run(n_taken=None)
-    for batch in roomy.batches(N_BATCH):
-        roomy.gradient(*batch)
-        roomy.step()
-    return [
-        _beside(name, run, roomy)
-        for name, run in {"accelerate": under_accelerate, "torchfast": under_retry}.items()
-    ]
-
-
-def under_accelerate() -> Run:
-    """Train under `find_executable_batch_size`: each size begins the training anew."""
-    from accelerate.utils import find_executable_batch_size
-
-    n_passes = 0
-
-    @find_executable_batch_size(starting_batch_size=N_BATCH)
-    def train(batch_size: int) -> Run:
-        nonlocal n_passes
-        run = Run()
-        try:
-            for batch in run.batches(batch_size):
-                run.gradient(*batch)
-                run.step()
-        finally:
-            n_passes += run.n_passes
-        return run
-
-    run: Run = train()
-    run.n_passes = n_passes
-    return run
-
-
-def under_retry() -> Run:
-    """Train under a retry."""
-    run = Run()
-    retry = oom_guard().retry(model=run.model, optimizer=run.optimizer)
-    for batch in run.batches(N_BATCH):
-        for attempt in retry.attempts(batch):
-            with attempt:
-                for part, weight in attempt:
-                    run.gradient(*part, weight)
-                run.step()
-    return run
-
-
-def _beside(name: str, train: Callable[[], Run], roomy: Run) -> dict[str, Any]:
-    run = train()
-    distance = max(
-        (one - other).abs().max().item()
-        for one, other in zip(run.model.parameters(), roomy.model.parameters(), strict=True)
-    )
-    row = {
-        "way": name,
-        "n_optimizer_steps": run.n_steps,
-        "n_optimizer_steps_where_it_fits": roomy.n_steps,
-        "n_samples_computed": run.n_passes,
-        "n_samples": len(run.samples),
-        "largest_difference_of_a_weight": distance,
-    }
-    print(row)
-    return row
-
-
 PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "recognition": recognition,
     "faults": faults,
-    "side_by_side": side_by_side,
 }
 PROTOCOLS = {
     "recognition": "Each detector's own answer to each text.",
@@ -322,7 +219,6 @@ PROTOCOLS = {
         "Every operator of each of three steps, one at a time, on a CPU in float32, the state "
         "afterwards compared bit for bit; parts in float64, within 1e-7."
     ),
-    "side_by_side": "Eight batches of 64 on a pretended device that takes 16 samples at once; AdamW.",
 }
 
 

@@ -81,19 +81,34 @@ def oom_guard_faults(result: dict[str, Any]) -> str:
 
 
 def oom_guard_side_by_side(result: dict[str, Any]) -> str:
-    """Render what became of the same failing training under each."""
-    lines = [
-        "| under | optimizer steps | samples computed | largest difference of a weight |",
-        "|---|---:|---:|---:|",
+    """Render what became of the same failing training under each, one table a case."""
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        titles = "batch | steps | samples computed | batch norm counted | random state | loss differs by"
+        lines += [f"| {case} | {titles} |", "|---|---|---:|---:|---:|---|---:|"]
+        lines += [_beside(row) for row in result["rows"] if row["case"] == case]
+        lines.append("")
+    versions = {row["way"].split()[0]: row["without_fault"]["version"] for row in result["rows"]}
+    named = ", ".join(f"{way} {version}" for way, version in versions.items() if "oom_guard" not in way)
+    return "\n".join([*lines, _source(result).replace("Medians", "Run", 1), f"With {named}.", ""])
+
+
+def _beside(row: dict[str, Any]) -> str:
+    bare = row["without_fault"]
+    if "error" in row:
+        return f"| {row['way']} | the training ended with `{row['error'].split(':')[0]}` | | | | | |"
+    parts = "" if row["micro_batch_size"] is None else f" in parts of {row['micro_batch_size']}"
+    counted = row["n_batches_in_statistics"]
+    random = {True: "the same", False: "another", None: ""}[row.get("same_random_state")]
+    cells = [
+        f"{row['batch_size']}{parts}",
+        f"{row['n_steps']} for {bare['n_steps']}",
+        f"{row['n_samples']} for {bare['n_samples']}",
+        "" if counted is None else f"{counted} for {bare['n_batches_in_statistics']}",
+        random,
+        f"{row['loss_differs_by']:.2g}",
     ]
-    lines += [
-        f"| {row['way']} "
-        f"| {row['n_optimizer_steps']} instead of {row['n_optimizer_steps_where_it_fits']} "
-        f"| {row['n_samples_computed']} for {row['n_samples']} "
-        f"| {row['largest_difference_of_a_weight']:.2g} |"
-        for row in result["rows"]
-    ]
-    return "\n".join([*lines, ""])
+    return f"| {row['way']} | " + " | ".join(cells) + " |"
 
 
 def oom_guard_ranks(result: dict[str, Any]) -> str:
