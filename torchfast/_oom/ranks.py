@@ -165,9 +165,9 @@ class DDPRanks(Ranks):
         return name not in getattr(self._model, "parameters_to_ignore", ())
 
     def _warm_up(self) -> None:
-        """Run what will be run while memory is short: NCCL allocates at the first use of each of its ways.
+        """Run what will be run while memory is short: NCCL may allocate when it first connects a way.
 
-        It chooses among them by size.
+        It chooses among its ways by size.
         """
         group = self._model.process_group
         source = dist.get_process_group_ranks(group)[0]
