@@ -241,6 +241,32 @@ def test_what_depends_on_activations_is_assumed(forward: Callable[..., Any], sai
     assert found.peak_phase
 
 
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_flex_attention_keeps_rows_and_no_scores(*, is_masked: bool) -> None:
+    """FlexAttention is taken to be compiled: it saves its output and a number a row, never the scores."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n_samples, n_heads, n_rows, width = 2, 4, 512, 16
+
+    def causal(_b: Any, _h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query >= key
+
+    def forward(layer: nn.Module, x: torch.Tensor) -> Any:
+        del layer
+        mask = None
+        if is_masked:
+            mask = create_block_mask(causal, None, None, n_rows, n_rows, device="cuda")
+        return flex_attention(x * 1, x * 1, x * 1, block_mask=mask)
+
+    model = Model(forward)
+    x = torch.randn(n_samples, n_heads, n_rows, width, requires_grad=True)
+    found = estimate(model, x, n_steps=1)
+    forward_phase = next(phase for phase in found.phases if phase.name == "step 1 forward")
+    saved = forward_phase.end_allocated_bytes - found.breakdown["weights"] - found.breakdown["batch"]
+    expected = 4 * x.nbytes + n_samples * n_heads * n_rows * 4  # query, key, value and output; a number a row
+    assert expected <= saved < expected + 2**16
+
+
 # --- what models hold, take and return -------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from torchfast._estimate.cuda_calls import StandIn, cuda_calls
+from torchfast._estimate.flex import flex_attention
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.paper import CUDA, META, PaperTensor
 
@@ -141,6 +142,7 @@ def imagined_gpu(gpu: GPU) -> Iterator[None]:
             *_paper_as_cuda(),
             *_no_handing_over(),
             *_without_wrappers(),
+            *flex_attention(),
             (torch, "compile", _uncompiled),
         ):
             if hasattr(owner, attribute):
