@@ -1,8 +1,8 @@
 """FlexAttention on paper: what the compiled kernel takes, saves and gives back.
 
-Its operator is one of higher order, which no meta kernel stands for. It runs as in a program that compiles it,
-without ever having the scores: the output, one fp32 number a row for the backward pass, and in that pass one
-more (torch/_inductor/kernel/flex, torch 2.11).
+Its operator is one of higher order, which no meta kernel stands for. It runs as in a program that compiles
+it, without ever having the scores: the output, one fp32 number a row for the backward pass, and in that pass
+one more (torch/_inductor/kernel/flex, torch 2.11).
 """
 
 import sys
