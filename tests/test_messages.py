@@ -1248,6 +1248,31 @@ def test_estimating_with_what_cannot_be_called(name: str, wanted: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["loss", "teacher"])
+def test_estimating_with_the_class_of_a_module(name: str) -> None:
+    """A loss or a teacher that was not made yet would be made by the call that is meant to run it."""
+    options: dict[str, Any] = {name: nn.MSELoss}
+    with pytest.raises(TypeError, match=name) as error:
+        estimate_vram(nn.Linear(1, 1), torch.zeros(4, 1), **options)
+    assert text_of(error) == (
+        f"{name}= of estimate_vram was given the class MSELoss, and to call a class is to make a module. "
+        "Give the module itself, such as MSELoss(...)."
+    )
+
+
+@pytest.mark.parametrize("limit_bytes", [0, -1, "8GB"])
+def test_asking_under_a_limit_of_nothing(limit_bytes: Any) -> None:
+    """A limit that is no number of bytes is refused before anything is traced again."""
+    estimate = estimate_vram(nn.Linear(1, 1), torch.zeros(4, 1), gpu="T4", n_steps=1)
+    for ask in (estimate.fits, estimate.max_batch_size):
+        with pytest.raises(ValueError, match="limit_bytes") as error:
+            ask(limit_bytes=limit_bytes)
+        assert text_of(error) == (
+            f"limit_bytes={limit_bytes!r} was given, which is no amount of memory. Give what PyTorch may "
+            "reserve in bytes (8 * 2**30 for 8 GiB), or leave it out for all that the GPU has."
+        )
+
+
 def test_estimating_with_options_that_make_no_step() -> None:
     """Autocast to no half type, no steps at all, another model's optimizer, settings that are no text."""
     model, batch, anything = nn.Linear(1, 1), torch.zeros(4, 1), cast("Any", "bf16")
@@ -1794,6 +1819,29 @@ def test_attempt_that_was_not_entered() -> None:
         "an attempt of retry.attempts(...) was not entered: write `with attempt:` around the step, "
         "or the same step would be offered for ever."
     )
+
+
+def test_chunks_of_what_cannot_be_called() -> None:
+    """What is no function is refused at once, not when the first batch comes."""
+    with pytest.raises(TypeError, match="chunked") as error:
+        oom_guard().chunked(cast("Any", 5))
+    assert text_of(error) == (
+        "guard.chunked takes a function or a module, but was given an object of type int. Give what is to be "
+        "called with the batch."
+    )
+
+
+@pytest.mark.parametrize("grow_after", [0, "3"])
+def test_retry_that_grows_after_no_steps(grow_after: Any) -> None:
+    """A number of quiet steps below one is refused, for retries and for chunks."""
+    model, guard = nn.Linear(1, 1), oom_guard()
+    for make in (functools.partial(guard.retry, model=model), functools.partial(guard.chunked, model)):
+        with pytest.raises(ValueError, match="grow_after") as error:
+            make(grow_after=grow_after)
+        assert text_of(error) == (
+            f"grow_after={grow_after!r} was given to oom_guard; it is how many steps without a failure go by "
+            "before a larger size is tried, at least 1."
+        )
 
 
 def test_retry_with_an_unknown_split() -> None:

@@ -112,6 +112,11 @@ def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callabl
                 f"{name}= of estimate_vram was given {what(value)}, which cannot be called. "
                 f"Give {_WANTED[name]}."
             )
+        if name != "optimizer" and isinstance(value, type) and issubclass(value, nn.Module):
+            raise TypeError(
+                f"{name}= of estimate_vram was given {what(value)}, and to call a class is to make a module. "
+                f"Give the module itself, such as {value.__name__}(...)."
+            )
     if autocast is not None and autocast not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f'autocast={autocast!r} was given to estimate_vram; torch.autocast("cuda") casts to a half '

@@ -120,6 +120,7 @@ def fits(
     limit_bytes: int | None = None,
 ) -> Fit:
     """Replay the step under the memory of `gpu`; see `VRAMEstimate.fits`."""
+    _check_limit(limit_bytes)
     on = estimate.gpu if gpu is None else resolve_gpu(gpu)
     trace = trace_for(estimate, on)
     limit = room(trace, on) if limit_bytes is None else limit_bytes
@@ -130,6 +131,14 @@ def fits(
     note = trace.notes[event.note]
     where = ", ".join(part for part in (note.phase, note.module, note.operator) if part)
     return Fit(on, False, limit, done.peak_reserved_bytes, done.n_retries, where, event.size_bytes)
+
+
+def _check_limit(limit_bytes: object) -> None:
+    if limit_bytes is not None and not (isinstance(limit_bytes, (int, float)) and limit_bytes > 0):
+        raise ValueError(
+            f"limit_bytes={limit_bytes!r} was given, which is no amount of memory. Give what PyTorch may "
+            "reserve in bytes (8 * 2**30 for 8 GiB), or leave it out for all that the GPU has."
+        )
 
 
 def room(trace: Trace, gpu: GPU) -> int:
@@ -173,6 +182,7 @@ def max_batch_size(
     limit_bytes: int | None = None,
 ) -> BatchSize:
     """Find the largest batch that fits; see `VRAMEstimate.max_batch_size`."""
+    _check_limit(limit_bytes)
     on = estimate.gpu if gpu is None else resolve_gpu(gpu)
     given = estimate.batch_size
     if given is None:

@@ -15,7 +15,14 @@ from torch import nn
 from torchfast import _batch
 from torchfast._device import resolve_device
 from torchfast._oom import frames, message, telemetry
-from torchfast._oom.refusals import check_options, check_split, generators_of, modules_of, optimizers_of
+from torchfast._oom.refusals import (
+    check_function,
+    check_options,
+    check_pace,
+    generators_of,
+    modules_of,
+    optimizers_of,
+)
 from torchfast._oom.release import clean_up, place_of
 from torchfast._oom.report import OutOfMemoryError, OutOfMemoryReport, SizeSource
 from torchfast._oom.telemetry import Monitor
@@ -120,9 +127,9 @@ class Guard:
 
         Raises:
             TypeError: an option of the wrong kind.
-            ValueError: no model, an unknown `split`, a `timeout_s` that is not positive; a model under FSDP
-                or tensor parallelism, or with SyncBatchNorm under DDP, or an optimizer that is sharded, whose
-                collectives a failed rank would block.
+            ValueError: no model, an unknown `split`, a `grow_after` below 1, a `timeout_s` that is not positive;
+                a model under FSDP or tensor parallelism, or with SyncBatchNorm under DDP, or an optimizer
+                that is sharded, whose collectives a failed rank would block.
 
         What it does not do: undo what the step does outside of these, such as a metric that it updates.
         """
@@ -130,7 +137,7 @@ class Guard:
         from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
-        check_split(split)
+        check_pace(split, grow_after)
         check_options(scaler=scaler, tokens=tokens, timeout_s=timeout_s)
         modules = modules_of(model)
         subjects = Subjects(modules, optimizers_of(optimizer), scaler, generators_of(generators))
@@ -140,7 +147,7 @@ class Guard:
             Transaction(subjects, copy=copy),
             split=split,
             tokens=tokens,
-            grow_after=max(grow_after, 1),
+            grow_after=grow_after,
             ranks=ranks_of(modules, subjects.optimizers, timeout_s),
         )
 
@@ -171,21 +178,24 @@ class Guard:
             grow_after: how many calls without a failure go by before a larger chunk is tried, at least 1.
 
         Raises:
-            ValueError: an output neither has one row for each sample nor is the same for every chunk.
+            TypeError: the function cannot be called.
+            ValueError: an unknown `split`, a `grow_after` below 1, or, from a call, an output neither has one
+                row for each sample nor is the same for every chunk.
         """
         from torchfast._oom.chunks import chunked
         from torchfast._oom.ranks import Ranks
         from torchfast._oom.retry import OOMRetry
         from torchfast._oom.transaction import Subjects, Transaction
 
-        check_split(split)
+        check_pace(split, grow_after)
+        check_function(function)
         retry = OOMRetry(
             self,
             (function,) if isinstance(function, nn.Module) else (),
             Transaction(Subjects((), (), None, ()), copy=False),
             split=split,
             tokens=None,
-            grow_after=max(grow_after, 1),
+            grow_after=grow_after,
             ranks=Ranks(),
             uneven=True,  # by which rows are told
         )

@@ -7,17 +7,31 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from torchfast._modules import without_shape
+from torchfast._modules import what, without_shape
 
 T = TypeVar("T")
 
 
-def check_split(split: str, /) -> None:
-    """Refuse an unknown `split`."""
+def check_function(function: object, /) -> None:
+    """Refuse what cannot be called with a batch."""
+    if not callable(function):
+        raise TypeError(
+            f"guard.chunked takes a function or a module, but was given {what(function)}. "
+            "Give what is to be called with the batch."
+        )
+
+
+def check_pace(split: str, grow_after: object, /) -> None:
+    """Refuse an unknown `split`, and a number of quiet steps that is none."""
     if split not in ("safe", "always", "never"):
         raise ValueError(
             f"split={split!r} was given to oom_guard; it says when a batch may be worked on in parts: "
             '"safe", "always" or "never".'
+        )
+    if not isinstance(grow_after, int) or grow_after < 1:
+        raise ValueError(
+            f"grow_after={grow_after!r} was given to oom_guard; it is how many steps without a failure go by "
+            "before a larger size is tried, at least 1."
         )
 
 
@@ -52,14 +66,14 @@ def generators_of(generators: Iterable[torch.Generator], /) -> tuple[torch.Gener
     return _all_of("generators", generators, torch.Generator, "torch.Generators")
 
 
-def _all_of(option: str, given: Any, kind: type[T], what: str) -> tuple[T, ...]:
+def _all_of(option: str, given: Any, kind: type[T], wanted: str) -> tuple[T, ...]:
     one = isinstance(given, kind) or not isinstance(given, Iterable)
     found: tuple[Any, ...] = (given,) if one else tuple(given)
     for each in found:
         if not isinstance(each, kind):
             raise TypeError(
-                f"{option}= of guard.retry takes {what}, but was given an object of type "
-                f"{type(each).__name__}. What a retry does not know, it cannot put back."
+                f"{option}= of guard.retry takes {wanted}, but was given {what(each)}. "
+                "What a retry does not know, it cannot put back."
             )
     return found
 
