@@ -127,9 +127,9 @@ class Guard:
 
         Raises:
             TypeError: an option of the wrong kind.
-            ValueError: no model, an unknown `split`, a `grow_after` below 1, a `timeout_s` that is not positive;
-                a model under FSDP or tensor parallelism, or with SyncBatchNorm under DDP, or an optimizer
-                that is sharded, whose collectives a failed rank would block.
+            ValueError: no model, an unknown `split`, a `grow_after` below 1, a `timeout_s` that is not
+                positive; a model under FSDP or tensor parallelism, or with SyncBatchNorm under DDP, or an
+                optimizer that is sharded, whose collectives a failed rank would block.
 
         What it does not do: undo what the step does outside of these, such as a metric that it updates.
         """
