@@ -281,20 +281,24 @@ def test_embeddings_and_indexing_take_room_to_sort() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "forward_bytes", "backward_bytes"),
+    ("dtype", "shape", "forward_bytes", "backward_bytes"),
     [
-        ((64, 16, 224, 224), 25_892_352, 17_128_448),
-        ((48, 128, 128, 128), 12_682_752, 8_390_144),
-        ((48, 256, 56, 56), 4_855_808, 3_212_800),
-        ((24, 64, 112, 112), 2_428_416, 1_607_168),
+        (torch.float32, (64, 16, 224, 224), 25_892_352, 17_128_448),
+        (torch.float32, (48, 128, 128, 128), 12_682_752, 8_390_144),
+        (torch.float32, (48, 256, 56, 56), 4_855_808, 3_212_800),
+        (torch.float32, (24, 64, 112, 112), 2_428_416, 1_607_168),
+        (torch.float16, (64, 16, 224, 224), 10_357_760, 17_128_448),
     ],
 )
 def test_batch_norm_in_channels_last_sums_over_tiles(
-    shape: tuple[int, ...], forward_bytes: int, backward_bytes: int
+    dtype: torch.dtype, shape: tuple[int, ...], forward_bytes: int, backward_bytes: int
 ) -> None:
-    """In fp32 it takes what an H200 took, to the rounding of the allocator; contiguous, nothing."""
+    """It takes what an H200 took, to the rounding of the allocator; contiguous, nothing."""
     found, plain = (
-        estimate(nn.BatchNorm2d(shape[1]), torch.empty(shape, device="meta", memory_format=memory_format))
+        estimate(
+            nn.BatchNorm2d(shape[1]),
+            torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format),
+        )
         for memory_format in (torch.channels_last, torch.contiguous_format)
     )
     for name, size_bytes in (("", forward_bytes), ("_backward", backward_bytes)):
