@@ -161,6 +161,24 @@ def test_generators_and_old_types_make_tensors_on_paper() -> None:
     assert 1024 * 8 * 8 in taken
 
 
+def test_counters_on_the_gpu_count() -> None:
+    """An optimizer that counts its steps on the GPU, and reads the number back, finds what it has counted."""
+    seen: list[float] = []
+
+    class Counts(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+            self.counters = [torch.zeros((), device="cuda") for _ in range(2)]
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # without a loss
+            del closure
+            torch._foreach_add_(self.counters, 1.0)
+            seen.append(self.counters[1].item())
+
+    of(lambda layer, x: layer(x), optimizer=Counts)
+    assert seen == [1.0, 2.0]
+
+
 def test_the_default_device_decides_where_a_step_makes_tensors() -> None:
     """With a GPU as the default device, what is made without one is counted; with `meta` it is the host's."""
 

@@ -37,6 +37,9 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def follow(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> None:
     """Compute the values of an operator's outputs where those of its inputs are known."""
+    if outputs is None and args and isinstance(args[0], (list, tuple)):
+        _follow_in_lists(func, args, kwargs)
+        return
     first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
     if not isinstance(first, PaperTensor):
         return
@@ -72,6 +75,22 @@ def _follow_in_place(
             func(*known[0], **known[1])
     except (NotImplementedError, RuntimeError):
         changed.values = None
+
+
+def _follow_in_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Follow what changes tensors of a list in place: counters of steps that lie on the GPU."""
+    changed = [tensor for tensor in args[0] if isinstance(tensor, PaperTensor) and tensor.values is not None]
+    if not changed:
+        return
+    known = _all_known(args, kwargs) if len(changed) == len(args[0]) else None
+    try:
+        if known is not None:
+            func(*known[0], **known[1])
+            return
+    except (NotImplementedError, RuntimeError):
+        pass
+    for tensor in changed:
+        tensor.values = None
 
 
 # Operators whose result has no values, and those that give a tensor new ones whatever it held.
