@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchfast import inject_oom
+from torchfast import inject_oom, oom_guard
 
 
 def test_injection_counts_and_fails_where_told() -> None:
@@ -40,6 +40,20 @@ def test_injection_asks_for_its_rank_when_it_is_to_fail(monkeypatch: pytest.Monk
     with pytest.raises(torch.OutOfMemoryError), injection:
         torch.zeros(2)
     assert injection.n_failures == 1
+
+
+def test_injection_that_cannot_fail_says_so() -> None:
+    """By the number of samples it fails only where a guard hands them out: a plain loop tests nothing."""
+    said = (
+        "inject_oom(above=16) could not fail: it counts the samples that a guard's steps, attempts or "
+        "chunked hand out, and none were handed out within its block. Loop over guard.steps(loader)."
+    )
+    with pytest.warns(UserWarning) as warned, inject_oom(above=16):  # noqa: PT030 -- the whole text is below
+        torch.zeros(64) + 1
+    assert [str(warning.message) for warning in warned] == [said]
+    with inject_oom(above=64, operator="add"):
+        for batch in oom_guard().steps([torch.zeros(64)]):
+            batch * 2
 
 
 def test_injection_finds_the_phases() -> None:

@@ -1,6 +1,7 @@
 """`inject_oom`: an out-of-memory error on purpose, at a chosen point, with or without a GPU."""
 
 import sys
+import warnings
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
@@ -38,7 +39,7 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
         phase: only operators of the "forward" pass, the "backward" pass or the "optimizer" step.
         operator: only operators whose name contains this, such as "convolution".
         above: only while more than this many samples are being worked on at once, as a guard's `steps`,
-            `attempts` and `chunked` tell.
+            `attempts` and `chunked` tell; elsewhere it warns that it could not fail.
         times: how often to fail; None is always. 0 only counts.
         rank: fail on this rank of the default process group only.
 
@@ -75,6 +76,7 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
         self._left = times
         self._rank = rank
         self._n_since = 0
+        self._has_seen_samples = False
         self.n_operators = 0
         self.n_failures = 0
 
@@ -86,6 +88,13 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, tb)
+        if self._above is not None and not self._has_seen_samples and kind is None:
+            warnings.warn(
+                f"inject_oom(above={self._above}) could not fail: it counts the samples that a guard's "
+                "steps, attempts or chunked hand out, and none were handed out within its block. Loop over "
+                "guard.steps(loader).",
+                stacklevel=2,
+            )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -103,11 +112,13 @@ class inject_oom(TorchDispatchMode):  # noqa: N801 -- used like a function, as t
         return func(*args, **(kwargs or {}))
 
     def _fits(self, func: Any) -> bool:
+        n_samples = work.now.n_samples
+        self._has_seen_samples |= n_samples is not None
         if self._operator is not None and self._operator not in str(func):
             return False
         if self._phase is not None and self._phase != _current_phase():
             return False
-        return self._above is None or (work.now.n_samples or 0) > self._above
+        return self._above is None or (n_samples or 0) > self._above
 
 
 def _rank() -> int:
