@@ -328,7 +328,7 @@ def workers_loader(
 
 
 def compared_with_workers(
-    loader: DataLoader[torch.Tensor], step: Step, n_samples: int, load_ms: float, **what: Any
+    loader: DataLoader[torch.Tensor], step: Step, n_samples: int, load_ms: float, /, **what: Any
 ) -> Iterator[dict[str, Any]]:
     """Compare peers on a DataLoader with workers."""
     made = {name: functools.partial(fed, PEERS[name], loader) for name in SWEPT if name != "torchfast"}

@@ -1,7 +1,8 @@
 """A transport for tests, which hands batches over as they are, and passes that a thread feeds through it."""
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class HostTransport:
         self.delivery_fails_once = False
         self.delivery_is_interrupted_once = False
         self.delivery_breaks_once = False
+        self.sends_here: Iterator[bool] = itertools.repeat(False)
+        self.sending_here_is_interrupted_once = False
+        self.takes_here = True
+        self.n_sent_here = 0
 
     def begin(self, tally: Tally) -> None:
         """Begin a pass."""
@@ -49,6 +54,20 @@ class HostTransport:
             raise ConnectionError("the transfer failed")
         self.n_sent += 1
         return [batch]
+
+    def is_sent_here(self) -> bool:
+        """Say what the test wants."""
+        return next(self.sends_here)
+
+    def send_here(self, batch: Any, blank: object) -> Any:
+        """Send a batch from the consumer's thread, or be interrupted, or leave it to the other thread."""
+        if self.sending_here_is_interrupted_once:
+            self.sending_here_is_interrupted_once = False
+            raise KeyboardInterrupt
+        if not self.takes_here:
+            return None
+        self.n_sent_here += 1
+        return self.send(batch, blank)
 
     def deliver(self, parcel: Any) -> Any:
         """Hand the batch over, or run out of memory."""

@@ -1,7 +1,6 @@
 """What DeviceLoader does to batches and tells about passes: normalisation, static buffers, state, stats."""
 
 import functools
-import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,8 @@ from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.late import copied
-from torchfast._loader.staging import Plans, team_size, tensors_of
+from torchfast._loader.plan import CHUNK_BYTES, Plans, separated
+from torchfast._loader.staging import piece_bytes, team_size
 from torchfast._loader.stats import LoaderStats, Tally
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -279,11 +279,13 @@ def test_packed_leaves_arrive_whole(data: st.DataObject) -> None:
             leaf.transpose(0, -1)[..., ::2] if len(shape) > 1 and data.draw(st.booleans()) else leaf
         )
     plan = Plans().plan(leaves)
-    buffer = torch.empty(plan.sizes_bytes[0], dtype=torch.uint8)
-    copies = list(itertools.chain.from_iterable(tensors_of(run, buffer) for run in plan.runs))
-    for index, copy in zip(plan.small, copies, strict=True):
+    buffer = torch.empty(plan.molds[0].n_bytes, dtype=torch.uint8)
+    copies = [copy for group in plan.groups for copy in group.tensors_on(buffer, group.offset_bytes)]
+    places = [index for group in plan.groups for index in group.indexes]
+    assert sorted(places) == list(range(len(leaves)))
+    for index, copy in zip(places, copies, strict=True):
         copy.copy_(leaves[index])
-    for index, copy in zip(plan.small, copies, strict=True):
+    for index, copy in zip(places, copies, strict=True):
         assert copy.dtype == leaves[index].dtype
         assert torch.equal(copy, leaves[index])
         assert copy.storage_offset() * copy.element_size() % 512 == 0
@@ -292,9 +294,29 @@ def test_packed_leaves_arrive_whole(data: st.DataObject) -> None:
         assert copy._version == version
 
 
+def test_packed_tensors_are_no_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing one in place counts as no change of another, with PyTorch's private guard and without it."""
+    assert hasattr(torch._C, "_AutoDispatchBelowADInplaceOrView"), "gone: `.data` takes twice as long"
+    for _ in range(2):
+        first, second = separated(torch.zeros(2, 3))
+        first.add_(1)
+        assert (first._version, second._version) == (1, 0)
+        assert first._base is None
+        assert not first.requires_grad
+        assert (torch.ones(3, requires_grad=True) * second).requires_grad
+        monkeypatch.delattr(torch._C, "_AutoDispatchBelowADInplaceOrView", raising=False)
+
+
 def test_staging_leaves_cores_to_workers_and_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The team of a host copy is what the workers and the other processes of the machine leave over."""
+    """The team of a host copy is what workers, the loop and other processes of the machine leave over."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
-    assert [team_size(n_workers) for n_workers in (0, 1, 8, 32)] == [16, 8, 8, 1]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [team_size(n_workers) for n_workers in (0, 1, 8, 32)] == [14, 13, 6, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert team_size(0) == 2
+
+
+@given(st.integers(1, 16))
+def test_pieces_divide_among_a_team(team: int) -> None:
+    """Each thread of a team copies whole MiB of a piece, which is as long as fits the ring."""
+    assert piece_bytes(team) % (team * 2**20) == 0
+    assert CHUNK_BYTES / 2 < piece_bytes(team) <= CHUNK_BYTES

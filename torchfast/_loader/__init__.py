@@ -4,11 +4,14 @@
 - `epoch.py`      one pass over the loader, and the simple way to feed it
 - `wrapped.py`    what is known about the loaders that are wrapped
 - `feed.py`       the thread that loads and copies ahead, as the loop sees it; `thread.py` is its own side
+- `turns.py`      which of the two sends a batch
 - `modes.py`      what that thread takes over from the one that began the pass
 - `transport.py`  streams, events, memory: how a batch gets to a CUDA device and when its memory is free again
 - `late.py`       what moves by its own `.to`
 - `finish.py`     what happens to a batch once it is on the device
 - `normalize.py`  uint8 images to normalised ones; `normalize_kernel.py` does it in one kernel
 - `stats.py`      where the time went; `cpus.py` how many CPUs there are for it
-- `staging.py`    what travels together, and the ring of pinned buffers through which pageable memory travels
+- `plan.py`       what of a batch travels together, and the tensors that it becomes
+- `shipment.py`   the copies of one batch; `driver.py` enqueues many in one call
+- `staging.py`    the ring of pinned buffers through which pageable memory travels
 """

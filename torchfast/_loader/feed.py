@@ -12,7 +12,7 @@ import torch
 
 from torchfast._loader import epoch
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import Arrival, Stop, Transport, Work
+from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work
 
 
 class ThreadedFeed:
@@ -27,9 +27,11 @@ class ThreadedFeed:
         depth: int,
         snapshot: Callable[[], Any],
         begin_again: Callable[[], Iterator[Any]] | None = None,
+        is_instant: bool = False,
     ) -> None:
         self._transport = transport
         self._tally = tally
+        self._is_instant = is_instant
         self.goes_on = begin_again is not None
         """Whether the thread loads the next pass when this one is over."""
         self.is_between_passes = False
@@ -76,16 +78,20 @@ class ThreadedFeed:
         # First of all: nothing that this step enqueues should delay the copy that goes there.
         blank = self._transport.blank() if self._n_owed else None
         work = self._work
-        must_wait = not work.ready
+        must_wait, is_sent = not work.ready, False
         try:
             if must_wait:
                 self._grant(blank)
+            elif self._n_owed and self._is_instant and self._transport.is_sent_here():
+                is_sent = work.send_here(blank)  # before the delivery: an interrupt then loses nothing
             began_s = time.perf_counter()
             work.wait_for_arrival()
             waited_s = time.perf_counter() - began_s
             batch = self._delivered()
         finally:
-            if not must_wait:
+            if is_sent:
+                self._n_owed -= 1
+            elif not must_wait:
                 # Last of all: it wakes the thread, which would take the GIL from us in between.
                 self._grant(blank)
         self._tally.taken(waited_s)
@@ -150,8 +156,8 @@ class ThreadedFeed:
             parcel = self._work.ready[index].parcel
             if parcel is not None:
                 self._transport.evict(parcel)
-        for _ in _drain(self._work.permits):
-            self._work.permits.put(None)
+        for permit in _drain(self._work.permits):
+            self._work.permits.put(permit if permit is Sent or permit is Stop else None)
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything."""
@@ -166,6 +172,7 @@ class ThreadedFeed:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
             self._work.ready.clear()
+            self._work.loaded.clear()
             _drain(self._work.permits)
             self._work.permits.put(Stop)
             # For a take() that another thread is waiting in.

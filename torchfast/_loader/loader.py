@@ -317,6 +317,7 @@ class DeviceLoader(Generic[T]):
             depth=self._depth,
             snapshot=snapshot,
             begin_again=begin_again,
+            is_instant=type(loader) in (list, tuple),
         )
         if self._across_epochs:
             self._ahead = feed

@@ -150,6 +150,8 @@ class Tally:
         self._first_there: torch.cuda.Event | None = None
         self._began_s = 0.0
         self._before_first = (0.0, 0.0)
+        self.idle_events: list[torch.cuda.Event] = []
+        """Events that were read, to be recorded again: making one takes as long as recording two."""
 
     def taken(self, waited_s: float) -> None:
         """Count a batch that was handed out after the loop's thread waited so long for it."""
@@ -199,3 +201,5 @@ class Tally:
         self._elapsed_s = self._first_there.elapsed_time(moment.there) / 1e3
         self._copy_s += sum(began.elapsed_time(ended) for began, ended in moment.spans) / 1e3
         self.n_bytes += moment.n_bytes
+        # Not those that others may still wait for: gates, and the ends of copies.
+        self.idle_events += [moment.there, *(began for began, _ in moment.spans)]

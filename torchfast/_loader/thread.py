@@ -4,6 +4,7 @@ It holds no reference to the feed, nor to the epoch: an epoch that nobody holds 
 its feed, and that ends the thread.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -27,10 +28,16 @@ class Transport(Protocol):
     def enter_thread(self) -> None: ...
     def settle(self) -> None: ...
     def send(self, batch: Any, blank: Any) -> Any: ...
+    def is_sent_here(self) -> bool: ...
+    def send_here(self, batch: Any, blank: Any) -> Any: ...
 
 
 class Stop:
     """The permit that ends the thread."""
+
+
+class Sent:
+    """Not a permit: word that the consumer has sent the batch that waited for one, if none waits."""
 
 
 class Arrival(NamedTuple):
@@ -64,6 +71,9 @@ class Work:
         self.ready: deque[Arrival] = deque()
         self._has_arrived = threading.Event()
         self.permits: SimpleQueue[Any] = SimpleQueue()
+        self.loaded: deque[tuple[Any, Any]] = deque()
+        """The batch that waits for a permit, and its state: whoever takes it from here sends it."""
+        self._spare: list[Any] = []
         self.entered = threading.Event()
         self.left = threading.Event()
         self.stopped = False
@@ -86,6 +96,7 @@ class Work:
                 if self.stopped:
                     # By the collector, in this very thread: what was sent since has nobody to wait for it.
                     self.transport.fence()
+                self.loaded.clear()
                 del self.source
             finally:
                 self.left.set()
@@ -118,11 +129,26 @@ class Work:
             self.source = self.begin_again()
             return True
         except BaseException as error:  # noqa: BLE001 - as above
-            return self._permitted() is not Stop and self._failed(error)
+            return self._permit() is not Stop and self._failed(error)
         self.tally.load_s += time.perf_counter() - began_s
-        permit = self._permitted()
-        if permit is Stop:
-            return False
+        self.loaded.append((batch, state))
+        del batch, state
+        permit = self._permit()
+        while permit is not Stop:
+            if permit is Sent:
+                if not self.loaded:
+                    return True
+            else:
+                try:
+                    batch, state = self.loaded.popleft()
+                except IndexError:  # the consumer is sending it, and will say so
+                    self._spare.append(permit)
+                else:
+                    return self._send(batch, state, permit)
+            permit = self._next_permit()
+        return False
+
+    def _send(self, batch: Any, state: Any, permit: Any) -> bool:
         try:
             parcel = self.transport.send(batch, permit)
         except BaseException as error:  # noqa: BLE001 - as above
@@ -130,7 +156,45 @@ class Work:
         self.arrive(Arrival(parcel, state=state))
         return True
 
-    def _permitted(self) -> Any:
+    # In the consumer's thread, for a loader that never keeps it waiting.
+
+    def send_here(self, permit: Any) -> bool:
+        """Send the batch that waits for a permit, and load the next; say whether there was one to send.
+
+        The other thread sleeps all the while. Where there is no next batch it is told to see for itself.
+        """
+        try:
+            batch, state = self.loaded.popleft()
+        except IndexError:
+            return False
+        try:
+            parcel = self.transport.send_here(batch, permit)
+        except Exception as error:  # noqa: BLE001 - it is raised where the batch is taken
+            self._failed(error)
+        except BaseException:  # an interrupt loses no batch
+            self.loaded.append((batch, state))
+            raise
+        else:
+            if parcel is None:
+                self.loaded.append((batch, state))
+                return False
+            self.arrive(Arrival(parcel, state=state))
+        try:
+            self._load_here()
+        finally:
+            if not self.loaded:
+                self.permits.put(Sent)
+        return True
+
+    def _load_here(self) -> None:
+        self.transport.settle()
+        with contextlib.suppress(StopIteration):
+            self.loaded.append((next(self.source), self.snapshot()))
+
+    def _permit(self) -> Any:
+        return self._spare.pop() if self._spare else self._next_permit()
+
+    def _next_permit(self) -> Any:
         permit = self.permits.get()
         return Stop if self.stopped else permit
 

@@ -12,6 +12,8 @@ Three rules keep every batch whole, whatever the host and the GPU are doing:
 So the caching allocator is the ring of slots: it has `depth + 2` of them in steady state, and it alone
 decides when one is free. A ring of our own would need to guess that from use counts, and could neither see
 `record_stream` nor lend an idle slot to the model.
+
+The host memory that copies read is held until the device is past them, by `shipment.py`.
 """
 
 import time
@@ -22,26 +24,24 @@ from typing import Any, NamedTuple
 
 import torch
 
+from torchfast._bytes import MIB
+from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import copied, moved, record_use
-from torchfast._loader.staging import (
-    CHUNK_BYTES,
-    PinnedRing,
-    Plan,
-    Plans,
-    bytes_of,
-    is_dense,
-    is_plain,
-    team_size,
-    tensor_on,
-    tensors_of,
-)
+from torchfast._loader.plan import Group, Layout, Plan, Plans, bytes_of, empty, is_plain, tensor_on
+from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
+from torchfast._loader.staging import SMALL_TEAM, PinnedRing, piece_bytes, team_size
 from torchfast._loader.stats import Moment, Span, Tally
-from torchfast._tree import flatten
+from torchfast._loader.turns import Turns
+from torchfast._tree import Structure, flatten
+
+HERE_FROM_LEAVES = 16
+"""Batches of fewer tensors are always sent by the copying thread: `next` should return at once."""
 
 
 class Blank(NamedTuple):
     """Device memory for a batch to come, free as soon as the gate is passed."""
 
+    molds: tuple[Layout, ...]
     buffers: list[torch.Tensor]
     stream: torch.cuda.Stream
     gate: torch.cuda.Event
@@ -50,7 +50,7 @@ class Blank(NamedTuple):
 class Parcel:
     """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
 
-    __slots__ = ("batch", "blank", "has_late", "ready", "spans")
+    __slots__ = ("batch", "blank", "has_late", "n_bytes", "ready", "spans")
 
     def __init__(
         self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
@@ -60,6 +60,16 @@ class Parcel:
         self.ready = ready
         self.has_late = has_late
         self.spans: list[Span] = []
+        self.n_bytes = 0
+
+
+class Unpacked(NamedTuple):
+    """A batch taken apart, and how it travels."""
+
+    batch: Any
+    leaves: list[Any]
+    structure: Structure
+    plan: Plan
 
 
 class CudaTransport:
@@ -83,42 +93,47 @@ class CudaTransport:
         self._borrows = borrows
         self._copy_stream = torch.cuda.Stream(device)
         self._consumer = self._loading = torch.cuda.current_stream(device)
-        self._owners: dict[int, torch.cuda.Stream] = {}
+        self._owners = {self._consumer.cuda_stream: self._consumer}
         self._asked = torch.cuda.Event(enable_timing=True)
         self._tally = Tally()
-        self._recent: deque[tuple[int, ...]] = deque(maxlen=8)
-        self._expected_bytes: tuple[int, ...] = ()
+        self._recent: deque[Plan] = deque(maxlen=8)
+        self._expected: tuple[Layout, ...] = ()
         self._plans = Plans()
-        self._spans: list[Span] = []
         self._ring = PinnedRing(max(8, depth + 2))
         self._borrowed: torch.cuda.Event | None = None
+        self._idle_events: list[torch.cuda.Event] = []
+        self._is_light = False
+        self._has_staged_large = True
+        self._turns = Turns()
 
     # In the consumer's thread.
 
     def begin(self, tally: Tally) -> None:
         """Begin a pass, which `tally` counts."""
         self._tally = tally
+        tally.idle_events = self._idle_events
+        self._turns.begin()
         self.follow()
 
     def follow(self) -> None:
         """Take the calling thread's current stream as the one that consumes the batches."""
-        if torch.cuda.is_current_stream_capturing():
+        stream = current_raw_stream(self._device)
+        if stream and torch.cuda.is_current_stream_capturing():  # the default stream, 0, cannot be captured
             raise RuntimeError(
                 "a DeviceLoader was asked for a batch while a CUDA graph was being captured: the graph would "
                 "read that batch's memory at each replay. Take batches outside, into the tensors that the "
                 "graph reads: DeviceLoader(..., into=static_batch)."
             )
-        # Building a Stream object takes longer than asking whether there is need to.
-        if torch.accelerator.current_stream(self._device).stream_id != self._consumer.stream_id:
-            self._consumer = torch.cuda.current_stream(self._device)
+        if stream != self._consumer.cuda_stream:
+            self._consumer = self._owners[stream] = torch.cuda.current_stream(self._device)
 
     def blank(self) -> Blank | None:
         """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
         try:
-            blank = self._allocate(self._expected_bytes, self._consumer)
+            blank = self._allocate(self._expected)
         except torch.OutOfMemoryError:
             # Not the step's business: the batch will ask for its memory itself, and fail for itself.
-            blank = self._allocate((), self._consumer)
+            blank = self._allocate(())
         self._asked = blank.gate
         if self._poison:
             return self._rested(blank)
@@ -129,8 +144,10 @@ class CudaTransport:
         self._copy_stream.wait_event(blank.gate)
         with torch.cuda.stream(self._copy_stream):
             for buffer in blank.buffers:
-                buffer.fill_(0xFF)
-        self._resting.append(blank._replace(gate=_record(self._copy_stream)))
+                bytes_of(buffer).fill_(0xFF)
+        gate = torch.cuda.Event()
+        gate.record(self._copy_stream)
+        self._resting.append(blank._replace(gate=gate))
         rested = self._resting.popleft() if len(self._resting) > 2 else None
         if rested is None or not rested.buffers:
             return None
@@ -143,15 +160,14 @@ class CudaTransport:
         stream = self._consumer
         for event in parcel.ready:
             stream.wait_event(event)
-        if parcel.blank is not None:
-            others = self._streams if parcel.blank.stream == stream else (stream, *self._streams)
-            for buffer in parcel.blank.buffers if others else ():
-                for other in others:
+        blank = parcel.blank
+        if blank is not None and (self._streams or blank.stream is not stream):
+            for buffer in blank.buffers:
+                for other in (stream, *self._streams):
                     buffer.record_stream(other)
         batch = self._with_late_leaves(parcel.batch) if parcel.has_late else parcel.batch
-        there = _record(stream)
-        n_bytes = sum(buffer.nbytes for buffer in parcel.blank.buffers) if parcel.blank else 0
-        self._tally.note(Moment(self._asked, there, parcel.spans, n_bytes))
+        there = self._mark(stream)
+        self._tally.note(Moment(self._asked, there, parcel.spans, parcel.n_bytes))
         return batch
 
     def _with_late_leaves(self, batch: Any) -> Any:
@@ -180,6 +196,22 @@ class CudaTransport:
 
         parcel.batch = _map_leaves(to_host, parcel.batch)
         parcel.blank, parcel.spans, parcel.ready, parcel.has_late = None, [], [], True
+        parcel.n_bytes = 0
+
+    def is_sent_here(self) -> bool:
+        """Say whether the consumer's thread had better send the next batch than the copying thread."""
+        return self._is_light and self._turns.is_here(time.perf_counter())
+
+    def send_here(self, batch: Any, blank: Blank | None) -> Parcel | None:
+        """Send a batch from the consumer's thread; None for one that only the other thread may send."""
+        began_s = time.perf_counter()
+        with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
+            unpacked = self._unpacked(batch)
+            if unpacked.plan.n_late:
+                return None
+            parcel = self._send(unpacked, blank)
+        self._tally.stage_s += time.perf_counter() - began_s
+        return parcel
 
     # In the copying thread.
 
@@ -188,11 +220,13 @@ class CudaTransport:
         torch.cuda.set_device(self._device)
         self._loading = self._consumer
         torch.cuda.set_stream(self._loading)
-        torch.set_num_threads(min(torch.get_num_threads(), self._team_size))
+        team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
+        torch.set_num_threads(min(torch.get_num_threads(), team))
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
         self._tally.read()
+        let_go_of_what_was_read()
         if self._borrowed is not None:
             self._borrowed.synchronize()
             self._borrowed = None
@@ -200,13 +234,16 @@ class CudaTransport:
     def send(self, batch: Any, blank: Blank | None) -> Parcel:
         """Start the copies of one batch, into `blank` if it fits."""
         began_s, waited_s = time.perf_counter(), self._ring.waited_s
-        parcel = self._send(batch, blank)
+        parcel = self._send(self._unpacked(batch), blank)
         self._tally.stage_s += time.perf_counter() - began_s - (self._ring.waited_s - waited_s)
         return parcel
 
-    def _send(self, batch: Any, blank: Blank | None) -> Parcel:
+    def _unpacked(self, batch: Any) -> Unpacked:
         leaves, structure = flatten(batch)
-        plan = self._plans.plan(leaves)
+        return Unpacked(batch, leaves, structure, self._plans.plan(leaves))
+
+    def _send(self, unpacked: Unpacked, blank: Blank | None) -> Parcel:
+        batch, leaves, structure, plan = unpacked
         ready = []
         if plan.n_late:
             if self._borrows:
@@ -215,7 +252,7 @@ class CudaTransport:
                 batch = structure.rebuild(leaves)
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
-        if not plan.sizes_bytes:
+        if not plan.molds:
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
             blank = self._fitting(blank, plan)
@@ -223,89 +260,94 @@ class CudaTransport:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(_map_leaves(copied, batch), None, ready, has_late=True)
         try:
-            spans = self._copy(leaves, plan, blank)
+            shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
+            self._is_light = (
+                not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES and shipment.staged_bytes < MIB
+            )
         except BaseException:
             self.fence()
             raise
-        ready.append(spans[-1][1])  # one stream: the last copy ends last
-        parcel.spans = spans
+        if shipment.spans:
+            _, ended = shipment.spans[-1]  # one stream: the last copy ends last
+            ready.append(ended)
+        parcel.spans, parcel.n_bytes = shipment.spans, plan.n_bytes
         return parcel
 
-    def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> list[Span]:
-        """Replace the plain leaves by their copies, and return the spans in which these are made."""
+    def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> Shipment:
+        """Replace the plain leaves by their copies, and start these: first what is pinned, in one call."""
         self._copy_stream.wait_event(blank.gate)
-        self._spans = spans = list[Span]()
-        with torch.cuda.stream(self._copy_stream):
-            buffers = iter(blank.buffers)
-            if plan.small:
-                self._copy_small(leaves, plan, next(buffers))
-            for index, buffer in zip(plan.large, buffers, strict=True):
-                leaves[index] = self._copy_large(leaves[index], buffer)
-        return spans
-
-    def _copy_small(self, leaves: list[Any], plan: Plan, buffer: torch.Tensor) -> None:
-        originals = [leaves[index] for index in plan.small]
-        copies = [tensor for run in plan.runs for tensor in tensors_of(run, buffer)]
-        # One leaf of a run speaks for all: a pageable one among them is slow to enqueue, not wrong.
-        goes_straight = bool(plan.middling) and all(
-            leaves[run.indexes[0]].is_pinned() for run in plan.middling
-        )
-        n_staged = plan.n_tiny if goes_straight else len(originals)
-        if n_staged:
-            n_bytes = plan.tiny_bytes if goes_straight else plan.sizes_bytes[0]
-            staged = self._ring.take(plan.sizes_bytes[0])
-            torch._foreach_copy_(staged.packed(plan)[:n_staged], originals[:n_staged])
-            self._enqueue([buffer[:n_bytes]], [staged.memory[:n_bytes]])
-            self._ring.being_read(self._copy_stream)
-        if goes_straight:
-            self._enqueue(copies[n_staged:], originals[n_staged:])
-            self._borrow()
-        for index, copy in zip(plan.small, copies, strict=True):
-            leaves[index] = copy
-
-    def _copy_large(self, leaf: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        dense = leaf if is_dense(leaf.shape, leaf.stride()) else leaf.contiguous()
-        target = tensor_on(buffer, dense)
-        if dense.is_pinned():
-            self._enqueue([target], [dense])
-            self._borrow()
-            return target
-        pairs = zip(bytes_of(dense).split(CHUNK_BYTES), bytes_of(target).split(CHUNK_BYTES), strict=True)
-        for source, destination in pairs:
-            staged = self._ring.take(source.nbytes).memory[: source.nbytes]
-            staged.copy_(source)
-            self._enqueue([destination], [staged])
-            self._ring.being_read(self._copy_stream)
-        return target
-
-    def _enqueue(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        """Enqueue copies on the current stream, which is the copy stream, between two events."""
-        began = _record(self._copy_stream)
-        if len(targets) == 1:
-            targets[0].copy_(sources[0], non_blocking=True)
-        else:
-            torch._foreach_copy_(targets, sources, non_blocking=True)
-        self._spans.append((began, _record(self._copy_stream)))
-
-    def _borrow(self) -> None:
-        """Note that what was enqueued so far reads the loader's own memory."""
-        if self._borrows:
+        shipment = Shipment(self._copy_stream, self._mark)
+        targets = [
+            buffer if mold == wanted else tensor_on(buffer, wanted)
+            for buffer, mold, wanted in zip(blank.buffers, blank.molds, plan.molds, strict=True)
+        ]
+        for group in plan.groups:
+            self._copy_group(leaves, group, targets[0], shipment)
+        pageable = []
+        for index, target in zip(plan.large, targets[bool(plan.groups) :], strict=True):
+            source = leaves[index].contiguous() if index in plan.loose else leaves[index]
+            leaves[index] = target
+            if source.is_pinned():
+                shipment.add([target], [source])
+            else:
+                pageable.append((source, target))
+        shipment.enqueue()
+        if self._borrows and shipment.reads_directly:
             self._borrowed = self._borrowed or torch.cuda.Event(blocking=True)
             self._borrowed.record(self._copy_stream)
+        self._has_staged_large = bool(pageable)
+        for source, target in pageable:
+            self._stage(source, target, shipment)
+        return shipment
+
+    def _copy_group(self, leaves: list[Any], group: Group, packed: torch.Tensor, shipment: Shipment) -> None:
+        originals = [leaves[index] for index in group.indexes]
+        copies = group.tensors_on(packed, group.offset_bytes)
+        # A pageable leaf among others that are pinned is slow to copy, not wrong.
+        if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
+            shipment.add(copies, originals)
+        elif group.n_bytes:
+            staged = self._ring.take(group.n_bytes)
+            torch._foreach_copy_(staged.packed(group), originals)
+            shipment.add_staged(packed[group.offset_bytes : group.offset_bytes + group.n_bytes], staged)
+            if group.n_bytes >= MIB:
+                shipment.enqueue()  # it flies while the next is staged
+        for index, copy in zip(group.indexes, copies, strict=True):
+            leaves[index] = copy
+
+    def _stage(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
+        """Copy a large pageable tensor piece by piece, one flying while the next is staged."""
+        n_bytes = piece_bytes(self._team_size)
+        for piece, there in zip(
+            bytes_of(source).split(n_bytes), bytes_of(target).split(n_bytes), strict=True
+        ):
+            staged = self._ring.take(piece.nbytes)
+            staged.memory[: piece.nbytes].copy_(piece)
+            shipment.add_staged(there, staged)
+            shipment.enqueue()
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
-        # Expect, buffer by buffer, the largest of the recent batches that are built like this one.
-        self._recent.append(plan.sizes_bytes)
-        alike = [sizes for sizes in self._recent if len(sizes) == len(plan.sizes_bytes)]
-        self._expected_bytes = tuple(map(max, zip(*alike, strict=True)))
-        if blank is not None and len(blank.buffers) == len(plan.sizes_bytes):
-            pairs = zip(blank.buffers, plan.sizes_bytes, strict=True)
-            if all(buffer.nbytes >= n_bytes for buffer, n_bytes in pairs):
+        self._expect(plan)
+        wanted = plan.molds
+        if blank is not None and len(blank.molds) == len(wanted):
+            pairs = zip(blank.molds, wanted, strict=True)
+            if blank.molds is wanted or all(mold.n_bytes >= want.n_bytes for mold, want in pairs):
                 return blank
-        consumer = self._consumer
-        with torch.cuda.stream(consumer):
-            return self._allocate(plan.sizes_bytes, consumer)
+        with torch.cuda.stream(self._consumer):
+            return self._allocate(wanted)
+
+    def _expect(self, plan: Plan) -> None:
+        """Expect, buffer by buffer, the largest of the recent batches that are built like this one."""
+        recent = self._recent
+        recent.append(plan)
+        if recent.count(plan) == len(recent):
+            self._expected = plan.molds
+            return
+        alike = [other.molds for other in recent if len(other.molds) == len(plan.molds)]
+        self._expected = tuple(
+            max(molds, key=lambda mold: mold.n_bytes) for molds in zip(*alike, strict=True)
+        )
 
     # In either.
 
@@ -318,27 +360,24 @@ class CudaTransport:
         for stream in list(self._owners.values()):
             stream.wait_stream(self._copy_stream)
 
-    def _allocate(self, sizes_bytes: tuple[int, ...], stream: torch.cuda.Stream) -> Blank:
-        """Allocate on `stream`, which is current, and set the gate there."""
+    def _allocate(self, molds: tuple[Layout, ...]) -> Blank:
+        """Allocate on the consumer's stream, which is current, and set the gate there."""
         # Tensors made in inference mode could never be saved for a backward.
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
-            buffers = [_empty(n, self._device) for n in sizes_bytes]
-        self._owners[stream.stream_id] = stream
-        return Blank(buffers, stream, _record(stream))
+            buffers = [empty(mold, self._device) for mold in molds]
+        # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
+        gate = torch.cuda.Event(enable_timing=True)
+        gate.record(self._consumer)
+        return Blank(molds, buffers, self._consumer, gate)
 
-
-def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(stream)
-    return event
-
-
-def _empty(n_bytes: int, device: torch.device) -> torch.Tensor:
-    if not torch.are_deterministic_algorithms_enabled():
-        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    # torch.empty would fill it: a kernel for memory that the copy fills anyway.
-    storage = torch.UntypedStorage(n_bytes, device=device)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """Record an event that is waited for, if at all, before it is read: one that is idle, if there is."""
+        try:
+            event = self._idle_events.pop()
+        except IndexError:
+            event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
 
 
 def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:

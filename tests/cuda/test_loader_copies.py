@@ -1,0 +1,112 @@
+"""How copies to a GPU are made: by one call of the driver or by PyTorch, in either thread, never wrong."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from torchfast import DeviceLoader
+from torchfast._loader import driver, shipment, transport
+
+pytestmark = pytest.mark.cuda
+
+MS = 1_000_000
+"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
+
+SHAPES = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
+"""Leaves of a batch: two that are staged, two that are packed and copied straight, one that travels alone."""
+
+
+class Numbered(Dataset[list[torch.Tensor]]):
+    """Batches that hold their own number everywhere."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return [torch.full(shape, float(index)) for shape in SHAPES]
+
+
+class Reused:
+    """The same batches in the same pinned memory, overwritten each time."""
+
+    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+        leaves = [torch.empty(shape, pin_memory=True) for shape in SHAPES]
+        for number in range(100):
+            yield [leaf.fill_(float(number)) for leaf in leaves]
+
+
+def numbered() -> list[list[torch.Tensor]]:
+    """Return the same batches as a list."""
+    return [Numbered()[number] for number in range(100)]
+
+
+SOURCES: dict[str, Any] = {
+    "pinned, dropped at once": lambda: DataLoader(Numbered(), batch_size=None, pin_memory=True),
+    "pinned, kept": lambda: [[leaf.pin_memory() for leaf in batch] for batch in numbered()],
+    "pageable": numbered,
+    "reused": Reused,
+}
+
+
+@pytest.mark.parametrize("is_batched", [True, False])
+@pytest.mark.parametrize("is_sent_here", [True, False])
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_leaf_is_wrong(
+    source: str, *, is_sent_here: bool, is_batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a lagging GPU every leaf holds its batch's number, whoever enqueues the copies, and how."""
+    monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
+    if not is_batched:
+        monkeypatch.setattr(shipment, "batched_copy", lambda: None)
+    monkeypatch.setattr(transport, "HERE_FROM_LEAVES", 1)
+    wrong = torch.zeros((), dtype=torch.long, device="cuda")
+    for _ in range(3):
+        numbers = itertools.count()
+        for batch in DeviceLoader(SOURCES[source](), "cuda"):
+            torch.cuda._sleep(MS)
+            number = next(numbers)
+            for leaf in batch:
+                wrong += (leaf != number).any()
+            del batch, leaf
+        assert next(numbers) == 100
+    assert int(wrong) == 0
+
+
+def test_the_driver_copies_many_tensors_in_one_call() -> None:
+    """The driver takes pinned and pageable memory alike; what has no memory it leaves to PyTorch."""
+    batched = driver.batched_copy()
+    assert batched is not None, "this driver has no cuMemcpyBatchAsync: copies are made one by one"
+    sources = [torch.randn(1000).pin_memory(), torch.randn(70_000)]
+    targets = [torch.zeros(source.shape, device="cuda") for source in sources]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    assert batched(targets, sources, stream.cuda_stream)
+    stream.synchronize()
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(source, target.cpu())
+    assert not batched([targets[0]], [torch._efficientzerotensor((1000,))], stream.cuda_stream)
+
+
+def test_the_current_stream_is_found_with_and_without_the_private_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The address of the current stream is that of PyTorch's own object."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert hasattr(torch._C, "_cuda_getCurrentRawStream"), "gone: each next takes longer"
+    for _ in range(2):
+        assert driver.current_raw_stream(device) == 0
+        with torch.cuda.stream(torch.cuda.Stream()) as stream:
+            assert driver.current_raw_stream(device) == torch.cuda.current_stream().cuda_stream != 0
+        del stream
+        monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream", raising=False)
+
+
+def test_zeros_without_memory_arrive() -> None:
+    """A tensor of zeros that has no memory, as autograd makes, arrives as zeros."""
+    zeros = torch._efficientzerotensor((300, 100))
+    (batch,) = DeviceLoader([[zeros, torch.ones(3)]], "cuda")
+    assert torch.equal(batch[0], torch.zeros(300, 100, device="cuda"))

@@ -1,0 +1,154 @@
+"""Batches that the consumer's thread sends itself, in turn with the copying thread, and who decides."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.loader_transport import HostTransport
+from torchfast._loader.epoch import Epoch
+from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.stats import Tally
+from torchfast._loader.thread import no_state
+from torchfast._loader.turns import Turns
+
+
+def open_feed(
+    source: Iterable[Any], turns: Iterator[bool], depth: int = 2
+) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
+    """Open a pass in which the consumer offers to send a batch whenever `turns` says so."""
+    transport = HostTransport()
+    transport.sends_here = turns
+    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True)
+    return Epoch(feed, None, owner=None), transport, feed
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
+    while not condition():
+        threading.Event().wait(0.001)
+
+
+def until_one_waits(feed: ThreadedFeed, depth: int = 2) -> None:
+    """Wait until as many batches are ready as may be, and one more waits for a permit."""
+    until(lambda: len(feed._work.ready) == depth and len(feed._work.loaded) == 1)
+
+
+@given(st.lists(st.booleans(), min_size=1), st.integers(1, 4), st.integers(0, 12))
+def test_whoever_sends_batches_come_once_and_in_order(turns: list[bool], depth: int, n_batches: int) -> None:
+    """However the two threads take turns, each batch is sent once, and handed out in its place."""
+    epoch, transport, _ = open_feed(range(n_batches), itertools.cycle(turns), depth)
+    assert list(epoch) == list(range(n_batches))
+    assert transport.n_sent == n_batches
+
+
+def test_the_consumer_sends_what_waits_for_its_permit() -> None:
+    """Where the consumer offers to, it sends all further batches itself, and no more of them ahead."""
+    epoch, transport, feed = open_feed(range(9), itertools.repeat(True))
+    until_one_waits(feed)
+    for number in range(6):
+        assert next(epoch) == number
+        assert transport.n_sent_here == number + 1
+        assert transport.n_sent == number + 3
+    assert list(epoch) == [6, 7, 8]
+    assert transport.n_sent_here == 7
+
+
+def test_a_loader_that_may_wait_is_left_to_the_thread() -> None:
+    """Where the next batch may be long in coming, the consumer sends and loads nothing itself."""
+    epoch, transport, feed = open_feed(range(9), itertools.repeat(True))
+    feed._is_instant = False
+    assert list(epoch) == list(range(9))
+    assert transport.n_sent_here == 0
+
+
+def test_an_error_while_the_consumer_sends_comes_in_its_place() -> None:
+    """A transfer that fails in the consumer's thread takes the place of its batch, not of the one at hand."""
+    epoch, transport, feed = open_feed(range(6), itertools.repeat(True))
+    transport.sending_fails_at = 2
+    until_one_waits(feed)
+    assert [next(epoch), next(epoch)] == [0, 1]
+    with pytest.raises(ConnectionError, match="transfer failed"):
+        next(epoch)
+    assert list(epoch) == [3, 4, 5]
+
+
+def test_an_interrupt_while_the_consumer_sends_loses_no_batch() -> None:
+    """Neither the batch at hand nor the one being sent is lost."""
+    epoch, transport, feed = open_feed(range(6), itertools.repeat(True))
+    transport.sending_here_is_interrupted_once = True
+    until_one_waits(feed)
+    with pytest.raises(KeyboardInterrupt):
+        next(epoch)
+    assert list(epoch) == list(range(6))
+
+
+def test_a_batch_that_the_consumer_cannot_send_goes_to_the_thread() -> None:
+    """What only the copying thread may send, it sends."""
+    epoch, transport, feed = open_feed(range(6), itertools.repeat(True))
+    transport.takes_here = False
+    until_one_waits(feed)
+    assert list(epoch) == list(range(6))
+    assert transport.n_sent_here == 0
+
+
+def test_memory_may_be_released_between_turns() -> None:
+    """Taking memory back leaves alone the word that a batch was sent, and the thread goes on."""
+    epoch, _, feed = open_feed(range(20), itertools.repeat(True))
+    until_one_waits(feed)
+    for number in range(20):
+        assert next(epoch) == number
+        epoch.release_memory()
+    assert list(epoch) == []
+
+
+def test_a_pass_that_is_closed_between_turns_leaves_nothing() -> None:
+    """Closing drops the batch that waits for a permit, and ends the thread."""
+    for _ in range(50):
+        epoch, _, feed = open_feed((object() for _ in range(9)), itertools.repeat(True))
+        until_one_waits(feed)
+        next(epoch)
+        epoch.close()
+        assert not feed._work.loaded
+        assert not feed._thread.is_alive()
+
+
+# --- whose turn it is ------------------------------------------------------------------------------------
+
+
+def decisions(step_s: Callable[[bool], float], n_batches: int) -> list[bool]:
+    """Return what is decided for each of so many batches, whose steps take as long as `step_s` says."""
+    turns, now_s, decided = Turns(), 0.0, []
+    for _ in range(n_batches):
+        decided.append(turns.is_here(now_s))
+        now_s += step_s(decided[-1])
+    return decided
+
+
+@pytest.mark.parametrize("here_s", [0.5, 0.9, 0.99, 1.0, 1.5])
+def test_the_consumer_sends_where_that_is_faster(here_s: float) -> None:
+    """Both ways are tried; the consumer's is kept if it saves at least a twentieth of the step."""
+    decided = decisions(lambda is_here: here_s if is_here else 1.0, 300)
+    assert {True, False} == set(decided[:30])
+    assert set(decided[30:]) == {here_s < 0.95}
+
+
+def test_a_decision_is_tested_anew() -> None:
+    """A loop that changes is found out."""
+    decided = decisions(lambda is_here: 0.5 if is_here else 1.0, 30 + 1000 + 30)
+    assert all(decided[30:1020])
+    assert not all(decided[1020:])
+
+
+def test_time_between_passes_is_no_step() -> None:
+    """A pass that begins makes a trial under way begin again."""
+    turns, now_s = Turns(), 0.0
+    for _ in range(40):
+        now_s += 1000.0
+        turns.begin()
+        decided = [turns.is_here(now_s := now_s + (0.5 if is_here else 1.0)) for is_here in [False] * 4]
+        assert not any(decided)

@@ -1,0 +1,247 @@
+"""What of a batch travels together, and the tensors that it becomes.
+
+A batch is sorted into *small* leaves, which share one allocation on the device, and *large* ones, which have
+their own: who keeps the labels of every batch must not keep its images too.
+"""
+
+import itertools
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from torchfast._bytes import MIB
+
+PACK_BELOW_BYTES = MIB
+"""Leaves smaller than this share one allocation on the device, and one transfer if they are staged."""
+
+STAGE_BELOW_BYTES = 16 * 2**10
+"""Pinned leaves smaller than this are staged too: the host copies 16 KiB in the time of enqueueing them."""
+
+CHUNK_BYTES = 16 * MIB
+"""Pageable memory is staged in pieces of this size: 53 of 55 GB/s, one flying while the next is read."""
+
+ALIGNMENT_BYTES = 512
+"""The caching allocator's own alignment: what vectorised kernels may expect of any tensor they are given."""
+
+_TENSOR, _STRIDED = torch.Tensor, torch.strided  # asked for each leaf of each batch, in the thread's own time
+
+
+class Layout(NamedTuple):
+    """What a dense tensor is made of."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    n_bytes: int
+
+
+class Run(NamedTuple):
+    """Packed leaves of one layout, side by side."""
+
+    n_leaves: int
+    offset_bytes: int
+    step_bytes: int
+    layout: Layout
+
+
+class Group:
+    """Packed leaves that travel together: in one transfer if they are staged, else in one call."""
+
+    def __init__(
+        self, indexes: list[int], layouts: dict[int, Layout], offset_bytes: int, *, may_go_straight: bool
+    ) -> None:
+        self.indexes = indexes
+        self.offset_bytes = offset_bytes
+        self.may_go_straight = may_go_straight
+        """Whether its leaves are copied straight into their places if they are pinned."""
+        self.runs: list[Run] = []
+        end_bytes = 0
+        for index in indexes:
+            layout = layouts[index]
+            step_bytes = _aligned(layout.n_bytes)
+            if self.runs and self.runs[-1].layout == layout:
+                self.runs[-1] = self.runs[-1]._replace(n_leaves=self.runs[-1].n_leaves + 1)
+            else:
+                self.runs.append(Run(1, end_bytes, step_bytes, layout))
+            end_bytes += step_bytes
+        self.n_bytes = end_bytes
+        self.speakers = [indexes[first] for first in _firsts(self.runs)]
+        """The first leaf of each run: whether it is pinned decides for all of them."""
+
+    def tensors_on(self, buffer: torch.Tensor, offset_bytes: int) -> list[torch.Tensor]:
+        """Return the tensors of the group, on the bytes of a buffer from an offset on.
+
+        A run at once, since a Python call for each is what costs.
+        """
+        tensors: list[torch.Tensor] = []
+        storage = buffer.untyped_storage()
+        for n_leaves, start_bytes, step_bytes, (dtype, shape, stride, _) in self.runs:
+            stacked = torch.empty(0, dtype=dtype, device=buffer.device).set_(
+                storage,
+                (offset_bytes + start_bytes) // dtype.itemsize,
+                (n_leaves, *shape),
+                (step_bytes // dtype.itemsize, *stride),
+            )
+            tensors += separated(stacked)
+        return tensors
+
+
+class Plan:
+    """How the leaves of batches that are built alike travel."""
+
+    __slots__ = ("groups", "large", "loose", "molds", "n_bytes", "n_late", "n_leaves")
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        layouts = {index: _arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
+        small = [index for index, layout in layouts.items() if layout.n_bytes < PACK_BELOW_BYTES]
+        straight = [i for i in small if layouts[i].n_bytes >= STAGE_BELOW_BYTES and _is_dense(leaves[i])]
+        staged = [index for index in small if index not in set(straight)]
+        self.groups: list[Group] = []
+        """The leaves that are packed, in the order in which they lie."""
+        self.large = [index for index, layout in layouts.items() if layout.n_bytes >= PACK_BELOW_BYTES]
+        """Indexes of the leaves that travel by themselves."""
+        self.loose = {index for index in self.large if not _is_dense(leaves[index])}
+        """Those of them that must be made contiguous first."""
+        self.n_leaves = len(leaves)
+        self.n_late = len(leaves) - len(layouts)
+        """How many leaves move by their own `.to`, once they are asked for."""
+        self.n_bytes = sum(layout.n_bytes for layout in layouts.values())
+        packed_bytes = self._pack(staged, layouts, 0, may_go_straight=False)
+        packed_bytes = self._pack(straight, layouts, packed_bytes, may_go_straight=True)
+        packed = (Layout(torch.uint8, (packed_bytes,), (1,), packed_bytes),) if small else ()
+        self.molds: tuple[Layout, ...] = (*packed, *(layouts[index] for index in self.large))
+        """What is needed on the device: one for the packed leaves, if any, then one for each large leaf."""
+
+    def _pack(
+        self, indexes: list[int], layouts: dict[int, Layout], offset_bytes: int, *, may_go_straight: bool
+    ) -> int:
+        """Group leaves into pieces that fit the ring of pinned buffers; return where the last one ends."""
+        start = end_bytes = 0
+        ends_bytes = list(itertools.accumulate(_aligned(layouts[index].n_bytes) for index in indexes))
+        for stop, after_bytes in enumerate(ends_bytes, 1):
+            is_last = stop == len(indexes)
+            if is_last or ends_bytes[stop] - end_bytes > CHUNK_BYTES:
+                self.groups.append(
+                    Group(
+                        indexes[start:stop],
+                        layouts,
+                        offset_bytes + end_bytes,
+                        may_go_straight=may_go_straight,
+                    )
+                )
+                start, end_bytes = stop, after_bytes
+        return offset_bytes + end_bytes
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _firsts(runs: list[Run]) -> list[int]:
+    return [0, *itertools.accumulate(run.n_leaves for run in runs)][:-1]
+
+
+class Plans:
+    """The plans of the batches seen so far: most loaders build all their batches alike."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+
+    def plan(self, leaves: Sequence[Any], /) -> Plan:
+        """Return the plan for these leaves."""
+        key = _likeness(leaves)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= 64:  # shapes without end: remembering them would be a leak
+                self._plans.clear()
+            plan = self._plans[key] = Plan(leaves)
+        return plan
+
+
+_LIKENESS = attrgetter("dtype", "shape", "is_cpu", "layout", "requires_grad")
+
+
+def _likeness(leaves: Sequence[Any]) -> Any:
+    """Return what decides how leaves travel: read in loops that run in C where all are ordinary tensors."""
+    if set(map(type, leaves)) == {_TENSOR}:
+        try:
+            is_lazy = any(map(_TENSOR.is_neg, leaves)) or any(map(_TENSOR.is_conj, leaves))
+            if not is_lazy:
+                return tuple(map(_LIKENESS, leaves)), tuple(map(_TENSOR.stride, leaves))
+        except RuntimeError:  # nested and compressed tensors have no strides
+            pass
+    return tuple([(leaf.dtype, leaf.shape, leaf.stride()) if is_plain(leaf) else None for leaf in leaves])
+
+
+def is_plain(leaf: Any, /) -> bool:
+    """Say whether a leaf is an ordinary host tensor: bytes and strides, and nothing else to it.
+
+    Everything else (subclasses, sparse, nested and quantized tensors, tensors in an autograd graph) moves by
+    its own `.to`, which alone knows how.
+    """
+    return (
+        type(leaf) is _TENSOR
+        and leaf.is_cpu
+        and leaf.layout is _STRIDED
+        and not (leaf.requires_grad or leaf.is_nested or leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
+    )
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int], /) -> bool:
+    """Say whether elements so laid out fill one stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 1:
+            continue
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _is_dense(leaf: torch.Tensor) -> bool:
+    return is_dense(leaf.shape, leaf.stride())
+
+
+def _arrival(leaf: torch.Tensor) -> Layout:
+    """Keep the strides of dense tensors, as `.to` does; others become contiguous."""
+    stride = leaf.stride() if _is_dense(leaf) else torch.empty(leaf.shape, device="meta").stride()
+    return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())
+
+
+def separated(stacked: torch.Tensor, /) -> Sequence[torch.Tensor]:
+    """Return the rows of a tensor, as tensors of their own on its memory.
+
+    Not views: these share one version counter, and changing the images in place would then spoil a graph that
+    saved the labels. Below autograd `unbind` makes none; private, and half the price of `.data` for each.
+    """
+    below_autograd = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", None)
+    if below_autograd is None:
+        return [row.data for row in stacked.unbind()]
+    with below_autograd():
+        return stacked.unbind()
+
+
+def empty(layout: Layout, device: torch.device, /) -> torch.Tensor:
+    """Return memory of a layout, with nothing in it."""
+    dtype, shape, stride, n_bytes = layout
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    # PyTorch would fill it: a kernel for memory that the copy fills anyway.
+    storage = torch.UntypedStorage(n_bytes, device=device)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
+
+
+def tensor_on(buffer: torch.Tensor, layout: Layout, /) -> torch.Tensor:
+    """Return a tensor of a layout on the first bytes of `buffer`."""
+    unset = torch.empty(0, dtype=layout.dtype, device=buffer.device)
+    return unset.set_(buffer.untyped_storage(), 0, layout.shape, layout.stride)
+
+
+def bytes_of(tensor: torch.Tensor, /) -> torch.Tensor:
+    """Return the memory of a dense tensor as bytes."""
+    offset_bytes = tensor.storage_offset() * tensor.element_size()
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(tensor.untyped_storage(), offset_bytes, (tensor.nbytes,), (1,))

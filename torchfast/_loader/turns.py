@@ -1,0 +1,64 @@
+"""Whose turn it is to send a batch that takes little work: found by trying both.
+
+A loop that is busy with Python all the time shares one interpreter with the copying thread, and a wake-up of
+that costs the loop more than the work would; a loop that waits, as in `.item()`, has its batches sent
+meanwhile for nothing. Neither can be seen from outside, so the time from batch to batch decides.
+"""
+
+import itertools
+import statistics
+from typing import NamedTuple
+
+
+class Trial(NamedTuple):
+    """So many batches in a row sent by one of the two, timed or not."""
+
+    is_here: bool
+    n_batches: int
+    is_timed: bool
+
+
+TRIALS = (Trial(False, 5, False), Trial(False, 8, True), Trial(True, 3, False), Trial(True, 8, True))
+"""Each way once, after a few batches in which the pipeline gets used to it."""
+
+N_BATCHES_DECIDED = 1000
+"""Batches for which a decision holds before it is tested anew."""
+
+WORTH_IT = 0.95
+"""The consumer sends if that takes no more than this share of the time: `next` is then the longer for it."""
+
+
+class Turns:
+    """Decides, batch by batch, whether the consumer's thread sends it."""
+
+    def __init__(self) -> None:
+        self._trials = iter(TRIALS)
+        self._trial = next(self._trials)
+        self._medians_s: list[float] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass: the time since the last batch means nothing, and a trial under way begins again."""
+        self._times_s: list[float] = []
+
+    def is_here(self, now_s: float, /) -> bool:
+        """Say whether the consumer's thread sends the batch of this moment."""
+        self._times_s.append(now_s)
+        if len(self._times_s) > self._trial.n_batches:
+            self._conclude()
+        return self._trial.is_here
+
+    def _conclude(self) -> None:
+        if self._trial.is_timed:
+            steps_s = [later - earlier for earlier, later in itertools.pairwise(self._times_s)]
+            self._medians_s.append(statistics.median(steps_s))
+        last_s = self._times_s[-1]
+        trial = next(self._trials, None)
+        if trial is None and self._medians_s:
+            there_s, here_s = self._medians_s
+            trial = Trial(here_s < WORTH_IT * there_s, N_BATCHES_DECIDED, is_timed=False)
+            self._medians_s = []
+        elif trial is None:
+            self._trials = iter(TRIALS)
+            trial = next(self._trials)
+        self._trial, self._times_s = trial, [last_s]
