@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw_single": lambda p: torch.optim.AdamW(p, lr=1e-4, foreach=False),
 }
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,8 +68,9 @@ def build(job: Job) -> Built:
         if module is not None and job["precision"] in WEIGHTS:
             module.to(WEIGHTS[job["precision"]])
         if module is not None and job.get("channels_last"):
+            n_dims = max(p.dim() for p in module.parameters())
             # Without a cast first: PyTorch's own stubs know memory_format only together with a dtype.
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.to(memory_format=CHANNELS_LAST.get(n_dims, torch.channels_last))  # type: ignore[call-overload]
     return Built(model, lay_out(inputs, job), target, loss, optimizer_maker(job["optimizer"]), teacher)
 
 
@@ -80,8 +82,8 @@ def lay_out(inputs: Any, job: Job) -> Any:
         return inputs
     if job["precision"] in WEIGHTS and inputs.is_floating_point():
         inputs = inputs.to(WEIGHTS[job["precision"]])
-    if job.get("channels_last") and inputs.ndim == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    if job.get("channels_last") and inputs.ndim in CHANNELS_LAST:
+        inputs = inputs.contiguous(memory_format=CHANNELS_LAST[inputs.ndim])
     return inputs
 
 
