@@ -161,6 +161,10 @@ class Trainer:
         self.losses: list[torch.Tensor] = []
         self.n_steps = 0
 
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return a loss that needs nothing of the trainer."""
+        return F.mse_loss(output, target)
+
     def step(self, batch: torch.Tensor) -> None:
         """Distil, in half precision, and count."""
         with torch.no_grad():
@@ -279,6 +283,27 @@ def test_an_estimate_keeps_no_step() -> None:
     assert watched() is None
     with pytest.raises(ValueError, match="The step of this estimate is gone"):
         found.fits("T4")
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler", "ignore:.*GradScaler is enabled, but CUDA")
+def test_an_estimate_keeps_no_loss_that_has_a_network() -> None:
+    """A trainer's method and a judge's closure are held weakly; a plain loss, given inline, is kept."""
+    trainer, judge, model = Trainer(), layer(), layer()
+
+    def judged_by(network: nn.Module) -> Callable[..., torch.Tensor]:
+        return lambda output, target: F.mse_loss(network(output), target)
+
+    batch, judged = (BATCH, BATCH), judged_by(judge)
+    estimates = [estimate(model, batch, loss=loss, n_steps=1) for loss in (trainer.loss, judged)]
+    watched = weakref.ref(trainer), weakref.ref(judge)
+    del trainer, judge, judged
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+    for found in estimates:
+        with pytest.raises(ValueError, match="The loss of this estimate is gone"):
+            found.fits("T4")
+    inline = estimate(model, batch, loss=nn.CrossEntropyLoss(weight=torch.ones(WIDTH)), n_steps=1)
+    assert inline.fits("T4")
 
 
 def test_samples_along_another_dimension() -> None:

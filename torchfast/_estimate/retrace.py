@@ -12,6 +12,7 @@ from torch import nn
 from torchfast import _batch, _tree
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
+from torchfast._estimate.reach import reached_by
 from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace
 from torchfast._estimate.variants import changed
@@ -26,16 +27,18 @@ class Again:
     """Runs the step on paper again with one thing changed; holds model, teacher and optimizer weakly."""
 
     def __init__(self, plan: Plan, gpu: GPU) -> None:
-        self._gpu = gpu
+        self._gpu, plan_loss = gpu, plan.loss
         self._held = {name: _weak(getattr(plan, name)) for name in ("model", "teacher", "optimizer")}
         self._held["step"] = _weak_function(plan.step)
-        self._has_step = plan.step is not None
+        self._held["loss"] = _weak_function(plan.loss) if _holds_modules(plan.loss) else lambda: plan_loss
+        self._functions = [name for name in ("step", "loss") if getattr(plan, name) is not None]
         self._plan = replace(
             plan,
             model=_GONE,
             teacher=None,
             optimizer=None,
             step=None,
+            loss=None,
             inputs=_without_values(plan.inputs),
             target=_without_values(plan.target),
         )
@@ -49,12 +52,13 @@ class Again:
                 "The model of this estimate is gone, and what was asked for needs it to be run on paper "
                 "again. An estimate holds its model weakly: keep the model while you ask, or estimate anew."
             )
-        if self._has_step and plan.step is None:
-            raise ValueError(
-                "The step of this estimate is gone, and what was asked for needs it to be run on paper "
-                "again. An estimate holds the function weakly: define it under a name, and keep that while "
-                "you ask."
-            )
+        for name in self._functions:
+            if getattr(plan, name) is None:
+                raise ValueError(
+                    f"The {name} of this estimate is gone, and what was asked for needs it to be run on "
+                    "paper again. An estimate holds the function weakly: define it under a name, and keep "
+                    "that while you ask."
+                )
         old, dim = size_of(plan), plan.batch_dim
         if batch_size is not None and old is not None:
             plan = replace(
@@ -67,6 +71,13 @@ class Again:
 
 
 _GONE = nn.Module()
+
+
+def _holds_modules(loss: Callable[..., Any] | None) -> bool:
+    """Whether a loss keeps a network alive: its own weights, or what it gets at."""
+    if isinstance(loss, nn.Module):
+        return any(True for _ in loss.parameters())
+    return isinstance(loss, types.MethodType) or bool(reached_by(loss).modules)
 
 
 def _weak_function(step: Callable[..., Any] | None) -> Callable[[], Any]:
