@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
+from torchfast._oom import ranks
 
 N_RANKS = 2
 N_SAMPLES = 8
@@ -122,6 +123,13 @@ def parameters_of(state: list[torch.Tensor]) -> list[torch.Tensor]:
     names = list(small_net().state_dict())
     kept = dict(small_net().named_parameters())
     return [tensor for name, tensor in zip(names, state, strict=True) if name in kept]
+
+
+def work_large(rank: int) -> list[torch.Tensor]:
+    """Train with a bucket so small that most gradients and buffers are larger, and go alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_BUCKET_BYTES", 20)
+        return train(rank, 4, random_fault)
 
 
 def work_bare_first(rank: int) -> int:
@@ -317,6 +325,7 @@ WORK: dict[str, Callable[[int], Any]] = {
     "bug": work_bug,
     "hopeless": work_hopeless,
     "no_room": work_no_room,
+    "large": work_large,
     "bare_first": work_bare_first,
     "kept_apart": work_kept_apart,
     "large_halves": work_large_halves,

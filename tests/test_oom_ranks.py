@@ -11,7 +11,7 @@ from torch import nn
 
 from tests import oom_ranks
 from torchfast import OutOfMemoryError, inject_oom, oom_guard
-from torchfast._oom.ranks import _BUCKET_BYTES, _buckets, _staging_for
+from torchfast._oom.ranks import _BUCKET_BYTES, _buckets, _goes_alone, _staging_for
 
 Results = list[dict[str, Any]]
 
@@ -39,9 +39,9 @@ def test_fault_on_one_rank_leaves_no_trace(results: Results) -> None:
     assert oom_ranks.same(first["faulty"], first["clean"])
 
 
-@pytest.mark.parametrize("option", ["static", "views"])
+@pytest.mark.parametrize("option", ["static", "views", "large"])
 def test_wrappers_own_options_change_nothing(results: Results, option: str) -> None:
-    """With a static graph, or gradients that are views of buckets, faults leave no trace either."""
+    """With a static graph, gradients that are views, or tensors larger than a bucket, it is the same."""
     assert all(oom_ranks.same(result[option], result["guarded"]) for result in results)
 
 
@@ -153,14 +153,23 @@ def test_sharded_optimizers_are_refused() -> None:
         oom_guard().retry(model=model, optimizer=ZeroRedundancyOptimizer(model.parameters()))
 
 
-@example([(5 * 2**20, True), (2 * 2**20, False), (2**20, True)])  # 20, 8 and 4 MiB
-@given(st.lists(st.tuples(st.integers(1, 8 * 2**20), st.booleans()), max_size=12))
-def test_reduction_has_room_whichever_parameters_have_gradients(parameters: list[tuple[int, bool]]) -> None:
-    """What is set aside for all parameters is enough for any of them, however these fall into buckets."""
-    tensors = [torch.empty(n, device="meta") for n, _ in parameters]
-    with_gradients = [tensor for tensor, (_, has) in zip(tensors, parameters, strict=True) if has]
+@example([(5 * 2**20, True, True), (2 * 2**20, False, True), (2**20, True, True)])  # 20, 8 and 4 MiB
+@given(st.lists(st.tuples(st.integers(1, 8 * 2**20), st.booleans(), st.booleans()), max_size=12))
+def test_reduction_has_room_whichever_parameters_have_gradients(
+    parameters: list[tuple[int, bool, bool]],
+) -> None:
+    """What is set aside is enough for any of the parameters, and more than a bucket only for odd layouts."""
+    tensors = [
+        torch.empty(2, n, device="meta") if is_usual else torch.empty(n, 2, device="meta").t()
+        for n, _, is_usual in parameters
+    ]
+    with_gradients = [tensor for tensor, (_, has, _) in zip(tensors, parameters, strict=True) if has]
+    odd = [tensor.nbytes for tensor in tensors if not tensor.is_contiguous()]
     staging = _staging_for(tensors)
     for bucket in _buckets(with_gradients):
+        if _goes_alone(bucket[0]):
+            assert len(bucket) == 1
+            continue
         room = staging[bucket[0].dtype, bucket[0].device]
         assert sum(tensor.numel() for tensor in bucket) <= room.numel()
-        assert room.nbytes <= max(_BUCKET_BYTES, *(tensor.nbytes for tensor in tensors))
+        assert room.nbytes <= max(_BUCKET_BYTES, *odd, 0)

@@ -103,6 +103,10 @@ class DDPRanks(Ranks):
     @torch.no_grad()
     def reduce(self) -> None:
         """Agree that all ranks got through, then average the gradients and take rank 0's buffers."""
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if gradient is not None and _goes_alone(parameter) and not _goes_alone(gradient):
+                parameter.grad = gradient.contiguous()  # there is no staging for it
         has, lacks = self._vote_on_gradients()
         mixed = [p for p, some, not_all in zip(self._parameters, has, lacks, strict=True) if some and not_all]
         if mixed:
@@ -150,6 +154,9 @@ class DDPRanks(Ranks):
     def _staged(self, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Yield the tensors flattened, some at a time, and write what has become of that back into them."""
         for bucket in _buckets(tensors):
+            if _goes_alone(bucket[0]):
+                yield bucket[0].view(-1)
+                continue
             staging = self._staging[bucket[0].dtype, bucket[0].device]
             flat = staging[: sum(t.numel() for t in bucket)]
             pieces = flat.split([t.numel() for t in bucket])
@@ -295,6 +302,11 @@ def _decided(votes: list[int]) -> tuple[Outcome, bool]:
     return outcome, bool(votes[Vote.THRASHES])
 
 
+def _goes_alone(tensor: torch.Tensor) -> bool:
+    """Say whether it is sent from where it lies: it fills a bucket, and is in the usual order."""
+    return tensor.nbytes > _BUCKET_BYTES and tensor.is_contiguous()
+
+
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Return the tensors in groups of one type, of at most 25 MiB unless a single one is larger."""
     buckets: list[list[torch.Tensor]] = []
@@ -314,6 +326,8 @@ def _staging_for(tensors: Sequence[torch.Tensor]) -> dict[Place, torch.Tensor]:
     """Allocate, while there is memory, what reducing will need: afterwards it must not fail on one rank."""
     all_bytes, largest = Counter[Place](), dict[Place, int]()
     for tensor in tensors:
+        if _goes_alone(tensor):
+            continue
         key = tensor.dtype, tensor.device
         all_bytes[key] += tensor.nbytes
         largest[key] = max(largest.get(key, _BUCKET_BYTES), tensor.nbytes)
