@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakSet
 
@@ -95,7 +96,8 @@ class Epoch(Iterator[T]):
     def __del__(self) -> None:
         # A constructor that failed leaves no state behind; what is closed already may outlive the driver.
         if getattr(self, "_state", None) == "open":
-            self._feed.close()
+            with suppress(RuntimeError):  # of a worker that died: told already where its batch was taken
+                self._feed.close()
 
 
 class Closable(Protocol):
