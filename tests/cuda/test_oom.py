@@ -302,10 +302,15 @@ def test_faults_in_the_gpus_backward_thread(small_gpu: torch.device) -> None:
 
 def test_ranks_agree_over_nccl(tmp_path: Path) -> None:
     """Over NCCL, faults on one rank at random operators leave both with the weights of no fault."""
-    names = ["faulty", "clean", "static", "views", "guarded", "split", "bare_first", "kept_apart"]
+    names = ["faulty", "clean", "static", "views", "large", "guarded", "split", "bare_first", "kept_apart"]
     first, second = oom_ranks.run_ranks(tmp_path, names, backend="nccl")
     assert oom_ranks.same(first["faulty"], second["faulty"])
-    for faulty, clean in (("faulty", "clean"), ("static", "guarded"), ("views", "guarded")):
+    for faulty, clean in (
+        ("faulty", "clean"),
+        ("static", "guarded"),
+        ("views", "guarded"),
+        ("large", "guarded"),
+    ):
         for one, other in zip(first[faulty], first[clean], strict=True):
             torch.testing.assert_close(one, other)
     assert [result["split"] for result in (first, second)] == [(4, 2), (4, 2)]
