@@ -274,7 +274,7 @@ def _peak_mark(x: float, y: float, estimate: "VRAMEstimate") -> str:
     label = f"{size} allocated: {where(estimate)}"
     is_left = x > _WIDTH * 0.8
     return (
-        f"<text x='{x - 9 if is_left else x + 9:.1f}' y='{y + 4:.1f}' style='fill:var(--ink)' "
+        f"<text x='{x - 9 if is_left else x + 9:.1f}' y='{y - 3:.1f}' style='fill:var(--ink)' "
         f"text-anchor='{'end' if is_left else 'start'}'>{size}</text>"
         f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4' fill='var(--card)' stroke='var(--ink)' stroke-width='1.6'>"
         f"<title>{escape(label)}</title></circle>"
