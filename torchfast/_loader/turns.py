@@ -18,7 +18,7 @@ class Trial(NamedTuple):
     is_timed: bool
 
 
-TRIALS = (Trial(False, 5, False), Trial(False, 8, True), Trial(True, 3, False), Trial(True, 8, True))
+TRIALS = (Trial(False, 4, False), Trial(False, 6, True), Trial(True, 2, False), Trial(True, 6, True))
 """Each way once, after a few batches in which the pipeline gets used to it."""
 
 N_BATCHES_DECIDED = 1000
