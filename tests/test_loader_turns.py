@@ -140,8 +140,8 @@ def test_the_consumer_sends_where_that_is_faster(here_s: float) -> None:
 def test_a_decision_is_tested_anew() -> None:
     """A loop that changes is found out."""
     decided = decisions(lambda is_here: 0.5 if is_here else 1.0, 30 + 1000 + 30)
-    assert all(decided[30:1020])
-    assert not all(decided[1020:])
+    assert all(decided[30:1015])
+    assert not all(decided[1015:])
 
 
 def test_time_between_passes_is_no_step() -> None:
