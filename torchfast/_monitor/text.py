@@ -39,8 +39,9 @@ def report(monitor: "VRAMMonitor") -> str:
     lines += [_row("host process", size(sample.host_process_bytes))]
     lines += ["  peak of the run", *_peak_rows(peak)]
     if monitor.phases:
-        lines += [f"  {'phase':<24}{'times':>7}{'seconds':>9}{'peak':>12}{'reserved':>12}{'kept':>12}"]
-        lines += [_phase_row(phase) for phase in monitor.phases.values()]
+        width = max(24, *map(len, monitor.phases))
+        lines += [f"  {'phase':<{width}}{'times':>7}{'seconds':>9}{'peak':>12}{'reserved':>12}{'kept':>12}"]
+        lines += [_phase_row(phase, width) for phase in monitor.phases.values()]
     unknown = {reason for source in sample.sources.values() if (reason := source).startswith("not known")}
     lines += [f"  {reason}" for reason in sorted(unknown)]
     lines += [f"  error: {error}" for error in monitor.errors]
@@ -63,10 +64,10 @@ def _row(name: str, value: str) -> str:
     return f"    {name:<14}{value}"
 
 
-def _phase_row(phase: VRAMPhase) -> str:
+def _phase_row(phase: VRAMPhase, width: int) -> str:
     at_least = "≥ " if phase.is_lower_bound else ""
     peak = at_least + size(phase.peak_allocated_bytes)
     return (
-        f"  {phase.name:<24}{phase.n_times:>7}{phase.total_s:>9.2f}{peak:>12}"
+        f"  {phase.name:<{width}}{phase.n_times:>7}{phase.total_s:>9.2f}{peak:>12}"
         f"{size(phase.peak_reserved_bytes):>12}{size(phase.kept_bytes):>12}"
     )
