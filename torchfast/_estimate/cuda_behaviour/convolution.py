@@ -142,47 +142,53 @@ Measured = tuple[Shape, tuple[int, int, int]]
 
 @cache
 def _most_alike(shape: Shape) -> tuple[Measured, ...]:
-    features, measured = _sweep().get(shape.kind, (None, ()))
-    if features is None:
+    measured = _sweep().get(shape.kind)
+    if measured is None:
         return ()
-    distances = (features - torch.tensor(shape.features)).abs().sum(1)
+    distances = (_features(shape.kind) - torch.tensor(shape.features)).abs().sum(1)
     nearest = distances.topk(min(_N_ALIKE, len(measured)), largest=False).indices.tolist()
     same = tuple(measured[i] for i in nearest if measured[i][0] == shape)
     return same or tuple(measured[i] for i in nearest)
 
 
 @cache
-def _sweep() -> dict[tuple[Any, ...], tuple[torch.Tensor | None, Sequence[Measured]]]:
+def _features(kind: tuple[Any, ...]) -> torch.Tensor:
+    return torch.tensor([shape.features for shape, _ in _sweep()[kind]])
+
+
+@cache
+def _sweep() -> dict[tuple[Any, ...], Sequence[Measured]]:
     """Read the sweep, by kind."""
     by_kind: dict[tuple[Any, ...], list[Measured]] = defaultdict(list)
     for shape, taken in _rows():
         by_kind[shape.kind].append((shape, taken))
-    return {
-        kind: (torch.tensor([shape.features for shape, _ in measured]), measured)
-        for kind, measured in by_kind.items()
-    }
+    return dict(by_kind)
 
 
 def _rows() -> Iterator[Measured]:
     lines = Path(__file__).with_name("convolution_sweep.csv").read_text().splitlines()
     for line in lines[1:]:
-        itemsize, last, batch, n_in, n_out, groups, *rest = line.split(",")
-        kernel, stride, dilation, size_in, size_out = (tuple(map(int, part.split("x"))) for part in rest[:5])
+        itemsize, last, batch, n_in, n_out, groups, *sizes, forward, data, weight = line.split(",")
+        kernel, stride, dilation, size_in, size_out = map(_numbers, sizes)
         shape = Shape(
-            int(itemsize),
-            last == "1",
-            int(batch),
-            int(n_in),
-            int(n_out),
-            kernel,
-            stride,
-            dilation,
-            int(groups),
-            size_in,
-            size_out,
+            itemsize=int(itemsize),
+            channels_last=last == "1",
+            batch=int(batch),
+            n_in=int(n_in),
+            n_out=int(n_out),
+            kernel=kernel,
+            stride=stride,
+            dilation=dilation,
+            groups=int(groups),
+            size_in=size_in,
+            size_out=size_out,
         )
-        forward, data, weight = map(int, rest[5:])
-        yield shape, (forward, data, weight)
+        yield shape, (int(forward), int(data), int(weight))
+
+
+@cache
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
 
 
 # --- the operators -----------------------------------------------------------------------------------------
