@@ -24,7 +24,6 @@ from torchfast._oom_errors import classify
 from torchfast._tree import flatten
 
 _CO_OPTIMIZED = 1  # a function's frame; a module's variables are its globals
-_UNBOUND = object()
 _IN_PIECES = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _OWNERS = GeneratorType, CoroutineType, AsyncGeneratorType
 _FRAME_OF = "gi_frame", "cr_frame", "ag_frame"
