@@ -19,7 +19,7 @@ from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.paper import CUDA, PaperTensor, recorded_elsewhere
-from torchfast._estimate.reach import kept, reached_by, refill
+from torchfast._estimate.reach import Reached, kept, reached_by, refill
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
@@ -74,9 +74,8 @@ class _Tracer:
         plan, recorder = self.plan, self.recorder
         teacher = teacher_module(plan.teacher)
         taught_by = {} if teacher is None else {"teacher": teacher}
-        given = [plan.model, *taught_by.values()]
         reached = reached_by(plan.step, plan.loss)
-        others = _beside(given, reached.modules)
+        others = _beside([plan.model, *taught_by.values()], reached.modules)
         where = Whereabouts({"": unwrapped(plan.model)} | taught_by | others, self._root_runs)
         recorder.module = where.module
         with ExitStack() as scope:
@@ -86,34 +85,39 @@ class _Tracer:
             scope.enter_context(self._on_paper(plan.model, training=plan.training))
             for each in others.values():
                 scope.enter_context(self._on_paper(each, training=None))
-            if teacher is not None:
-                self._begin("teacher", "teacher")
-                scope.enter_context(self._on_paper(teacher, training=None))
-            self._begin("batch", "batch")
-            inputs, target = (_tree.map_tensors(self._paper, part) for part in (plan.inputs, plan.target))
-            mode = scope.enter_context(OnPaper())
-            if self._default_device == "cuda":  # what the user makes without a device is on paper then
-                scope.enter_context(torch.device("cuda"))
-            scope.enter_context(watched_backward(mode, self._backward_begins, self._backward_ends))
-            scope.enter_context(recorder)
-            scope.enter_context(recorded_elsewhere(recorder.run_elsewhere))
-            scope.enter_context(cuda_behaviour.cuda_kernels(recorder.gpu))
-            inputs, target = _moved(inputs), _moved(target)
-            self._begin("optimizer state", "optimizer")
-            optimizer = scope.enter_context(self._optimizer(plan.optimizer))
-            for other in reached.optimizers.values():
-                if other is not plan.optimizer:
-                    scope.enter_context(self._optimizer(other))
+            self._begin("teacher", "teacher")
+            for each in taught_by.values():
+                scope.enter_context(self._on_paper(each, training=None))
+            objects = self._objects(scope, reached)
             scope.enter_context(kept(reached))
             self._say_what_was_found(others, reached.optimizers)
-            scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
             scope.enter_context(where.watching())
-            objects = Objects(inputs, target, optimizer, scaler, recorder.assumptions)
             for self._n in range(1, plan.n_steps + 1):
                 self._phase("forward")
                 with _told(plan):
                     run_step(plan, objects)
             recorder.stop()
+
+    def _objects(self, scope: ExitStack, reached: Reached) -> Objects:
+        """Put the batch and the optimizers on paper, and have everything recorded from then on."""
+        plan, recorder = self.plan, self.recorder
+        self._begin("batch", "batch")
+        inputs, target = (_tree.map_tensors(self._paper, part) for part in (plan.inputs, plan.target))
+        mode = scope.enter_context(OnPaper())
+        if self._default_device == "cuda":  # what the user makes without a device is on paper then
+            scope.enter_context(torch.device("cuda"))
+        scope.enter_context(watched_backward(mode, self._backward_begins, self._backward_ends))
+        scope.enter_context(recorder)
+        scope.enter_context(recorded_elsewhere(recorder.run_elsewhere))
+        scope.enter_context(cuda_behaviour.cuda_kernels(recorder.gpu))
+        inputs, target = _moved(inputs), _moved(target)
+        self._begin("optimizer state", "optimizer")
+        optimizer = scope.enter_context(self._optimizer(plan.optimizer))
+        for other in reached.optimizers.values():
+            if other is not plan.optimizer:
+                scope.enter_context(self._optimizer(other))
+        scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
+        return Objects(inputs, target, optimizer, scaler, recorder.assumptions)
 
     def _say_what_was_found(
         self, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
