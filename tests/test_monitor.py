@@ -442,6 +442,16 @@ def test_report_and_line_read_well() -> None:
     )
 
 
+def test_columns_stay_in_line_under_long_names() -> None:
+    """The report's table is as wide as its longest phase."""
+    gpu = FakeGPU()
+    with gpu.monitor() as vram, vram.phase("a phase with a long name"), vram.phase("and one within it"):
+        pass
+    table = [line for line in str(vram).splitlines() if "  a phase" in line or "  phase" in line]
+    assert len(table) == 3
+    assert len({len(line) for line in table}) == 1
+
+
 RANK = """
 import json, sys
 import torch.distributed as dist
