@@ -30,16 +30,20 @@ def pages() -> list[Path]:
 
 def rendered(page: Path) -> str:
     """Return the text of a page with its tables made from the result files."""
-    return PLACE.sub(lambda found: found[1] + TABLES[found[2]](newest(found[2])) + found[3], page.read_text())
+    return PLACE.sub(lambda found: found[1] + _table(found[2]) + found[3], page.read_text())
 
 
-def newest(subject: str) -> dict[str, Any]:
-    """Return the newest result of a subject."""
+def _table(subject: str) -> str:
+    result = newest(subject)
+    return "Not measured yet.\n" if result is None else TABLES[subject](result)
+
+
+def newest(subject: str) -> dict[str, Any] | None:
+    """Return the newest result of a subject, if there is one."""
     paths = sorted(
         (ROOT / "benchmarks" / "results").glob(f"{subject}_*_[0-9]*.json"), key=lambda p: p.stem[-6:]
     )
-    result: dict[str, Any] = json.loads(paths[-1].read_text())
-    return result
+    return json.loads(paths[-1].read_text()) if paths else None
 
 
 def distillation(result: dict[str, Any]) -> str:
