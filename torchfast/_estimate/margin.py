@@ -14,7 +14,7 @@ from torchfast._estimate.settings import AllocatorSettings
 
 _FLOOR_PCT = 6  # of reserved bytes: what runs without any fitted workspace were off by
 _UNMODELLED_PCT = 6  # on top, where operators ran whose scratch nobody knows
-_N_DRAWS = 6
+_N_DRAWS = 4
 _MOST = 2.0  # times the fitted size
 
 
