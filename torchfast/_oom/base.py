@@ -71,8 +71,8 @@ class Guard:
     def steps(self, loader: Iterable[T], /) -> "Steps[T]":
         """Return the loader's batches, to loop over: the guard then knows the size and the peak of each step.
 
-        Each iteration is one step. On a GPU its peak is measured: 150 µs of an H200's host. The batches are the
-        loader's own; none is kept. Has a length if the loader has one.
+        Each iteration is one step. On a GPU its peak is measured, which takes 150 µs of an H200's host. The
+        batches are the loader's own; none is kept. Has a length if the loader has one.
 
         Example:
             >>> from torchfast import oom_guard
