@@ -3,6 +3,7 @@
 Part of `device_loader_reliability.py`. Without a GPU, breaks and ends are counted on the CPU.
 """
 
+import functools
 import gc
 import itertools
 import subprocess
@@ -139,6 +140,10 @@ class Leftovers:
 
     def __init__(self) -> None:
         gc.collect()
+        if torch.cuda.is_available():
+            # Host memory that copies still read when their pass ended goes with the next pass of any loader.
+            torch.cuda.synchronize()
+            list(_other_loader())
         self.held = {
             "threads": threading.active_count(),
             "processes": len(list(_children())),
@@ -157,6 +162,11 @@ class Leftovers:
     def beyond(self, before: "Leftovers") -> dict[str, int]:
         """Return what there is more of than before."""
         return {name: n - before.held[name] for name, n in self.held.items() if n > before.held[name]}
+
+
+@functools.cache
+def _other_loader() -> DeviceLoader[Any]:
+    return DeviceLoader([torch.zeros(1)], DEVICE)
 
 
 def _children() -> list[str]:
