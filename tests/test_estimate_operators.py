@@ -164,6 +164,17 @@ def test_attention_takes_what_was_measured(  # noqa: PLR0913, PLR0917 - a row of
     assert taken(found, f"aten._scaled_dot_product_{operator}")[1] == pytest.approx(back, abs=4096)
 
 
+def test_layer_norms_over_many_short_rows_sum_their_weights_in_blocks() -> None:
+    """Of 301,056 rows of 96, each of both gradients is summed from 9,408 blocks of 32 rows."""
+    model = nn.Sequential(nn.LayerNorm(96))
+    found = estimate_vram(model, torch.empty(301_056, 96, device="meta"), gpu="H200", n_steps=1)
+    notes = found._trace.notes
+    inside = [e for e in found._trace.events if notes[e.note].operator == "aten.native_layer_norm_backward"]
+    sizes = [e.size_bytes for e in inside]
+    assert sizes.count(9408 * 96 * 4) == 2
+    assert sizes.count(1_818_624) == 2
+
+
 def test_the_math_kernel_adds_its_mask_in_place() -> None:
     """Attention in fp32 over grouped heads runs the math kernel, which takes no memory to add a mask."""
 

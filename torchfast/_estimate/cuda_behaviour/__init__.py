@@ -46,6 +46,7 @@ _RULES: dict[str, Rule] = {
     "convolution_backward": convolution.convolution_backward,
     "native_dropout": norms.native_dropout,
     "_safe_softmax": norms.safe_softmax,
+    "native_layer_norm_backward": norms.layer_norm_backward,
     "cudnn_batch_norm": norms.cudnn_batch_norm,
     "cudnn_batch_norm_backward": norms.cudnn_batch_norm_backward,
     "_fused_rms_norm": norms.rms_norm,

@@ -149,7 +149,6 @@ RULES: dict[str, Rule] = {
     "_fft_c2r": inverse_fft,
     "_fft_c2c": complex_fft,
     "native_layer_norm": contiguous_first(0),
-    "native_layer_norm_backward": contiguous_first(0, 1),
     "native_group_norm": suggested_first(0),
     "native_group_norm_backward": contiguous_first(0, 1),
     "_log_softmax": contiguous_first(0),

@@ -1,10 +1,12 @@
 """Dropout, softmax and normalisations: in what order their CUDA kernels take memory, and their scratch."""
 
+import math
 from typing import Any
 
 import torch
 
 from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
+from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
 from torchfast._estimate.recorder import Recorder
 
 
@@ -58,6 +60,31 @@ def _tiles_bytes(tensor: torch.Tensor, *, n_positions: int, counter_bytes: int) 
 
 
 _TILES_BESIDE_BYTES = 1100  # from what sizes rounded to: more than 1,024, at most 1,152
+
+
+def layer_norm_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the backward pass of a layer norm (layer_norm_kernel.cu, torch 2.11).
+
+    Over many short rows, the gradients of weight and bias are sums of blocks of 32 rows.
+    """
+    with recorder.scratch(*copy_bytes(args[0]), *copy_bytes(args[1])):
+        outputs = recorder.run(func, args, kwargs)
+        width = math.prod(args[2])
+        n_rows = args[1].numel() // max(width, 1)
+        if n_rows <= _MANY_ROWS or width // _WARP >= recorder.gpu.n_multiprocessors // 2:
+            return outputs
+        gradients = [gradient for gradient in outputs[1:] if gradient is not None]
+        blocks = torch.empty((-(-n_rows // _WARP), width), dtype=args[1].dtype, device="meta")
+        sizes = [blocks.numel() * gradient.dtype.itemsize for gradient in gradients]
+        with recorder.scratch(*sizes):
+            for _ in gradients:
+                with recorder.scratch(*scratch_bytes(blocks, [0], max(4, blocks.itemsize), recorder.gpu)):
+                    pass
+        return outputs
+
+
+_MANY_ROWS = 64 * 1024
+_WARP = 32
 
 
 def rms_norm(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
