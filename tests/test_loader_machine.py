@@ -1,6 +1,7 @@
 """Whatever a loop does, in whatever order, loading ahead gives it what the bare loader would give it."""
 
 import gc
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -50,13 +51,17 @@ class Loop(RuleBasedStateMachine):
         broken=st.sets(st.integers(0, 7), max_size=2),
         depth=st.integers(1, 3),
         across_epochs=st.booleans(),
+        turns=st.lists(st.booleans(), min_size=1, max_size=4),
     )
-    def wrap(self, n_batches: int, broken: set[int], depth: int, *, across_epochs: bool) -> None:
-        """Wrap a loader."""
+    def wrap(
+        self, n_batches: int, broken: set[int], depth: int, turns: list[bool], *, across_epochs: bool
+    ) -> None:
+        """Wrap a loader; where nothing in it fails, the loop's thread may send batches too."""
         self.numbers = Numbers(n_batches, broken)
         self.across_epochs = across_epochs
         self.loader = threaded(self.numbers, depth=depth, across_epochs=across_epochs)
         self.transport: HostTransport = self.loader._transport
+        self.transport.sends_here = itertools.cycle(turns)
         self.batches: Any = None
         self.state = "none"
         self.index = 0
@@ -76,6 +81,8 @@ class Loop(RuleBasedStateMachine):
             warnings.simplefilter("always")
             self.batches = iter(self.loader)
         assert bool(caught) is is_due
+        feed: Any = self.loader._feed
+        feed._is_instant = not self.numbers.broken
         self.state, self.index, self.pass_number = "open", 0, None
 
     @rule(
