@@ -8,17 +8,29 @@ import torch
 from torch import nn
 
 from torchfast import _tree
+from torchfast._estimate.step import Plan, teacher_module
 from torchfast._modules import comes_from, quantised_for_cpu, what, without_shape
 
 
-def check_model(model: Any, /, *, trains: bool) -> None:
+def check_plan(plan: Plan, batch: Any, /) -> None:
+    """Refuse a step that could only fail, or mislead, before anything of it is touched."""
+    _check_model(plan.model, trains=plan.training and plan.step is None)
+    _check_options(plan)
+    teacher = teacher_module(plan.teacher)
+    if teacher is not None:
+        _check_paper(teacher, "the teacher")
+    _check_batch(batch)
+    _check_numbers(plan)
+
+
+def _check_model(model: Any, /, *, trains: bool) -> None:
     """Refuse what is no module, or cannot be put on paper, or not be trained where it is to be."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"estimate_vram takes a torch.nn.Module, but was given {what(model)}. The step is run with the "
             "module's parameters on paper: give the module itself, not its class, its name or a function."
         )
-    check_paper(model, "the model")
+    _check_paper(model, "the model")
     if not trains:
         return
     if not any(p.requires_grad for p in model.parameters()):
@@ -36,7 +48,7 @@ def check_model(model: Any, /, *, trains: bool) -> None:
             )
 
 
-def check_paper(module: nn.Module, owner: str, /) -> None:
+def _check_paper(module: nn.Module, owner: str, /) -> None:
     """Refuse a module whose weights are not there as plain tensors."""
     for name, part in module.named_modules():
         place = owner if not name else f"{name!r} of {owner}"
@@ -68,7 +80,7 @@ _ONE_GPU = (
 )
 
 
-def check_batch(batch: Any, /) -> None:
+def _check_batch(batch: Any, /) -> None:
     """Refuse what yields batches and is none, and tensors that are something else than one block."""
     is_container = isinstance(batch, (Mapping, Sequence)) or hasattr(batch, "__array__")
     if isinstance(batch, Iterable) and not is_container and not _tree.flatten(batch)[0]:
@@ -104,34 +116,35 @@ def _check_tensor(tensor: torch.Tensor, owner: str) -> None:
         )
 
 
-def check_options(model: nn.Module, /, *, autocast: Any, n_steps: Any, **callables: Any) -> None:
-    """Refuse options that could only fail, or mislead, once the step runs."""
-    for name, value in callables.items():
+def _check_options(plan: Plan) -> None:
+    """Refuse parts of a step that cannot be what they were given as."""
+    for name, wanted in _WANTED.items():
+        value = getattr(plan, name)
         if not (value is None or callable(value) or isinstance(value, torch.optim.Optimizer)):
             raise TypeError(
-                f"{name}= of estimate_vram was given {what(value)}, which cannot be called. "
-                f"Give {_WANTED[name]}."
+                f"{name}= of estimate_vram was given {what(value)}, which cannot be called. Give {wanted}."
             )
         if name != "optimizer" and isinstance(value, type) and issubclass(value, nn.Module):
             raise TypeError(
                 f"{name}= of estimate_vram was given {what(value)}, and to call a class is to make a module. "
                 f"Give the module itself, such as {value.__name__}(...)."
             )
-    if autocast is not None and autocast not in (torch.float16, torch.bfloat16):
+    if plan.autocast is not None and plan.autocast not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f'autocast={autocast!r} was given to estimate_vram; torch.autocast("cuda") casts to a half '
+            f'autocast={plan.autocast!r} was given to estimate_vram; torch.autocast("cuda") casts to a half '
             "precision. Give torch.bfloat16 or torch.float16, or None for none."
         )
+    _check_optimizer(plan.model, plan.optimizer, has_step=plan.step is not None)
+
+
+def _check_numbers(plan: Plan) -> None:
+    """Refuse no steps, a norm that nothing can be clipped at, and what counts no dimension from the front."""
+    n_steps, clip_grad_norm, batch_dim = plan.n_steps, plan.clip_grad_norm, plan.batch_dim
     if not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(
             f"n_steps={n_steps!r} was given to estimate_vram; at least 1 step has to run, and the peak is "
             "there from the second on. Leave it at 3."
         )
-    _check_optimizer(model, callables["optimizer"], has_step=callables["step"] is not None)
-
-
-def check_numbers(*, clip_grad_norm: Any, batch_dim: Any) -> None:
-    """Refuse a norm that nothing can be clipped at, and what counts no dimension from the front."""
     if clip_grad_norm is not None and not (isinstance(clip_grad_norm, (int, float)) and clip_grad_norm > 0):
         raise ValueError(
             f"clip_grad_norm={clip_grad_norm!r} was given to estimate_vram, which is no norm that gradients "

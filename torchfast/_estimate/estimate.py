@@ -8,18 +8,12 @@ import torch
 from torch import nn
 
 from torchfast._estimate.assumed import assumed, left_out
-from torchfast._estimate.checks import (
-    check_batch,
-    check_model,
-    check_numbers,
-    check_options,
-    check_paper,
-)
+from torchfast._estimate.checks import check_plan
 from torchfast._estimate.gpus import GPU, resolve_gpu
 from torchfast._estimate.report import Subject, VRAMEstimate, estimate_of
 from torchfast._estimate.retrace import Again, size_of
 from torchfast._estimate.settings import AllocatorSettings, settings_of
-from torchfast._estimate.step import Plan, teacher_module
+from torchfast._estimate.step import Plan
 from torchfast._estimate.tracing import trace, turn
 from torchfast._estimate.variants import sample_of
 from torchfast._modules import unwrapped
@@ -103,24 +97,6 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
     While it runs, a second or two, parts of PyTorch's Python side are stand-ins: estimates of several threads
     take turns, and other threads should leave `torch.cuda` and the model alone meanwhile.
     """
-    with turn():
-        check_model(model, trains=training and step is None)
-        check_options(
-            model,
-            loss=loss,
-            optimizer=optimizer,
-            teacher=teacher,
-            step=step,
-            autocast=autocast,
-            n_steps=n_steps,
-        )
-        taught_by = teacher_module(teacher)
-        if taught_by is not None:
-            check_paper(taught_by, "the teacher")
-        check_batch(batch)
-        check_numbers(clip_grad_norm=clip_grad_norm, batch_dim=batch_dim)
-    imagined = resolve_gpu(gpu)
-    settings = None if allocator is None else settings_of(allocator)
     inputs, target = _split(batch, loss)
     scaler = autocast is torch.float16 if grad_scaler is None else grad_scaler
     plan = Plan(
@@ -138,6 +114,10 @@ def estimate_vram(  # noqa: PLR0913 - each is a part of a training step
         n_steps=n_steps,
         batch_dim=batch_dim,
     )
+    with turn():  # of another thread's estimate the model may be on paper
+        check_plan(plan, batch)
+    imagined = resolve_gpu(gpu)
+    settings = None if allocator is None else settings_of(allocator)
     found = trace(plan, imagined)
     said = assumed(plan, imagined, given_gpu=gpu, given_scaler=grad_scaler)
     return estimate_of(
