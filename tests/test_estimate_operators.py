@@ -109,7 +109,7 @@ def test_an_embedding_copies_a_gradient_that_is_not_contiguous() -> None:
             super().__init__()
             self.embed = nn.Embedding(1000, 512)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        def forward(self, tokens: torch.Tensor) -> Any:
             x = self.embed(tokens)
             return (x.transpose(0, 1).contiguous() * x.transpose(0, 1).contiguous()).transpose(0, 1)
 
@@ -127,7 +127,7 @@ def test_a_pool_copies_its_gradient_into_the_layout_of_its_input() -> None:
             super().__init__()
             self.conv = nn.Conv2d(8, 8, 1, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             return self.conv(F.avg_pool2d(x, 3, 1, 1))
 
     image = torch.empty(4, 8, 64, 64, device="meta", requires_grad=True)
@@ -175,6 +175,17 @@ def test_layer_norms_over_many_short_rows_sum_their_weights_in_blocks() -> None:
     assert sizes.count(1_818_624) == 2
 
 
+@pytest.mark.parametrize(("dtype", "n_copies"), [(torch.float16, 0), (torch.bfloat16, 1)])
+def test_a_softmax_of_float16_converts_within_its_kernel(dtype: torch.dtype, n_copies: int) -> None:
+    """A softmax in fp32 of float16 takes no copy of its input, one of bfloat16 does."""
+    found = run(lambda x: x.softmax(-1, dtype=torch.float32), (512, 512), dtype=dtype)
+    notes = found._trace.notes
+    forward = [e for e in found._trace.events if notes[e.note].phase.endswith("forward")]
+    copies = [e.size_bytes for e in forward if notes[e.note].operator == "aten._to_copy"]
+    assert copies.count(512 * 512 * 4) == n_copies
+    assert taken(found, "aten._softmax")[0] == 512 * 512 * 4
+
+
 def test_the_math_kernel_adds_its_mask_in_place() -> None:
     """Attention in fp32 over grouped heads runs the math kernel, which takes no memory to add a mask."""
 
@@ -202,7 +213,7 @@ def test_cells_run_fused(cell: type[nn.Module], operator: str, kept: int) -> Non
             super().__init__()
             self.cell = cell(256, 512)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             out = self.cell(x)
             return out[0] if isinstance(out, tuple) else out
 
@@ -218,7 +229,7 @@ def test_repetitions_follow_known_counts() -> None:
             super().__init__()
             self.embed = nn.Embedding(10, 64)
 
-        def forward(self, counts: torch.Tensor) -> torch.Tensor:
+        def forward(self, counts: torch.Tensor) -> Any:
             return self.embed(counts).repeat_interleave(counts, 0)
 
     counts = torch.arange(512) % 3
