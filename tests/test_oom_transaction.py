@@ -222,3 +222,17 @@ def test_hooks_go_with_the_retry(*, copy: bool) -> None:
     assert alive() is None
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_what_an_optimizer_trains_outside_of_modules_comes_back() -> None:
+    """A parameter of no module, such as a perturbation of the input, is put back like the others."""
+    noise = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([noise], lr=0.1)
+    undo = Transaction(Subjects((nn.Linear(3, 3),), (optimizer,), None, ()), copy=True)
+    undo.begin()
+    noise.sum().backward()
+    optimizer.step()
+    undo.roll_back()
+    assert noise.tolist() == [0, 0, 0]
+    assert noise.grad is None
+    assert not optimizer.state
