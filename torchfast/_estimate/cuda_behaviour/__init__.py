@@ -84,6 +84,8 @@ _COMPOSITES = {
     "linear": composites.linear,
     "rms_norm": composites.rms_norm,
     "one_hot": composites.one_hot,
+    "softmax.int": composites.softmax,
+    "log_softmax.int": composites.log_softmax,
     "lstm_cell": composites.lstm_cell,
     "gru_cell": composites.gru_cell,
     **recurrent.KERNELS,

@@ -110,3 +110,20 @@ def gru_cell(  # noqa: PLR0913, PLR0917 - aten's own signature
     """Run the fused cell, which keeps five numbers a unit (RNN.cpp, torch 2.11)."""
     output: torch.Tensor = aten._thnn_fused_gru_cell(input @ w_ih.t(), hx @ w_hh.t(), hx, b_ih, b_hh)[0]
     return output
+
+
+def softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:  # noqa: A002 - as above
+    """Turn half precision into fp32 within the kernel (SoftMax.cpp, torch 2.11)."""
+    return aten._softmax(*_converted(input, dim, dtype))  # type: ignore[no-any-return]
+
+
+def log_softmax(input: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:  # noqa: A002 - as above
+    """Turn half precision into fp32 within the kernel, as the softmax does."""
+    return aten._log_softmax(*_converted(input, dim, dtype))  # type: ignore[no-any-return]
+
+
+def _converted(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None) -> tuple[torch.Tensor, int, bool]:
+    """Return the arguments of the kernel, which converts float16, and no other type, by itself."""
+    if tensor.dtype == torch.float16 and dtype == torch.float32:
+        return tensor, dim, True
+    return tensor if dtype is None else tensor.to(dtype), dim, False
