@@ -71,3 +71,17 @@ def test_masks_are_filled_with_a_value_of_the_host(*, in_place: bool) -> None:
         return scores.masked_fill_(y > 0, lowest) if in_place else scores.masked_fill(y > 0, lowest)
 
     assert estimate(filled).unmodelled == ()
+
+
+def test_the_mask_of_a_long_text_is_known_as_numbers_too() -> None:
+    """A mask over all pairs of 1,024 tokens, made to be added, still tells what it lets through."""
+
+    class Pairs(nn.Linear):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            pairs = (mask[:, None, :, None] & mask[:, None, None, :]).float() - 1
+            return super().forward(x) if (pairs < 0).any() else x
+
+    mask = torch.ones(2, 1024, dtype=torch.bool)
+    mask[0, 0] = False
+    found = estimate_vram(Pairs(8, 8), (torch.zeros(4, 8), mask), gpu="H200", n_steps=1)
+    assert any(moment.operator == "aten.addmm" for moment in found.timeline)

@@ -12,8 +12,8 @@ import torch
 
 from torchfast._estimate.paper import META, PaperTensor
 
-_MOST_NUMBERS = 2**21  # 16 MiB of int64: masks and tokens, not images
-_MOST_FLOATS = 2**20  # masks of numbers to add, and all that is made of constants
+_MOST_NUMBERS = 2**22  # 32 MiB of int64: masks and tokens, not images
+_MOST_FLOATS = 2**22  # masks of numbers to add, and all that is made of constants
 
 
 def worth_keeping(tensor: torch.Tensor) -> bool:
