@@ -309,15 +309,15 @@ def efficient_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     grad_out, query, value = args[0], args[1], args[3]
     n_rows = query.shape[0] * query.shape[1] * query.shape[2]
     outputs = recorder.run(func, args, kwargs)
-    kept = [recorder.allocate(size, "workspace") for size in copy_bytes(grad_out.transpose(1, 2))]
+    copies = [recorder.allocate(size, "workspace") for size in copy_bytes(grad_out.transpose(1, 2))]
     if grad_out.dtype in _HALVES and recorder.gpu.capability != (7, 0):
-        kept.append(recorder.allocate(n_rows * 4, "workspace"))
+        delta = recorder.allocate(n_rows * 4, "workspace")
     else:
         sizes = (grad_out.numel() * 4,) * (2 if grad_out.dtype in _HALVES else 0)
         with recorder.scratch(*sizes, n_rows * value.shape[3] * 4, n_rows * 4):
-            kept.append(recorder.allocate(n_rows * 4, "workspace"))
+            delta = recorder.allocate(n_rows * 4, "workspace")
     workspace = recorder.allocate(_workspace_bytes(query, value), "workspace")
-    for block in (*kept[::-1], workspace):
+    for block in (delta, workspace, *copies):
         recorder.free(block)
     return outputs
 
