@@ -282,6 +282,7 @@ def test_a_transform_cannot_end_the_epoch() -> None:
         list(DeviceLoader([1], "cpu", transform=transform))
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # of Python 3.12, of any fork
 def test_workers_that_are_thrown_away_are_pointed_out_once() -> None:
     """A loader without persistent workers is warned of when its second epoch begins, and never again."""
     loader = DeviceLoader(numbers(num_workers=1), "cpu")

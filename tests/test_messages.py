@@ -409,6 +409,7 @@ def test_loader_pass_that_was_closed() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")  # of Python 3.12, of any fork
 def test_loader_that_throws_its_workers_away() -> None:
     """A second epoch with new workers is warned of, with their number and the remedy."""
     loader = DeviceLoader(DataLoader([1, 2], num_workers=1), "cpu")  # type: ignore[arg-type]  # a list is a dataset
