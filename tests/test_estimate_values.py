@@ -75,7 +75,6 @@ def test_masks_are_filled_with_a_value_of_the_host(*, in_place: bool) -> None:
 
 def test_the_mask_of_a_long_text_is_known_as_numbers_too() -> None:
     """A mask over all pairs of 1,024 tokens, made to be added, still tells what it lets through."""
-
     mask = torch.ones(2, 1024, dtype=torch.bool)
     mask[0, 0] = False
 
