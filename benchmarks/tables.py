@@ -303,7 +303,7 @@ def vram_host_memory(result: dict[str, Any]) -> str:
     source = f"{result['machine']['system']}, torch {result['versions']['torch']}, {result['date']}"
     return (
         f"{summary['grown_median_mib']:.0f} MiB at the median of {summary['n']} models, "
-        f"{summary['grown_max_mib']:.0f} MiB at most ({source}: {result['protocol']}).\n"
+        f"{summary['grown_max_mib']:.0f} MiB at most ({source}: {result['protocol'].rstrip('.')}).\n"
     )
 
 
@@ -396,7 +396,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "oom_guard_side_by_side": oom_guard_side_by_side,
     "teacher_forward": teacher_forward,
     "teacher_loading": teacher_loading,
-    "vram_accuracy": vram_accuracy,
     "vram_accuracy_blind": vram_accuracy,
     "vram_accuracy_first": vram_accuracy,
     "vram_accuracy_known": vram_accuracy,
