@@ -1,6 +1,8 @@
 """How copies to a GPU are made: by one call of the driver or by PyTorch, in either thread, never wrong."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,3 +112,20 @@ def test_zeros_without_memory_arrive() -> None:
     zeros = torch._efficientzerotensor((300, 100))
     (batch,) = DeviceLoader([[zeros, torch.ones(3)]], "cuda")
     assert torch.equal(batch[0], torch.zeros(300, 100, device="cuda"))
+
+
+def test_a_pass_that_is_over_holds_nothing_of_its_source() -> None:
+    """Host memory that the device has read is nobody's any more once the pass has ended."""
+    alive = []
+
+    def fresh() -> Iterator[list[torch.Tensor]]:
+        for batch in numbered()[:8]:
+            pinned = [leaf.pin_memory() for leaf in batch]
+            alive.extend(map(weakref.ref, pinned))
+            yield pinned
+
+    loader = DeviceLoader(fresh(), "cuda")
+    for _ in loader:
+        torch.cuda.synchronize()
+    gc.collect()
+    assert [leaf() for leaf in alive] == [None] * (8 * len(SHAPES))

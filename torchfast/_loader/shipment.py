@@ -2,7 +2,9 @@
 
 The driver is asked without PyTorch knowing, whose allocator of pinned memory would hand out again what the
 device is still to read. So all that a call reads is held here, in one place for all loaders, until the event
-behind it has passed: whatever becomes of the batch, the pass and the loader.
+behind it has passed: whatever becomes of the batch, the pass and the loader. A pass that ends lets go of
+what was read by then, and does not wait for the rest: a device that never gets there, as when another rank
+died, would hang it. The next pass of any loader lets go of that.
 """
 
 from collections import deque

@@ -359,6 +359,7 @@ class CudaTransport:
         """
         for stream in list(self._owners.values()):
             stream.wait_stream(self._copy_stream)
+        let_go_of_what_was_read()
 
     def _allocate(self, molds: tuple[Layout, ...]) -> Blank:
         """Allocate on the consumer's stream, which is current, and set the gate there."""
