@@ -116,7 +116,7 @@ def test_zeros_without_memory_arrive() -> None:
 
 def test_a_pass_that_is_over_holds_nothing_of_its_source() -> None:
     """Host memory that the device has read is nobody's any more once the pass has ended."""
-    alive = []
+    alive: list[weakref.ref[torch.Tensor]] = []
 
     def fresh() -> Iterator[list[torch.Tensor]]:
         for batch in numbered()[:8]:
