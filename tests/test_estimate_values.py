@@ -85,3 +85,17 @@ def test_the_mask_of_a_long_text_is_known_as_numbers_too() -> None:
 
     found = estimate(pairs_decide)
     assert any(moment.operator == "aten.mm" and "forward" in moment.phase for moment in found.timeline)
+
+
+def test_large_values_are_known_up_to_64_mib_together() -> None:
+    """However many masks a model makes, what is held of them on the host is little, and is let go."""
+    n_known = []
+
+    def makes_masks(y: torch.Tensor) -> torch.Tensor:
+        masks = [torch.ones(2**20, device=y.device) for _ in range(40)]
+        n_known.append(sum(getattr(mask, "values", None) is not None for mask in masks))
+        return y
+
+    estimate(makes_masks)
+    estimate(makes_masks)
+    assert n_known == [16, 16]

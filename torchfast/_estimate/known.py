@@ -5,6 +5,7 @@ values are carried along on the host where all that they come from is known: nev
 went into.
 """
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -56,8 +57,33 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs:
     except (NotImplementedError, RuntimeError):
         return  # the host has no kernel for it: what comes of it is not known
     for output, value in zip(_tensors(outputs), _tensors(results), strict=False):
-        if isinstance(output, PaperTensor) and worth_keeping(value):
+        if isinstance(output, PaperTensor) and worth_keeping(value) and _has_room_for(value):
             output.values = value
+
+
+class _Held:
+    """What the large values that are known take of the host."""
+
+    n_bytes = 0
+
+
+def _has_room_for(value: torch.Tensor) -> bool:
+    """Whether a value may be held too; counts it, if it is large, for as long as it lives."""
+    if value.nbytes <= _SMALL_BYTES:
+        return True
+    if _Held.n_bytes + value.nbytes > _MOST_HELD_BYTES:
+        return False
+    _Held.n_bytes += value.nbytes
+    weakref.finalize(value, _let_go, value.nbytes)
+    return True
+
+
+def _let_go(n_bytes: int) -> None:
+    _Held.n_bytes -= n_bytes
+
+
+_SMALL_BYTES = 2**20
+_MOST_HELD_BYTES = 2**26  # an estimate shall take little of the host, however many masks a model makes
 
 
 def _follow_in_place(
