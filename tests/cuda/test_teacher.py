@@ -227,8 +227,9 @@ def test_a_graph_is_right_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> N
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     results = []
-    for scale in range(1, 6):
-        batch = images * scale
+    # Kept: what is dropped while another stream is to read it would be written over.
+    batches = [images * scale for scale in range(1, 6)]
+    for scale, batch in enumerate(batches, start=1):
         ready = torch.cuda.Event()
         ready.record()
         with torch.cuda.stream(side if scale % 2 else torch.cuda.current_stream()):
@@ -258,7 +259,7 @@ def test_a_teacher_that_cannot_be_captured_runs_eagerly() -> None:
 
 
 def test_a_failed_capture_leaves_nothing_behind() -> None:
-    """After a capture that failed half-way, random numbers, memory and other graphs work as before."""
+    """After a capture that failed half-way, streams, random numbers, memory and other graphs are as before."""
 
     class Waits(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -269,7 +270,10 @@ def test_a_failed_capture_leaves_nothing_behind() -> None:
     module = Waits(4, 4)
     teacher = GPUTeacher(module, plan=("graph",))
     x = torch.randn(3, 4, device="cuda")
-    torch.testing.assert_close(teacher(x), module.cuda()(x), rtol=1e-3, atol=1e-3)
+    stream = torch.cuda.current_stream()
+    found = teacher(x)
+    assert torch.cuda.current_stream() == stream
+    torch.testing.assert_close(found, module.cuda()(x), rtol=1e-3, atol=1e-3)
     assert teacher.plan is not None
     assert "graph" in teacher.plan.rejected
     assert torch.randn(4, device="cuda").isfinite().all()

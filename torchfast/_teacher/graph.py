@@ -57,8 +57,13 @@ def _no_waiting() -> Iterator[None]:
 
 def _capture(run: Forward, inputs: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Any]:
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    callers = torch.cuda.current_stream(stream.device)
     try:
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        # The outer one because a capture that fails to end leaves its stream the current one.
+        with (
+            torch.cuda.stream(callers),
+            torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
+        ):
             return graph, run(inputs)
     except Exception:
         _clean_up(stream, pool)
