@@ -259,7 +259,7 @@ def test_a_teacher_that_cannot_be_captured_runs_eagerly() -> None:
 
 
 def test_a_failed_capture_leaves_nothing_behind() -> None:
-    """After a capture that failed half-way, streams, random numbers, memory and other graphs are as before."""
+    """After a capture that failed half-way, streams, random numbers, memory and graphs are as before."""
 
     class Waits(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
