@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,11 @@ def _other_loader() -> DeviceLoader[Any]:
 
 
 def _children() -> list[str]:
-    return [
-        child
-        for thread in Path("/proc/self/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
+    children = list[str]()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that ended meanwhile
+            children += (thread / "children").read_text().split()
+    return children
 
 
 def count_exits(report: Report, *, n_exits: int) -> None:

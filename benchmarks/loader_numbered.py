@@ -35,11 +35,9 @@ Peer = Callable[[Any], Iterable[Sequence[torch.Tensor]]]
 Report = Callable[[dict[str, Any]], None]
 
 
-def count_ours(report: Report, *, shape: str, source: str, n_batches: int, limit_s: float) -> None:
+def count_ours(report: Report, *, shape: str, source: str, n_left: Any, limit_s: float) -> None:
     """Count DeviceLoader's wrong batches, on one loader for all its passes."""
-    _count(
-        "torchfast", lambda batches: DeviceLoader(batches, "cuda"), report, shape, source, n_batches, limit_s
-    )
+    _count("torchfast", _wrapped, report, shape, source, n_left, limit_s)
 
 
 def _wrapped(batches: Any) -> DeviceLoader[list[torch.Tensor]]:
