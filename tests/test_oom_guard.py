@@ -487,3 +487,14 @@ def test_types_are_what_happens() -> None:
             assert_type(batch, int)
     assert_type(guard.report, OutOfMemoryReport | None)
     assert (always_returns(), may_end_quietly(), plain(1), quiet(1)) == (1, 1, "1", "1")
+
+
+def test_a_guard_says_what_became_of_its_block() -> None:
+    """The repr of a guard, which notebooks show, holds the first line of what happened."""
+    guard = oom_guard(reraise=False, batch_size=16)
+    assert repr(guard) == "<QuietOOMGuard: nothing failed>"
+    with guard:
+        raise MemoryError
+    assert guard.report is not None
+    assert repr(guard) == f"<QuietOOMGuard: {guard.report.message.splitlines()[0]}>"
+    assert "Out of host memory" in repr(guard)

@@ -63,6 +63,11 @@ class Guard:
     def _log(self) -> telemetry.StepLog:
         return telemetry.StepLog()
 
+    def __repr__(self) -> str:
+        """Say whether the block ran out of memory, and what to try then."""
+        outcome = self.report.message.partition("\n")[0] if self.report else "nothing failed"
+        return f"<{type(self).__name__}: {outcome}>"
+
     def __enter__(self) -> Self:
         self.report = None
         self._bound.append(_bound_in(_frame(1)))
