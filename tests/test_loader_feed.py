@@ -154,6 +154,29 @@ def test_an_epoch_that_nobody_holds_ends_its_thread() -> None:
     assert copying_threads() == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "n_told"),
+    [("DataLoader worker (pid 7) is killed by signal: Killed.", 0), ("CUDA error: illegal memory access", 1)],
+)
+def test_what_fails_while_a_dropped_pass_is_closed_is_told(
+    text: str, n_told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the end of a worker is kept quiet, whose batch has told of it; an error of the device is not."""
+    told = list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda failure: told.append(str(failure.exc_value)))
+    epoch, _, feed = open_feed(iter([0, 1]))
+
+    def close() -> None:
+        raise RuntimeError(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "close", close)
+        del epoch
+        gc.collect()
+    feed.close()
+    assert told == [text] * n_told
+
+
 def test_an_epoch_in_a_cycle_is_collected() -> None:
     """The thread holds nothing that leads back to the epoch: a forgotten cycle is collected and closed."""
     holder: list[Any] = [open_feed(range(100))[0]]

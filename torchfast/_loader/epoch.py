@@ -6,7 +6,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakSet
 
@@ -96,8 +95,11 @@ class Epoch(Iterator[T]):
     def __del__(self) -> None:
         # A constructor that failed leaves no state behind; what is closed already may outlive the driver.
         if getattr(self, "_state", None) == "open":
-            with suppress(RuntimeError):  # of a worker that died: told already where its batch was taken
+            try:
                 self._feed.close()
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):  # one that died is told of where its batch is taken
+                    raise
 
 
 class Closable(Protocol):
