@@ -1,5 +1,8 @@
 """The results that are committed, and the tables made from them."""
 
+import argparse
+import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -26,3 +29,24 @@ def test_a_result_says_where_it_comes_from(path: Path) -> None:
 def test_tables_are_those_of_the_results(page: Path) -> None:
     """Every table in the documentation is the one that its result file gives."""
     assert page.read_text() == tables.rendered(page)
+
+
+def test_every_job_of_the_reliability_count_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No job that only a GPU can run waits for one to find out that its function wants other arguments."""
+    monkeypatch.syspath_prepend(Path(tables.__file__).parent)
+    count = importlib.import_module("device_loader_reliability")
+    names = (
+        "n_batches",
+        "n_peer_batches",
+        "n_epochs",
+        "n_breaks",
+        "n_faults",
+        "n_kills",
+        "n_exits",
+        "limit_s",
+    )
+    options = argparse.Namespace(**dict.fromkeys(names, 1))
+    jobs = [job for part in count.PARTS for job in count.jobs_of(part, options)]
+    assert len(jobs) > len(count.PARTS)
+    for _, function, arguments in jobs:
+        inspect.signature(function).bind(print, **arguments)
