@@ -18,57 +18,67 @@ pytestmark = pytest.mark.cuda
 MS = 1_000_000
 """About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
 
-SHAPES = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
+Shapes = list[tuple[int, ...]]
+SHAPES: Shapes = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
 """Leaves of a batch: two that are staged, two that are packed and copied straight, one that travels alone."""
+
+ALIKE: Shapes = [(64, 1024)] * 3
+"""Leaves that are packed as the rows of one tensor."""
 
 
 class Numbered(Dataset[list[torch.Tensor]]):
     """Batches that hold their own number everywhere."""
 
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+
     def __len__(self) -> int:
         return 100
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return [torch.full(shape, float(index)) for shape in SHAPES]
+        return [torch.full(shape, float(index)) for shape in self._shapes]
 
 
 class Reused:
     """The same batches in the same pinned memory, overwritten each time."""
 
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        leaves = [torch.empty(shape, pin_memory=True) for shape in SHAPES]
+        leaves = [torch.empty(shape, pin_memory=True) for shape in self._shapes]
         for number in range(100):
             yield [leaf.fill_(float(number)) for leaf in leaves]
 
 
-def numbered() -> list[list[torch.Tensor]]:
+def numbered(shapes: Shapes) -> list[list[torch.Tensor]]:
     """Return the same batches as a list."""
-    return [Numbered()[number] for number in range(100)]
+    return [Numbered(shapes)[number] for number in range(100)]
 
 
 SOURCES: dict[str, Any] = {
-    "pinned, dropped at once": lambda: DataLoader(Numbered(), batch_size=None, pin_memory=True),
-    "pinned, kept": lambda: [[leaf.pin_memory() for leaf in batch] for batch in numbered()],
+    "pinned, dropped at once": lambda s: DataLoader(Numbered(s), batch_size=None, pin_memory=True),
+    "pinned, kept": lambda s: [[leaf.pin_memory() for leaf in batch] for batch in numbered(s)],
     "pageable": numbered,
     "reused": Reused,
 }
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, ALIKE], ids=["of all kinds", "alike"])
 @pytest.mark.parametrize("is_batched", [True, False])
 @pytest.mark.parametrize("is_sent_here", [True, False])
 @pytest.mark.parametrize("source", SOURCES)
 def test_no_leaf_is_wrong(
-    source: str, *, is_sent_here: bool, is_batched: bool, monkeypatch: pytest.MonkeyPatch
+    source: str, shapes: Shapes, *, is_sent_here: bool, is_batched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a lagging GPU every leaf holds its batch's number, whoever enqueues the copies, and how."""
     monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
-    monkeypatch.setattr(transport, "HERE_FROM_LEAVES", 1)
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     for _ in range(3):
         numbers = itertools.count()
-        for batch in DeviceLoader(SOURCES[source](), "cuda"):
+        for batch in DeviceLoader(SOURCES[source](shapes), "cuda"):
             torch.cuda._sleep(MS)
             number = next(numbers)
             for leaf in batch:
@@ -119,7 +129,7 @@ def test_a_pass_that_is_over_holds_nothing_of_its_source() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def fresh() -> Iterator[list[torch.Tensor]]:
-        for batch in numbered()[:8]:
+        for batch in numbered(SHAPES)[:8]:
             pinned = [leaf.pin_memory() for leaf in batch]
             alive.extend(map(weakref.ref, pinned))
             yield pinned

@@ -47,16 +47,18 @@ class BatchedCopy:
 
     def __call__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: int) -> bool:
         """Enqueue dense copies on a stream, in any order; say whether the driver took them."""
-        addresses = array("Q", map(torch.Tensor.data_ptr, sources))
+        addresses = [source.data_ptr() for source in sources]
         if 0 in addresses:  # a tensor without memory, whose zeros only PyTorch knows of
             return False
-        numbers = [
-            array("Q", map(torch.Tensor.data_ptr, targets)),
-            addresses,
-            array("Q", [source.nbytes for source in sources]),
-        ]
+        addresses += [target.data_ptr() for target in targets]
+        sizes = [source.nbytes for source in sources]
+        numbers = array("Q", addresses + sizes)  # the three lists of the call, one behind the other
+        first, _ = numbers.buffer_info()
+        list_bytes = numbers.itemsize * len(sources)
         error: int = self._function(
-            *[values.buffer_info()[0] for values in numbers],
+            first + list_bytes,
+            first,
+            first + 2 * list_bytes,
             len(sources),
             ctypes.addressof(self._attributes),
             ctypes.addressof(self._first),

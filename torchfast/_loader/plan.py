@@ -70,6 +70,14 @@ class Group:
         self.speakers = [indexes[first] for first in _firsts(self.runs)]
         """The first leaf of each run: whether it is pinned decides for all of them."""
 
+    @property
+    def rows(self) -> Layout | None:
+        """The tensor whose rows its leaves are, where all are alike and none is followed by a gap."""
+        n_leaves, _, step_bytes, (dtype, shape, stride, n_bytes) = self.runs[0]
+        if len(self.runs) > 1 or not n_bytes or n_bytes != step_bytes:
+            return None
+        return Layout(dtype, (n_leaves, *shape), (step_bytes // dtype.itemsize, *stride), self.n_bytes)
+
     def tensors_on(self, buffer: torch.Tensor, offset_bytes: int) -> list[torch.Tensor]:
         """Return the tensors of the group, on the bytes of a buffer from an offset on.
 
@@ -91,7 +99,7 @@ class Group:
 class Plan:
     """How the leaves of batches that are built alike travel."""
 
-    __slots__ = ("groups", "large", "loose", "molds", "n_bytes", "n_late", "n_leaves")
+    __slots__ = ("_is_uniform", "groups", "large", "loose", "molds", "n_bytes", "n_late")
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         layouts = {index: _arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
@@ -104,15 +112,22 @@ class Plan:
         """Indexes of the leaves that travel by themselves."""
         self.loose = {index for index in self.large if not _is_dense(leaves[index])}
         """Those of them that must be made contiguous first."""
-        self.n_leaves = len(leaves)
         self.n_late = len(leaves) - len(layouts)
         """How many leaves move by their own `.to`, once they are asked for."""
         self.n_bytes = sum(layout.n_bytes for layout in layouts.values())
         packed_bytes = self._pack(staged, layouts, 0, may_go_straight=False)
         packed_bytes = self._pack(straight, layouts, packed_bytes, may_go_straight=True)
-        packed = (Layout(torch.uint8, (packed_bytes,), (1,), packed_bytes),) if small else ()
-        self.molds: tuple[Layout, ...] = (*packed, *(layouts[index] for index in self.large))
+        rows = self.groups[0].rows if len(self.groups) == 1 else None
+        self._is_uniform = rows is not None
+        packed = rows or Layout(torch.uint8, (packed_bytes,), (1,), packed_bytes)
+        self.molds: tuple[Layout, ...] = (*[packed] * bool(small), *(layouts[index] for index in self.large))
         """What is needed on the device: one for the packed leaves, if any, then one for each large leaf."""
+
+    def packed_on(self, buffer: torch.Tensor, /) -> list[Sequence[torch.Tensor]]:
+        """Return the tensors of each group, on a tensor of the first mold."""
+        if self._is_uniform:
+            return [separated(buffer)]
+        return [group.tensors_on(buffer, group.offset_bytes) for group in self.groups]
 
     def _pack(
         self, indexes: list[int], layouts: dict[int, Layout], offset_bytes: int, *, may_go_straight: bool
@@ -240,8 +255,9 @@ def tensor_on(buffer: torch.Tensor, layout: Layout, /) -> torch.Tensor:
     return unset.set_(buffer.untyped_storage(), 0, layout.shape, layout.stride)
 
 
-def bytes_of(tensor: torch.Tensor, /) -> torch.Tensor:
-    """Return the memory of a dense tensor as bytes."""
+def bytes_of(tensor: torch.Tensor, n_bytes: int | None = None, /) -> torch.Tensor:
+    """Return the memory of a dense tensor as bytes, or so many from where it begins."""
     offset_bytes = tensor.storage_offset() * tensor.element_size()
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(tensor.untyped_storage(), offset_bytes, (tensor.nbytes,), (1,))
+    size = (tensor.nbytes if n_bytes is None else n_bytes,)
+    return flat.set_(tensor.untyped_storage(), offset_bytes, size, (1,))

@@ -34,9 +34,6 @@ from torchfast._loader.stats import Moment, Span, Tally
 from torchfast._loader.turns import Turns
 from torchfast._tree import Structure, flatten
 
-HERE_FROM_LEAVES = 16
-"""Batches of fewer tensors are always sent by the copying thread: `next` should return at once."""
-
 
 class Blank(NamedTuple):
     """Device memory for a batch to come, free as soon as the gate is passed."""
@@ -262,9 +259,7 @@ class CudaTransport:
         try:
             shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
-            self._is_light = (
-                not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES and shipment.staged_bytes < MIB
-            )
+            self._is_light = not plan.n_late and shipment.staged_bytes < MIB
         except BaseException:
             self.fence()
             raise
@@ -282,8 +277,9 @@ class CudaTransport:
             buffer if mold == wanted else tensor_on(buffer, wanted)
             for buffer, mold, wanted in zip(blank.buffers, blank.molds, plan.molds, strict=True)
         ]
-        for group in plan.groups:
-            self._copy_group(leaves, group, targets[0], shipment)
+        if plan.groups:
+            for group, copies in zip(plan.groups, plan.packed_on(targets[0]), strict=True):
+                self._copy_group(leaves, group, copies, shipment)
         pageable = []
         for index, target in zip(plan.large, targets[bool(plan.groups) :], strict=True):
             source = leaves[index].contiguous() if index in plan.loose else leaves[index]
@@ -301,16 +297,17 @@ class CudaTransport:
             self._stage(source, target, shipment)
         return shipment
 
-    def _copy_group(self, leaves: list[Any], group: Group, packed: torch.Tensor, shipment: Shipment) -> None:
+    def _copy_group(
+        self, leaves: list[Any], group: Group, copies: Sequence[torch.Tensor], shipment: Shipment
+    ) -> None:
         originals = [leaves[index] for index in group.indexes]
-        copies = group.tensors_on(packed, group.offset_bytes)
         # A pageable leaf among others that are pinned is slow to copy, not wrong.
         if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
             shipment.add(copies, originals)
         elif group.n_bytes:
             staged = self._ring.take(group.n_bytes)
             torch._foreach_copy_(staged.packed(group), originals)
-            shipment.add_staged(packed[group.offset_bytes : group.offset_bytes + group.n_bytes], staged)
+            shipment.add_staged(bytes_of(copies[0], group.n_bytes), staged)
             if group.n_bytes >= MIB:
                 shipment.enqueue()  # it flies while the next is staged
         for index, copy in zip(group.indexes, copies, strict=True):

@@ -1,8 +1,8 @@
 """Whose turn it is to send a batch that takes little work: found by trying both.
 
-A loop that is busy with Python all the time shares one interpreter with the copying thread, and a wake-up of
-that costs the loop more than the work would; a loop that waits, as in `.item()`, has its batches sent
-meanwhile for nothing. Neither can be seen from outside, so the time from batch to batch decides.
+A loop that launches kernels shares one interpreter with the copying thread, and a wake-up of that costs it
+more than the work would, unless the device is behind anyway. Which it is cannot be seen from outside, so the
+time from batch to batch decides.
 """
 
 import itertools
@@ -24,8 +24,8 @@ TRIALS = (Trial(False, 4, False), Trial(False, 6, True), Trial(True, 2, False), 
 N_BATCHES_DECIDED = 1000
 """Batches for which a decision holds before it is tested anew."""
 
-WORTH_IT = 0.95
-"""The consumer sends if that takes no more than this share of the time: `next` is then the longer for it."""
+WORTH_IT_S = 50e-6
+"""The consumer sends if that saves so much a batch: `next` is then the longer for it."""
 
 
 class Turns:
@@ -56,7 +56,7 @@ class Turns:
         trial = next(self._trials, None)
         if trial is None and self._medians_s:
             there_s, here_s = self._medians_s
-            trial = Trial(here_s < WORTH_IT * there_s, N_BATCHES_DECIDED, is_timed=False)
+            trial = Trial(here_s < there_s - WORTH_IT_S, N_BATCHES_DECIDED, is_timed=False)
             self._medians_s = []
         elif trial is None:
             self._trials = iter(TRIALS)
