@@ -13,6 +13,9 @@ from torchfast._bytes import format_bytes
 STALL_SHARE = 0.05
 """A pass whose device waited for batches for less of its time than this is bound by its own work."""
 
+READ_EVERY = 8
+"""Batches whose events are read together."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class LoaderStats:
@@ -171,6 +174,11 @@ class Tally:
         """Remember a batch's events, to be read once the device has passed them."""
         self._n_read = self._n_read or 0
         self._moments.append(moment)
+
+    def read_in_turn(self) -> None:
+        """Read now and then: a few calls of the driver for each batch would hold up the loop each time."""
+        if len(self._moments) >= READ_EVERY:
+            self.read()
 
     def read(self) -> None:
         """Read the events that the device has passed, without waiting for any."""

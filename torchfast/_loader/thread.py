@@ -32,10 +32,6 @@ class Transport(Protocol):
     def send_here(self, batch: Any, blank: Any) -> Any: ...
 
 
-SETTLE_EVERY = 8
-"""Batches after which the consumer's thread settles: a list never writes to its memory, so that may wait."""
-
-
 class Stop:
     """The permit that ends the thread."""
 
@@ -78,7 +74,6 @@ class Work:
         self.loaded: deque[tuple[Any, Any]] = deque()
         """The batch that waits for a permit, and its state: whoever takes it from here sends it."""
         self._spare: list[Any] = []
-        self._n_loaded_here = 0
         self.entered = threading.Event()
         self.left = threading.Event()
         self.stopped = False
@@ -192,9 +187,7 @@ class Work:
         return True
 
     def _load_here(self) -> None:
-        self._n_loaded_here += 1
-        if self._n_loaded_here % SETTLE_EVERY == 0:
-            self.transport.settle()
+        self.transport.settle()
         with contextlib.suppress(StopIteration):
             self.loaded.append((next(self.source), self.snapshot()))
 

@@ -34,6 +34,9 @@ from torchfast._loader.stats import Moment, Span, Tally
 from torchfast._loader.turns import Turns
 from torchfast._tree import Structure, flatten
 
+HERE_FROM_LEAVES = 16
+"""Batches of fewer tensors are always sent by the copying thread: `next` should return at once."""
+
 
 class Blank(NamedTuple):
     """Device memory for a batch to come, free as soon as the gate is passed."""
@@ -222,7 +225,7 @@ class CudaTransport:
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
-        self._tally.read()
+        self._tally.read_in_turn()
         let_go_of_what_was_read()
         if self._borrowed is not None:
             self._borrowed.synchronize()
@@ -259,7 +262,9 @@ class CudaTransport:
         try:
             shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
-            self._is_light = not plan.n_late and shipment.staged_bytes < MIB
+            self._is_light = (
+                not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES and shipment.staged_bytes < MIB
+            )
         except BaseException:
             self.fence()
             raise
