@@ -88,6 +88,31 @@ def test_no_leaf_is_wrong(
     assert int(wrong) == 0
 
 
+def test_pinned_and_pageable_tensors_mix() -> None:
+    """Of tensors that are alike only the first is asked whether it is pinned; the others arrive whole too."""
+    lengths = [
+        300_000,
+        300_000,
+        300_000,
+        400_000,
+        70_000,
+        70_000,
+    ]  # three kinds, of 1.2 and 1.6 MB and 280 KB
+    batches = [
+        [
+            leaf.pin_memory() if (index + number) % 2 else leaf
+            for index, leaf in enumerate(torch.full((length,), float(number)) for length in lengths)
+        ]
+        for number in range(30)
+    ]
+    wrong = torch.zeros((), dtype=torch.long, device="cuda")
+    for number, batch in enumerate(DeviceLoader(batches, "cuda")):
+        torch.cuda._sleep(MS)
+        for leaf in batch:
+            wrong += (leaf != number).any()
+    assert int(wrong) == 0
+
+
 def test_the_driver_copies_many_tensors_in_one_call() -> None:
     """The driver takes pinned and pageable memory alike; what has no memory it leaves to PyTorch."""
     batched = driver.batched_copy()

@@ -30,23 +30,16 @@ class _Attributes(ctypes.Structure):
 
 _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: sources are read when the stream gets there
 
-QUICK_UP_TO_COPIES = 16
-"""So many copies take 15 us at most: to give up the GIL for them, and then wait for it, would take longer."""
-
 
 class BatchedCopy:
     """Enqueues copies between addresses."""
 
-    def __init__(self, name: str) -> None:
-        tells_failure = not name.endswith("_v2")  # the first version of the call has one argument more
+    def __init__(self, function: "ctypes._NamedFuncPointer", *, tells_failure: bool) -> None:
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        lists, attributes = [pointer, pointer, pointer, size], [pointer, pointer, size]
-        fail_index = [pointer] if tells_failure else []
-        # The same function twice: called without the GIL, and with it.
-        self._function, self._quick = (kind("libcuda.so.1")[name] for kind in (ctypes.CDLL, ctypes.PyDLL))
-        for function in (self._function, self._quick):
-            function.argtypes = [*lists, *attributes, *fail_index, pointer]
-            function.restype = ctypes.c_int
+        fail_index = [pointer] if tells_failure else []  # the first version of the call has one argument more
+        function.argtypes = [pointer, pointer, pointer, size, pointer, pointer, size, *fail_index, pointer]
+        function.restype = ctypes.c_int
+        self._function = function
         self._attributes = _Attributes(_IN_STREAM_ORDER)
         self._first = (ctypes.c_size_t * 1)(0)
         self._fail_index = (ctypes.c_size_t * 1)(0)
@@ -62,8 +55,7 @@ class BatchedCopy:
         numbers = array("Q", addresses + sizes)  # the three lists of the call, one behind the other
         first, _ = numbers.buffer_info()
         list_bytes = numbers.itemsize * len(sources)
-        function = self._quick if len(sources) <= QUICK_UP_TO_COPIES else self._function
-        error: int = function(
+        error: int = self._function(
             first + list_bytes,
             first,
             first + 2 * list_bytes,
@@ -88,7 +80,7 @@ def batched_copy() -> BatchedCopy | None:
         return None
     for name in ("cuMemcpyBatchAsync_v2", "cuMemcpyBatchAsync"):
         if hasattr(driver, name):
-            return BatchedCopy(name)
+            return BatchedCopy(getattr(driver, name), tells_failure=not name.endswith("_v2"))
     return None
 
 

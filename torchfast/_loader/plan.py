@@ -99,7 +99,17 @@ class Group:
 class Plan:
     """How the leaves of batches that are built alike travel."""
 
-    __slots__ = ("_is_uniform", "groups", "large", "loose", "molds", "n_bytes", "n_late", "n_leaves")
+    __slots__ = (
+        "_is_uniform",
+        "groups",
+        "large",
+        "loose",
+        "molds",
+        "n_bytes",
+        "n_late",
+        "n_leaves",
+        "speakers",
+    )
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         layouts = {index: _arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
@@ -112,6 +122,12 @@ class Plan:
         """Indexes of the leaves that travel by themselves."""
         self.loose = {index for index in self.large if not _is_dense(leaves[index])}
         """Those of them that must be made contiguous first."""
+        self.speakers = {
+            index
+            for before, index in itertools.pairwise([None, *self.large])
+            if before is None or self.loose & {before, index} or layouts[before] != layouts[index]
+        }
+        """Those that are asked whether they are pinned; the ones behind them are alike, and as they are."""
         self.n_leaves = len(leaves)
         self.n_late = len(leaves) - len(layouts)
         """How many leaves move by their own `.to`, once they are asked for."""

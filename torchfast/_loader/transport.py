@@ -285,11 +285,13 @@ class CudaTransport:
         if plan.groups:
             for group, copies in zip(plan.groups, plan.packed_on(targets[0]), strict=True):
                 self._copy_group(leaves, group, copies, shipment)
-        pageable = []
+        pageable, is_pinned = [], False
         for index, target in zip(plan.large, targets[bool(plan.groups) :], strict=True):
             source = leaves[index].contiguous() if index in plan.loose else leaves[index]
             leaves[index] = target
-            if source.is_pinned():
+            # A pageable leaf among others that are pinned is slow to copy, not wrong.
+            is_pinned = source.is_pinned() if index in plan.speakers else is_pinned
+            if is_pinned:
                 shipment.add([target], [source])
             else:
                 pageable.append((source, target))
@@ -306,7 +308,6 @@ class CudaTransport:
         self, leaves: list[Any], group: Group, copies: Sequence[torch.Tensor], shipment: Shipment
     ) -> None:
         originals = [leaves[index] for index in group.indexes]
-        # A pageable leaf among others that are pinned is slow to copy, not wrong.
         if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
             shipment.add(copies, originals)
         elif group.n_bytes:
