@@ -32,7 +32,7 @@ def sizes_of(found: VRAMEstimate, operator: str) -> list[int]:
 
 def square(batch: int, n_in: int, n_out: int, size: int, kernel: int = 3, **changed: Any) -> Shape:
     """Describe a convolution that keeps the size of its image, in fp32 and contiguous by default."""
-    plain: dict[str, Any] = {"itemsize": 4, "channels_last": False, "groups": 1}
+    plain: dict[str, Any] = {"dtype": torch.float32, "channels_last": False, "groups": 1}
     return Shape(
         batch=batch,
         n_in=n_in,
@@ -69,13 +69,13 @@ def test_depthwise_convolutions_take_nothing(direction: int) -> None:
 
 def test_channels_are_padded_to_whole_vectors() -> None:
     """Three channels of an image in half precision are copied as eight."""
-    n_in, _, _ = square(2, 3, 64, 10, itemsize=2).operand_bytes(8)
+    n_in, _, _ = square(2, 3, 64, 10, dtype=torch.bfloat16).operand_bytes(8)
     assert n_in == 2 * 8 * 100 * 2
 
 
 def test_channels_of_each_group_are_padded_for_themselves() -> None:
     """Eight groups of six channels are copied as eight groups of eight."""
-    n_in, n_out, weight = square(2, 48, 48, 10, itemsize=2, groups=8).operand_bytes(8)
+    n_in, n_out, weight = square(2, 48, 48, 10, dtype=torch.bfloat16, groups=8).operand_bytes(8)
     assert n_in == n_out == 2 * 64 * 100 * 2
     assert weight == 8 * 8 * 8 * 9 * 2
 

@@ -4,6 +4,7 @@
 - `epoch.py`      one pass over the loader, and the simple way to feed it
 - `wrapped.py`    what is known about the loaders that are wrapped
 - `feed.py`       the thread that loads and copies ahead, as the loop sees it; `thread.py` is its own side
+- `permits.py`    how the loop lets it send, without waking it when that would only disturb
 - `turns.py`      which of the two sends a batch
 - `modes.py`      what that thread takes over from the one that began the pass
 - `transport.py`  streams, events, memory: how a batch gets to a CUDA device and when its memory is free again

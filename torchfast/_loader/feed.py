@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -74,6 +73,7 @@ class ThreadedFeed:
                 "the fork. Begin a new pass in this process."
             )
         self._consumer = threading.get_ident()
+        self._work.permits.keep_pace(time.perf_counter())
         self._transport.follow()
         # First of all: nothing that this step enqueues should delay the copy that goes there.
         blank = self._transport.blank() if self._n_owed else None
@@ -109,10 +109,12 @@ class ThreadedFeed:
         self._transport.begin(tally)
 
     def _grant(self, blank: Any) -> None:
-        """Let the thread send one more batch for each that was taken."""
+        """Let the thread send one more batch for each that was taken: at once, if no other is ready."""
         if self._n_owed:
             self._n_owed -= 1
-            self._work.permits.put(blank)
+            self._work.permits.lay_down(blank)
+        if not self._work.ready:
+            self._work.permits.hurry()
 
     def _delivered(self) -> Any:
         """Hand out what arrived first. It leaves the line only then: an interrupt loses and frees nothing."""
@@ -156,7 +158,7 @@ class ThreadedFeed:
             parcel = self._work.ready[index].parcel
             if parcel is not None:
                 self._transport.evict(parcel)
-        for permit in _drain(self._work.permits):
+        for permit in self._work.permits.drain():
             self._work.permits.put(permit if permit is Sent or permit is Stop else None)
 
     def close(self) -> None:
@@ -173,7 +175,7 @@ class ThreadedFeed:
             self._transport.fence()
             self._work.ready.clear()
             self._work.loaded.clear()
-            _drain(self._work.permits)
+            self._work.permits.drain()
             self._work.permits.put(Stop)
             # For a take() that another thread is waiting in.
             self._work.arrive(Arrival(error=epoch.closed_error()))
@@ -194,12 +196,3 @@ class ThreadedFeed:
                 told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts
         if told:
             raise told.pop()
-
-
-def _drain(queue: SimpleQueue[Any]) -> list[Any]:
-    items = []
-    try:
-        while True:
-            items.append(queue.get_nowait())
-    except Empty:
-        return items

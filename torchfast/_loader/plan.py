@@ -124,8 +124,8 @@ class Plan:
         """Those of them that must be made contiguous first."""
         self.speakers = {
             index
-            for before, index in itertools.pairwise([None, *self.large])
-            if before is None or self.loose & {before, index} or layouts[before] != layouts[index]
+            for before, index in zip([-1, *self.large], self.large, strict=False)
+            if before < 0 or self.loose & {before, index} or layouts[before] != layouts[index]
         }
         """Those that are asked whether they are pinned; the ones behind them are alike, and as they are."""
         self.n_leaves = len(leaves)

@@ -9,10 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from torchfast._loader.modes import Modes
+from torchfast._loader.permits import Permits
 from torchfast._loader.stats import Tally
 
 
@@ -70,7 +70,7 @@ class Work:
         self.snapshot = snapshot
         self.ready: deque[Arrival] = deque()
         self._has_arrived = threading.Event()
-        self.permits: SimpleQueue[Any] = SimpleQueue()
+        self.permits = Permits()
         self.loaded: deque[tuple[Any, Any]] = deque()
         """The batch that waits for a permit, and its state: whoever takes it from here sends it."""
         self._spare: list[Any] = []
