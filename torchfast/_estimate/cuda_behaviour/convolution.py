@@ -31,7 +31,7 @@ _SLACK = 1200  # kernels take up to so many bytes beside their copies
 class Shape:
     """What of a convolution decides its workspace; a transposed one is described by what it reverses."""
 
-    itemsize: int
+    dtype: torch.dtype
     channels_last: bool
     batch: int
     n_in: int
@@ -42,6 +42,16 @@ class Shape:
     groups: int
     size_in: tuple[int, ...]
     size_out: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel is convolved for itself."""
+        return self.groups == self.n_in > 1
 
     @property
     def vector(self) -> int:
@@ -64,7 +74,7 @@ class Shape:
             self.itemsize == 2,
             self.channels_last,
             math.prod(self.kernel) == 1,
-            "depthwise" if self.groups == self.n_in > 1 else "grouped" if self.groups > 1 else "",
+            "depthwise" if self.is_depthwise else "grouped" if self.groups > 1 else "",
             len(self.kernel) == 3,
             self.n_in // self.groups % self.vector == 0,
             self.n_out // self.groups % self.vector == 0,
@@ -127,7 +137,7 @@ def _copies_bytes(copies: Copies, shape: Shape) -> int:
 @cache
 def _taken_apart(shape: Shape, taken: int) -> tuple[Copies, int]:
     """Explain measured bytes as copies of operands and a rest."""
-    special = [("partial", 0), ("partial", 1), *([("tiles", 0)] if shape.groups == shape.n_in > 1 else [])]
+    special = [("partial", 0), ("partial", 1), *([("tiles", 0)] if shape.is_depthwise else [])]
     known = [(what, vector) for vector in (0, 4, 1) for what in _COPIES]
     rests = {copies: taken - _copies_bytes(copies, shape) for copies in known + special}
     for copies, rest in rests.items():
@@ -168,22 +178,30 @@ def _sweep() -> dict[tuple[Any, ...], Sequence[Measured]]:
 def _rows() -> Iterator[Measured]:
     lines = Path(__file__).with_name("convolution_sweep.csv").read_text().splitlines()
     for line in lines[1:]:
-        itemsize, last, batch, n_in, n_out, groups, *sizes, forward, data, weight = line.split(",")
-        kernel, stride, dilation, size_in, size_out = map(_numbers, sizes)
-        shape = Shape(
-            itemsize=int(itemsize),
-            channels_last=last == "1",
-            batch=int(batch),
-            n_in=int(n_in),
-            n_out=int(n_out),
-            kernel=kernel,
-            stride=stride,
-            dilation=dilation,
-            groups=int(groups),
-            size_in=size_in,
-            size_out=size_out,
-        )
-        yield shape, (int(forward), int(data), int(weight))
+        *columns, forward, data, weight = line.split(",")
+        yield shape_of(columns), (int(forward), int(data), int(weight))
+
+
+def shape_of(columns: Sequence[str]) -> Shape:
+    """Return the convolution of a row of the table, without its bytes."""
+    dtype, last, batch, n_in, n_out, groups, *sizes = columns
+    kernel, stride, dilation, size_in, size_out = map(_numbers, sizes)
+    return Shape(
+        dtype=_DTYPES[dtype],
+        channels_last=last == "1",
+        batch=int(batch),
+        n_in=int(n_in),
+        n_out=int(n_out),
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        groups=int(groups),
+        size_in=size_in,
+        size_out=size_out,
+    )
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @cache
@@ -204,7 +222,7 @@ def convolution(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
         output = _empty_like(recorder, like, memory_format)
         if tensor.dim() > 2 and output.numel():
             shape = _shape(tensor, output, weight, (stride, dilation, transposed, groups))
-            size_bytes = _workspace(shape, tensor.dtype, _DATA if transposed else _FORWARD)
+            size_bytes = _workspace(shape, transposed, _DATA if transposed else _FORWARD)
             with recorder.scratch(size_bytes, optional=True):
                 pass
     del bias  # added in place
@@ -223,7 +241,7 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
         for i, (like, direction) in enumerate(zip((tensor, weight), directions, strict=True)):
             if wanted[i]:
                 found[i] = _empty_like(recorder, like, memory_format)
-                with recorder.scratch(_workspace(shape, tensor.dtype, direction), optional=True):
+                with recorder.scratch(_workspace(shape, transposed, direction), optional=True):
                     pass
     if wanted[2]:
         found[2] = recorder.new((gradient.shape[1],), gradient.dtype)
@@ -234,10 +252,32 @@ def convolution_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], k
     return tuple(found)
 
 
-def _workspace(shape: Shape, dtype: torch.dtype, direction: int) -> int:
-    """Return what cuDNN takes; depthwise kernels are PyTorch's own but for fp16 and channels_last."""
-    is_own = shape.groups == shape.n_in > 1 and dtype != torch.float16 and not shape.channels_last
+def _workspace(shape: Shape, transposed: bool, direction: int) -> int:
+    is_own = not transposed and runs_own_kernels(shape)
     return 0 if is_own else workspace_bytes(shape, direction)
+
+
+def runs_own_kernels(shape: Shape) -> bool:
+    """Whether PyTorch's own kernels, which take nothing, run a convolution unless it is transposed.
+
+    They run contiguous depthwise ones, of which cuDNN gets those in fp16 that it was found to be faster at
+    (ConvParams::use_cudnn_depthwise and check_cudnn_depthwise_workload_with_filter in Convolution.cpp).
+    """
+    if not shape.is_depthwise or shape.channels_last:
+        return False
+    if shape.dtype != torch.float16 or len(shape.kernel) == 3 or max(shape.dilation) > 1 or shape.n_in < 32:
+        return True
+    (rows, width), (filter_rows, filter_size), (row_stride, stride) = shape.size_in, shape.kernel, shape.stride
+    if rows == 1 and stride == 1:
+        return False
+    is_square = filter_rows == filter_size and (row_stride == stride or rows == 1)
+    if not is_square or filter_size not in {1, 3, 5} or width < 7 or stride not in {1, 2}:
+        return True
+    if stride == 1:
+        return False
+    if filter_size > 1:
+        return not (shape.batch == 1 or shape.n_in >= 512 or (shape.n_in >= 256 and width >= 28))
+    return width > 28 if shape.batch == 1 else shape.batch > 16 or shape.n_in < 128 or width > 7
 
 
 def _memory_format(tensor: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
@@ -267,7 +307,7 @@ def _shape(tensor: torch.Tensor, output: torch.Tensor, weight: torch.Tensor, opt
         return (1, *of) if tensor.dim() == 3 else tuple(of)  # one dimension is run as two (Convolution.cpp)
 
     return Shape(
-        itemsize=min(tensor.dtype.itemsize, 4),
+        dtype=tensor.dtype if tensor.dtype in _DTYPES.values() else torch.float32,
         channels_last=_memory_format(tensor, weight) is not torch.contiguous_format,
         batch=tensor.shape[0],
         n_in=tensor.shape[1],
