@@ -9,6 +9,7 @@ would, and each step reads the batch.
 import argparse
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -150,21 +151,27 @@ def copy_ms(n_bytes: int) -> float:
     return float(record.median(samples))
 
 
-def compared(
+def compared(  # noqa: PLR0913 - what is compared with what, most of it by name
     made: Mapping[str, Callable[[], Iterable[peers.Batch]]],
     resident: Iterable[peers.Batch],
     step: Step,
+    *,
     n_samples: int,
     limits_ms: Sequence[float],
+    budget_s: float = math.inf,
     **what: Any,
 ) -> Iterator[dict[str, Any]]:
     """Time every peer in turn, round after round, and a resident batch as the floor.
 
-    `limits_ms` are the other parts of a step: of them and of the work the longest is the ideal.
+    `limits_ms` are the other parts of a step: of them and of the work the longest is the ideal. After
+    `budget_s` no further round is begun, but for two that count.
     """
     ways: dict[str, Callable[[], Iterable[peers.Batch]]] = {"resident": lambda: resident, **made}
     timed: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(n_samples + 1):
+    until_s = time.perf_counter() + budget_s
+    for n_rounds in range(n_samples + 1):
+        if n_rounds > 2 and time.perf_counter() > until_s:
+            break
         for name, make in ways.items():
             timed[name].append(pass_ms(make(), step))
     parts_ms = [record.median(timed["resident"][1:]), *limits_ms]
@@ -190,7 +197,7 @@ def compared_on(
     resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
     limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
     made = {name: functools.partial(PEERS[name], batches) for name in names}
-    yield from compared(made, resident, step, n_samples, [limit_ms], **what)
+    yield from compared(made, resident, step, n_samples=n_samples, limits_ms=[limit_ms], **what)
 
 
 PEERS = {**peers.PEERS, "timm PrefetchLoader": peers.timm}
@@ -232,15 +239,31 @@ SWEPT = [
 
 def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time batches of 38.5 MB at many ratios of compute to transfer; with workers, of compute to loading."""
+    for n_leaves in (1, 8):
+        yield from sweep_lists("pinned", n_leaves, n_samples)
+    yield from sweep_workers(n_samples)
+    for source, n_leaves in (("pageable", 1), ("pageable", 8), ("pinned", 512), ("pageable", 512)):
+        yield from sweep_lists(source, n_leaves, n_samples)
+
+
+CELL_S = 1.5
+"""There are many cells: after so long, none begins another round."""
+
+
+def sweep_lists(source: str, n_leaves: int, n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time lists of batches."""
     n_elements = 64 * 3 * 224 * 224
     limit_ms = copy_ms(n_elements * 4)
-    n_samples = max(1, n_samples // 2)  # there are many cells
-    for source, n_leaves in itertools.product(("pinned", "pageable"), (1, 8, 512)):
-        batches = host_batches(n_leaves, n_elements // n_leaves, source, 24)
-        for ratio, consumer in itertools.product(RATIOS, CONSUMERS):
-            step = CONSUMERS[consumer](products(ratio * limit_ms))
-            what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
-            yield from compared_on(batches[: 24 if ratio < 16 else 12], step, SWEPT, n_samples, **what)
+    batches = host_batches(n_leaves, n_elements // n_leaves, source, 24)
+    for ratio, consumer in itertools.product(RATIOS, CONSUMERS):
+        step = CONSUMERS[consumer](products(ratio * limit_ms))
+        what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
+        some = batches[: 24 if ratio < 16 else 16]
+        yield from compared_on(some, step, SWEPT, n_samples, budget_s=CELL_S, **what)
+
+
+def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time a DataLoader with workers, which is what most steps wait for."""
     for pin_memory, consumer in itertools.product((True, False), CONSUMERS):
         loader = workers_loader(48, make_s=0.01, is_jittered=False, pin_memory=pin_memory)
         load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, 1))
@@ -248,7 +271,7 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
             what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
-            yield from compared_with_workers(loader, step, n_samples, load_ms, **what)
+            yield from compared_with_workers(loader, step, n_samples, load_ms, budget_s=CELL_S, **what)
 
 
 CONSUMERS: dict[str, Callable[[Step], Step]] = {"free-running": lambda step: step, "item": with_item}
@@ -335,7 +358,8 @@ def compared_with_workers(
     made = {name: functools.partial(fed, PEERS[name], loader) for name in SWEPT if name != "torchfast"}
     made["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader, "cuda"))
     resident = [[torch.zeros(1, device="cuda")]] * len(loader)
-    yield from compared(made, resident, step, n_samples, [copy_ms(64 * 3 * 224 * 224), load_ms], **what)
+    limits_ms = [copy_ms(64 * 3 * 224 * 224), load_ms]
+    yield from compared(made, resident, step, n_samples=n_samples, limits_ms=limits_ms, **what)
 
 
 def fed(peer: Callable[[Any], Any], loader: Iterable[torch.Tensor]) -> Any:

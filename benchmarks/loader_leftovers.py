@@ -75,7 +75,9 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
 
     for n_seen in range(1, n_breaks + 1):
         n_lost += not _break_and_go_on(loader, n_seen)
-        left = {name: max(n, left.get(name, 0)) for name, n in Leftovers().beyond(before).items()}
+        if n_seen % 5 == 0:
+            loader.close()  # what loads across epochs has batches of the next one, and their files
+            left = {name: max(n, left.get(name, 0)) for name, n in Leftovers().beyond(before).items()}
         if n_seen % 50 == 0:
             tell(n_seen)
         if time.perf_counter() - began_s > limit_s:
@@ -167,7 +169,10 @@ class Leftovers:
 
 @functools.cache
 def _other_loader() -> DeviceLoader[Any]:
-    return DeviceLoader([torch.zeros(1)], DEVICE)
+    loader = DeviceLoader([torch.zeros(1)], DEVICE)
+    for _ in range(10):
+        list(loader)  # its pinned ring is then as large as it will be
+    return loader
 
 
 def _children() -> list[str]:

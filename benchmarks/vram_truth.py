@@ -7,7 +7,9 @@ them. The packages are imported once, before CUDA is initialised, and each job i
 """
 
 import argparse
+import functools
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -35,20 +37,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=1, help="how many jobs share the GPU")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="begin no further job after that")
     options = parser.parse_args()
     let_torchvision_import()
     import timm  # noqa: F401 - imported before the forks, which then need not
     import transformers  # noqa: F401 - likewise
 
+    until_s = time.monotonic() + options.limit_s
     with ThreadPoolExecutor(options.at_once) as pool:
-        runs = list(pool.map(in_own_process, json.loads(options.jobs.read_text())))
+        run = functools.partial(in_own_process, until_s=until_s)
+        runs = list(pool.map(run, json.loads(options.jobs.read_text())))
     environment = record.environment()
     truth = {"gpu": environment["machine"]["gpu"], **environment, "jobs": [run for run in runs if run]}
     options.truth.write_text(json.dumps(truth, indent=1) + "\n")
 
 
-def in_own_process(job: Job) -> dict[str, Any] | None:
+def in_own_process(job: Job, until_s: float) -> dict[str, Any] | None:
     """Run a job in a forked process and return what it needed; None, with a line, if it failed."""
+    if time.monotonic() > until_s:
+        return None
     began_s = time.perf_counter()
     here, there = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=report, args=(job, there))

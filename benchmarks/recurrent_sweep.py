@@ -1,0 +1,191 @@
+"""Measures what cuDNN's recurrent kernels take while they run, for `recurrent_sweep.csv` of the estimate.
+
+    python benchmarks/recurrent_sweep.py --out rows.csv [--rows 4000] [--at-once 14] [--limit-s 120]
+
+Random networks, and those that the table has, in each type. The bytes are what the caching allocator was
+asked for at the peak of one operator, beyond what it held before and what the operator returned: in the
+forward pass, and in the gradient of data and states. Values matter to nothing here.
+"""
+
+import argparse
+import multiprocessing
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchfast._estimate.cuda_behaviour.recurrent_workspaces import GRU, LSTM, RELU, TANH
+
+TABLE = Path(__file__).parent.parent / "torchfast" / "_estimate" / "cuda_behaviour" / "recurrent_sweep.csv"
+DESCRIBED = ("mode", "batch", "steps", "n_in", "hidden", "projection", "layers", "directions")
+COLUMNS = ("dtype", *DESCRIBED, "n_weights", "forward_bytes", "backward_bytes")
+DTYPES = ("float32", "float16", "bfloat16")
+WIDTHS = (20, 32, 48, 64, 80, 96, 100, 128, 150, 160, 192, 200, 250, 256, 300, 320, 384, 400, 450, 500, 512)
+WIDE = (600, 640, 650, 700, 768, 800, 896, 1000, 1024, 1150, 1280, 1500, 1536, 2048)
+BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
+STEPS = (1, 5, 10, 16, 20, 28, 32, 35, 40, 50, 64, 70, 80, 100, 128, 150, 192, 200, 256, 300, 384, 512, 800)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A network and the batch it runs on."""
+
+    dtype: str
+    mode: int
+    batch: int
+    steps: int
+    n_in: int
+    hidden: int
+    projection: int
+    layers: int
+    directions: int
+
+    @property
+    def is_moderate(self) -> bool:
+        """Whether it runs in some ten milliseconds and some gigabytes."""
+        n_states = self.batch * self.steps * self.hidden * self.directions * self.layers
+        is_quick = self.steps * self.layers * self.directions <= 2500 and n_states * self.hidden <= 5e10
+        return is_quick and n_states + self.batch * self.steps * self.n_in <= 1e8
+
+    @property
+    def weight_shapes(self) -> Iterator[tuple[int, ...]]:
+        """The weights, layer by layer and direction by direction, as PyTorch orders them."""
+        gates = {LSTM: 4, GRU: 3}.get(self.mode, 1) * self.hidden
+        n_out = self.projection or self.hidden
+        for layer in range(self.layers):
+            n_in = n_out * self.directions if layer else self.n_in
+            for _ in range(self.directions):
+                yield from ((gates, n_in), (gates, n_out), (gates,), (gates,))
+                if self.projection:
+                    yield (self.projection, self.hidden)
+
+
+def main() -> None:
+    """Measure, in several processes that share the GPU, and put their rows together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=4000, help="random networks beside those of the table")
+    parser.add_argument("--at-once", type=int, default=14, help="how many processes share the GPU")
+    parser.add_argument("--limit-s", type=float, default=120, help="begin no further network after that")
+    parser.add_argument("--modes", type=int, nargs="*", default=[RELU, TANH, LSTM, GRU], help="only these")
+    options = parser.parse_args()
+    networks = [network for network in drawn(options.rows) if network.mode in options.modes]
+    context = multiprocessing.get_context("spawn")
+    parts = [options.out.with_suffix(f".{index}") for index in range(options.at_once)]
+    processes = [
+        context.Process(target=measure, args=(networks[index :: len(parts)], part, options.limit_s))
+        for index, part in enumerate(parts)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(options.limit_s + 60)
+        process.kill()
+    rows = [row for part in parts if part.exists() for row in part.read_text().splitlines()]
+    for part in parts:
+        part.unlink(missing_ok=True)
+    options.out.write_text("".join(f"{row}\n" for row in (",".join(COLUMNS), *sorted(rows))))
+    print(f"{len(rows)} of {len(networks)} networks measured")
+
+
+def drawn(n_random: int) -> list[Drawn]:
+    """Return the table's networks in each type, and random ones, in random order."""
+    rng = random.Random(0)  # noqa: S311 - a sample, no secret
+    names, *lines = TABLE.read_text().splitlines()
+    known = [dict(zip(names.split(","), line.split(","), strict=True)) for line in lines]
+    found = {Drawn(dtype, *(int(row[n]) for n in DESCRIBED)) for row in known for dtype in DTYPES}
+    n_rows = len(found) + n_random
+    while len(found) < n_rows:
+        network = one(rng)
+        if network.is_moderate:
+            found.add(network)
+    networks = sorted(found, key=str)
+    rng.shuffle(networks)
+    return networks
+
+
+def one(rng: random.Random) -> Drawn:
+    """Draw a network."""
+    mode = rng.choices((RELU, TANH, LSTM, GRU), (1, 3, 8, 6))[0]
+    hidden = rng.choice(WIDTHS + WIDE)
+    projection = rng.choice((hidden // 2, hidden // 4)) if mode == LSTM and rng.random() < 0.12 else 0
+    return Drawn(
+        dtype=rng.choice(DTYPES),
+        mode=mode,
+        batch=rng.choice(BATCHES),
+        steps=rng.choice(STEPS),
+        n_in=hidden if rng.random() < 0.4 else rng.choice(WIDTHS + WIDE),
+        hidden=hidden,
+        projection=projection,
+        layers=rng.choices((1, 2, 3, 4, 5), (8, 8, 4, 2, 1))[0],
+        directions=rng.choices((1, 2), (3, 2))[0],
+    )
+
+
+# --- in a process of its own -------------------------------------------------------------------------------
+
+
+def measure(networks: list[Drawn], out: Path, limit_s: float) -> None:
+    """Write the rows of these networks, as they come; leave out what cannot be run."""
+    torch.set_num_threads(1)
+    until_s = time.monotonic() + limit_s
+    with out.open("w") as file:
+        for network in networks:
+            if time.monotonic() > until_s:
+                return
+            try:
+                taken = workspaces(network)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                print(network, str(error).splitlines()[0], flush=True)
+                continue
+            described = [getattr(network, name) for name in ("dtype", *DESCRIBED)]
+            n_weights = sum(torch.Size(shape).numel() for shape in network.weight_shapes)
+            print(*described, n_weights, *taken, sep=",", file=file, flush=True)
+            torch.cuda.empty_cache()
+
+
+def workspaces(network: Drawn) -> tuple[int, int]:
+    """Return what the forward pass took, and the gradient of data and states."""
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, network.dtype), device="cuda")
+
+    n_out = network.projection or network.hidden
+    n_states = network.layers * network.directions
+    weights = [new(*shape) for shape in network.weight_shapes]
+    tensor = new(network.steps, network.batch, network.n_in)
+    hx = new(n_states, network.batch, n_out)
+    cx = new(n_states, network.batch, network.hidden) if network.mode == LSTM else None
+    told: tuple[Any, ...] = (network.mode, network.hidden, network.projection, network.layers)
+    told = (*told, False, 0.0, True, network.directions == 2, [], None)
+    n_each = 5 if network.projection else 4
+    forward, (output, _, _, reserve, flat) = beyond(
+        torch.ops.aten._cudnn_rnn, tensor, weights, n_each, None, hx, cx, *told
+    )
+    gradient = torch.zeros_like(output)
+    of_data = [True, True, cx is not None, False]
+    backward, _ = beyond(
+        torch.ops.aten._cudnn_rnn_backward,
+        *(tensor, weights, n_each, flat, hx, cx, output, gradient, None, None),
+        *(*told, reserve, of_data),
+    )
+    return forward, backward
+
+
+def beyond(operator: Any, *arguments: Any) -> tuple[int, Any]:
+    """Return what a call was given at the peak beyond what it returned, and that."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    kept = operator(*arguments)
+    stats = torch.cuda.memory_stats()
+    torch.cuda.synchronize()
+    taken: int = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
+    return taken, kept
+
+
+if __name__ == "__main__":
+    main()
