@@ -246,7 +246,7 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from sweep_lists(source, n_leaves, n_samples)
 
 
-CELL_S = 1.5
+CELL_S = 1.0
 """There are many cells: after so long, none begins another round."""
 
 

@@ -23,10 +23,20 @@ SLEEP_CYCLES = {"pinned": 40_000, "fresh": 80_000, "pageable": 120_000, "reused"
 LONG_SLEEP_CYCLES = 2_000_000
 """1 ms before each hundredth, in which the host gets far ahead."""
 
-SHAPES = {"packed": (3, (5_000,)), "large": (1, (300_000,)), "images": (1, (2, 3, 224, 224))}
-"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 1 of 1.2 MB; images, 1.2 MB too."""
+SHAPES = {
+    "packed": (3, (5_000,)),
+    "rows": (16, (5_120,)),
+    "large": (1, (300_000,)),
+    "images": (1, (2, 3, 224, 224)),
+}
+"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, which lie without gaps and
+may be sent by the loop; 1 of 1.2 MB; images, 1.2 MB too.
+"""
 
-KINDS = list(itertools.product(("packed", "large"), ("pinned", "fresh", "pageable", "reused")))
+KINDS = [
+    *itertools.product(("packed", "large"), ("pinned", "fresh", "pageable", "reused")),
+    *itertools.product(("rows",), ("pinned", "fresh", "reused")),
+]
 """Sources: a list of pinned batches, a `DataLoader` that pins each anew and drops it, a generator of pageable
 ones, and one that fills the same pinned memory again and again.
 """

@@ -1,7 +1,9 @@
-"""Permits to send: handed over in the middle of a step if there is time, at once if not, and never lost."""
+"""Permits to send: looked for in the middle of a step if there is time, at once if not, and never lost."""
 
 import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,46 +31,62 @@ class Receiver:
 
     def all(self) -> list[Any]:
         """End the thread and return what it got."""
-        self._permits.put(None)
-        self._thread.join()
+        self._permits.lay_down(None)
+        while self._thread.is_alive():
+            self._permits.hurry()
+            self._thread.join(0.01)
         return self.got
 
 
 def at_a_step_of(step_s: float, *, share: float = 0.0) -> Permits:
     """Return permits of a loop whose steps take so long, and which is so far into one."""
     permits = Permits()
-    now_s = time.perf_counter() - share * step_s
-    for n_steps in (2, 1, 0):
-        permits.keep_pace(now_s - n_steps * step_s)
+    permits._step_s, permits._taken_s = step_s, time.perf_counter() - share * step_s
     return permits
 
 
-WAYS = st.sampled_from(["put", "lay_down", "hurry"])
-
-
-@given(st.lists(WAYS, max_size=40), st.sampled_from([0, 1e-4, HOUR_S]))
-def test_every_permit_arrives_once(ways: list[str], step_s: float) -> None:
-    """However permits are handed over, and at whatever pace, the thread gets each once."""
+@given(
+    st.lists(st.sampled_from(["lay_down", "call", "hurry"]), max_size=40), st.sampled_from([0, 1e-4, HOUR_S])
+)
+def test_every_permit_arrives_once_and_in_order(ways: list[str], step_s: float) -> None:
+    """However permits are handed over, and at whatever pace, the thread gets each once, in their order."""
     permits = at_a_step_of(step_s)
     receiver = Receiver(permits)
-    given_out = []
+    laid_down = []
     for number, way in enumerate(ways):
-        if way == "hurry":
-            permits.hurry()
+        if way == "lay_down":
+            permits.lay_down(number)
+            laid_down.append(number)
         else:
-            getattr(permits, way)(number)
-            given_out.append(number)
-    assert sorted(receiver.all()) == given_out
+            getattr(permits, way)()
+    assert receiver.all() == laid_down
 
 
 def test_a_permit_that_is_in_no_hurry_waits_for_the_middle_of_the_step() -> None:
-    """What is laid down early in a step wakes nobody until then, and is handed over when there is a hurry."""
+    """What is laid down early in a step wakes nobody until then; in a hurry it is taken at once."""
     permits = at_a_step_of(HOUR_S)
     permits.lay_down("permit")
-    assert permits._urgent.empty()
+    permits.call()
+    assert permits._words.empty()
     assert 0.4 * HOUR_S < permits._until_mid_step_s() <= 0.5 * HOUR_S
     permits.hurry()
     assert permits.get() == "permit"
+
+
+def test_what_the_loader_takes_is_taken_into_account() -> None:
+    """The thread of a loader that takes half a step is up at once, and not late with the next batch."""
+    permits = at_a_step_of(HOUR_S)
+    permits.load_s = 0.5 * HOUR_S
+    permits.lay_down("permit")
+    assert permits.get() == "permit"
+
+
+def test_a_thread_that_is_behind_does_not_wait() -> None:
+    """Of two permits the first is taken at once."""
+    permits = at_a_step_of(HOUR_S)
+    permits.lay_down(1)
+    permits.lay_down(2)
+    assert permits.get() == 1
 
 
 def test_in_the_second_half_of_a_step_a_permit_is_taken_at_once() -> None:
@@ -84,17 +102,46 @@ def test_a_thread_that_has_its_permits_sleeps_to_the_middle_of_the_next_step() -
 
 
 def test_a_thread_that_listens_is_woken() -> None:
-    """Where the loop is slower than it was, the thread waits for word, and a permit laid down is one."""
+    """Where the loop is slower than it was, the thread waits for word of a permit."""
     permits = at_a_step_of(1e-6)
     receiver = Receiver(permits)
     until(lambda: permits._is_listening)
     permits.lay_down("permit")
+    permits.call()
     until(lambda: receiver.got == ["permit"])
     assert receiver.all() == ["permit"]
 
 
+class Watched(deque[Any]):
+    """A deque that lets something happen right after the thread has looked into it."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._happens = happens
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        self._happens()
+        return length
+
+
+def test_a_permit_that_comes_right_after_the_thread_has_looked_is_not_overlooked() -> None:
+    """The thread says that it listens before it looks, so what is laid down after that brings a word."""
+    permits, n_looks = Permits(), 0
+
+    def after_a_look() -> None:
+        nonlocal n_looks
+        n_looks += 1
+        if n_looks == 2:  # the first look is that of the pause, after the second the thread goes to sleep
+            deque.append(watched, "permit")
+            permits.call()
+
+    watched = permits._lying = Watched(after_a_look)
+    assert permits.get() == "permit"
+
+
 @pytest.mark.parametrize(
-    ("times_s", "step_s"), [([5], 0), ([5, 6], 1), ([5, 6, 9], 1), ([5, 6, 9, 12], 3), ([5, 6, 90, 91], 1)]
+    ("times_s", "step_s"), [([5], 0), ([5, 6], 0), ([5, 6, 9], 1), ([5, 6, 9, 12], 3), ([5, 6, 7, 90, 91], 1)]
 )
 def test_a_pause_is_no_step(times_s: list[float], step_s: float) -> None:
     """A step is the shorter of the last two, so that a validation in between does not count."""
@@ -104,13 +151,17 @@ def test_a_pause_is_no_step(times_s: list[float], step_s: float) -> None:
     assert permits._step_s == step_s
 
 
-def test_what_is_taken_back_is_everything() -> None:
-    """Laid down or handed over, nothing is left."""
+def test_taking_permits_back_wakes_nobody() -> None:
+    """All that lies there is returned, and the thread, which sleeps, does not notice."""
     permits = at_a_step_of(HOUR_S)
-    permits.put(1)
+    permits.lay_down(1)
     permits.lay_down(2)
-    assert permits.drain() == [1, 2]
-    assert permits.drain() == []
+    assert permits.take_back() == [1, 2]
+    assert permits.take_back() == []
+    assert permits._words.empty()
+
+
+# --- in a pass -------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 4), st.integers(0, 12))
@@ -119,3 +170,34 @@ def test_no_pace_starves_the_loop(depth: int, n_batches: int) -> None:
     epoch, _, feed = open_feed(range(n_batches), depth)
     feed._work.permits._until_mid_step_s = lambda: HOUR_S  # type: ignore[method-assign]
     assert list(epoch) == list(range(n_batches))
+
+
+def test_after_a_release_nothing_is_sent_until_a_batch_is_taken() -> None:
+    """Memory that was given back is not taken again while the step is retried, and no batch is lost by it."""
+    epoch, transport, feed = open_feed(range(9), depth=4)
+    until(lambda: len(feed._work.ready) == 4)
+    feed._work.permits._until_mid_step_s = lambda: HOUR_S  # type: ignore[method-assign]
+    assert [next(epoch), next(epoch)] == [0, 1]
+    until(lambda: feed._work.permits._is_listening or not feed._work.permits._lying)
+    epoch.release_memory()
+    assert feed._n_owed >= 1
+    assert not feed._work.permits._lying
+    assert list(epoch) == list(range(2, 9))
+    assert transport.n_sent == 9
+
+
+def test_the_loop_sets_the_pace() -> None:
+    """Each batch that is taken tells that a step has begun."""
+    epoch, _, feed = open_feed(range(4))
+    seen = [feed._work.permits._taken_s for _ in epoch]
+    assert seen == sorted(set(seen))
+
+
+def test_asking_again_after_the_end_is_answered() -> None:
+    """The last end stays in line, for a loop in which an interrupt took the place of the first answer."""
+    epoch, _, feed = open_feed(range(2))
+    assert [feed.take(), feed.take()] == [0, 1]
+    for _ in range(3):
+        with pytest.raises(StopIteration):
+            feed.take()
+    epoch.close()

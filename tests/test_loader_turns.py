@@ -1,6 +1,7 @@
 """Batches that the consumer's thread sends itself, in turn with the copying thread, and who decides."""
 
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -136,6 +137,13 @@ def test_the_consumer_sends_where_that_is_faster(saved_us: int, step_s: float) -
     decided = decisions(lambda is_here: step_s - saved_us / 1e6 * is_here, 300)
     assert {True, False} == set(decided[:30])
     assert set(decided[30:]) == {saved_us > 50}
+
+
+def test_noise_is_no_saving() -> None:
+    """Where steps scatter by more than what is saved, the copying thread goes on."""
+    chance = random.Random(0)  # noqa: S311 -- noise
+    found = [decisions(lambda _: chance.gauss(0.1, 0.01), 30)[-1] for _ in range(200)]
+    assert sum(found) < 20
 
 
 def test_a_decision_is_tested_anew() -> None:

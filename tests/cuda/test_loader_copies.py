@@ -3,7 +3,7 @@
 import gc
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -72,7 +72,9 @@ def test_no_leaf_is_wrong(
     source: str, shapes: Shapes, *, is_sent_here: bool, is_batched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a lagging GPU every leaf holds its batch's number, whoever enqueues the copies, and how."""
+    monkeypatch.setattr(transport, "HERE_FROM_LEAVES", 1)
     monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
+    n_here = count_calls(monkeypatch, "send_here")
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
@@ -86,6 +88,19 @@ def test_no_leaf_is_wrong(
             del batch, leaf
         assert next(numbers) == 100
     assert int(wrong) == 0
+    assert source == "pageable" or (n_here() > 200) is (is_sent_here and source == "pinned, kept")
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
+    """Return what tells how often a method of the transport has been called from now on."""
+    original, calls = getattr(transport.CudaTransport, name), itertools.count()
+
+    def counted(*arguments: Any) -> Any:
+        next(calls)
+        return original(*arguments)
+
+    monkeypatch.setattr(transport.CudaTransport, name, counted)
+    return lambda: next(calls)
 
 
 def test_pinned_and_pageable_tensors_mix() -> None:

@@ -40,9 +40,11 @@ class ThreadedFeed:
         transport.begin(tally)
         self._work = Work(source, transport, tally, snapshot, begin_again)
         self._n_owed = 1
+        self._n_in_time = max(1, depth - 1)
+        """Batches that must be ready beside the one at hand, for there to be time."""
         self._process = os.getpid()
         for _ in range(depth):
-            self._work.permits.put(None)
+            self._work.permits.lay_down(None)
         # Closing at exit ends it in good order; daemonic, so that an exit never waits for a loader for ever.
         self._thread = threading.Thread(
             target=contextvars.copy_context().run,
@@ -78,22 +80,15 @@ class ThreadedFeed:
         # First of all: nothing that this step enqueues should delay the copy that goes there.
         blank = self._transport.blank() if self._n_owed else None
         work = self._work
-        must_wait, is_sent = not work.ready, False
-        try:
-            if must_wait:
-                self._grant(blank)
-            elif self._n_owed and self._is_instant and self._transport.is_sent_here():
-                is_sent = work.send_here(blank)  # before the delivery: an interrupt then loses nothing
-            began_s = time.perf_counter()
-            work.wait_for_arrival()
-            waited_s = time.perf_counter() - began_s
-            batch = self._delivered()
-        finally:
-            if is_sent:
-                self._n_owed -= 1
-            elif not must_wait:
-                # Last of all: it wakes the thread, which would take the GIL from us in between.
-                self._grant(blank)
+        # Before the delivery: an interrupt then loses nothing.
+        if self._may_send_here() and work.send_here(blank):
+            self._n_owed -= 1
+        else:
+            self._grant(blank)
+        began_s = time.perf_counter()
+        work.wait_for_arrival()
+        waited_s = time.perf_counter() - began_s
+        batch = self._delivered()
         self._tally.taken(waited_s)
         return batch
 
@@ -108,19 +103,29 @@ class ThreadedFeed:
         self._tally = self._work.tally = tally
         self._transport.begin(tally)
 
+    def _may_send_here(self) -> bool:
+        is_ready = self._n_owed > 0 and len(self._work.ready) > 0
+        return is_ready and self._is_instant and self._transport.is_sent_here()
+
     def _grant(self, blank: Any) -> None:
-        """Let the thread send one more batch for each that was taken: at once, if no other is ready."""
-        if self._n_owed:
+        """Let the thread send one more batch for each that was taken: at once, if too few are ready."""
+        permits = self._work.permits
+        while self._n_owed:
             self._n_owed -= 1
-            self._work.permits.lay_down(blank)
-        if not self._work.ready:
-            self._work.permits.hurry()
+            permits.lay_down(blank)
+            blank = None
+        if len(self._work.ready) <= self._n_in_time:
+            permits.hurry()
+        else:
+            permits.call()
 
     def _delivered(self) -> Any:
         """Hand out what arrived first. It leaves the line only then: an interrupt loses and frees nothing."""
         ready = self._work.ready
         if ready[0].is_end:
-            end = ready.popleft()
+            end = ready[0]
+            if end.goes_on:
+                ready.popleft()  # the last end stays: whoever asks again is told again
             self.state = self.state if end.state is None else end.state
             self.is_between_passes = end.goes_on
             raise StopIteration
@@ -158,8 +163,12 @@ class ThreadedFeed:
             parcel = self._work.ready[index].parcel
             if parcel is not None:
                 self._transport.evict(parcel)
-        for permit in self._work.permits.drain():
-            self._work.permits.put(permit if permit is Sent or permit is Stop else None)
+        for permit in self._work.permits.take_back():
+            if permit is Sent or permit is Stop:
+                self._work.permits.lay_down(permit)
+            else:
+                self._n_owed += 1  # laid down again when the next batch is taken
+        self._work.permits.call()
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything."""
@@ -167,7 +176,8 @@ class ThreadedFeed:
             return
         self.is_between_passes = False
         self._work.stopped = True
-        self._work.permits.put(Stop)
+        self._work.permits.lay_down(Stop)
+        self._work.permits.hurry()
         try:
             self._wait_for_thread()
         finally:
@@ -175,10 +185,13 @@ class ThreadedFeed:
             self._transport.fence()
             self._work.ready.clear()
             self._work.loaded.clear()
-            self._work.permits.drain()
-            self._work.permits.put(Stop)
-            # For a take() that another thread is waiting in.
-            self._work.arrive(Arrival(error=epoch.closed_error()))
+            self._work.permits.take_back()
+            self._work.permits.lay_down(Stop)
+            self._work.permits.hurry()
+            # For a take() that another thread waits in; not from the copying thread, where the collector may
+            # have come upon this feed within `arrive` itself.
+            if self._thread is not threading.current_thread():
+                self._work.arrive(Arrival(error=epoch.closed_error()))
 
     def _wait_for_thread(self) -> None:
         # The collector may run this in the very thread that it ends, which cannot wait for itself.

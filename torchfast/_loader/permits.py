@@ -1,11 +1,14 @@
-"""What lets the copying thread send: a permit for each batch, handed over without waking it if there is time.
+"""What lets the copying thread send: a permit for each batch, laid down without waking it if there is time.
 
 A thread that wakes while the loop launches kernels takes the interpreter from it again and again, 100 us a
 step in all. Half a step later the loop mostly waits for the device, as in `.item()`, and nobody is disturbed.
 So a permit that is in no hurry is only laid down, and the thread looks for it then, by the pace of the loop.
-In which order permits arrive is of no importance: any of them lets any batch be sent.
+
+Permits lie in one place until the thread takes them; beside them go words that only wake it. An interrupt in
+the loop's thread thus loses a word at most, and each further batch brings another.
 """
 
+import contextlib
 import time
 from collections import deque
 from queue import Empty, SimpleQueue
@@ -16,39 +19,32 @@ class Permits:
     """Hands permits from the loop's thread to the copying thread, and loses none."""
 
     def __init__(self) -> None:
-        self._urgent: SimpleQueue[Any] = SimpleQueue()
-        self._laid_down: deque[Any] = deque()
+        self._lying: deque[Any] = deque()
+        self.lay_down = self._lying.append
+        """Hand over a permit, waking nobody. In C: an interrupt comes before it or after it."""
+        self._words: SimpleQueue[None] = SimpleQueue()
         self._is_listening = False
-        """Whether the thread sleeps until it is woken: laying something down is then not enough."""
-        self._taken_s = 0.0
-        self._step_s = self._last_step_s = 0.0
+        """Whether the thread sleeps until it is woken, however long that may be."""
+        self.load_s = 0.0
+        """How long the loader took for its last batch: by so much the thread is up earlier."""
+        self._taken_s = self._step_s = self._last_step_s = 0.0
 
     # In the loop's thread.
 
     def keep_pace(self, now_s: float, /) -> None:
         """Note that the loop comes for a batch. A step is the shorter of the last two: a pause is none."""
-        last_step_s = now_s - self._taken_s
+        last_step_s = now_s - self._taken_s if self._taken_s else 0.0
         self._step_s = min(last_step_s, self._last_step_s)
         self._taken_s, self._last_step_s = now_s, last_step_s
 
-    def put(self, permit: Any, /) -> None:
-        """Hand over a permit now, and all that was laid down before it."""
-        self.hurry()
-        self._urgent.put(permit)
-
-    def lay_down(self, permit: Any, /) -> None:
-        """Hand over a permit in the middle of the step; now, if the thread is waiting for it already."""
-        self._laid_down.append(permit)
+    def call(self) -> None:
+        """Wake the thread if it does not wake by itself."""
         if self._is_listening:
-            self.hurry()
+            self._words.put(None)
 
     def hurry(self) -> None:
-        """Hand over now what was laid down."""
-        try:
-            while True:
-                self._urgent.put(self._laid_down.popleft())
-        except IndexError:  # also where the thread was quicker
-            return
+        """Wake the thread, or keep it from going to sleep once."""
+        self._words.put(None)
 
     # In the copying thread.
 
@@ -56,32 +52,39 @@ class Permits:
         """Return the next permit, after waiting for it without the GIL."""
         pause_s = self._until_mid_step_s()
         if pause_s > 0:
-            try:
-                return self._urgent.get(timeout=pause_s)
-            except Empty:
-                pass
+            with contextlib.suppress(Empty):
+                self._words.get(timeout=pause_s)
         # First say that it listens, then look: whoever lays something down does it the other way round.
         self._is_listening = True
         try:
-            return self._laid_down.popleft()
-        except IndexError:
-            return self._urgent.get()
+            self._forget_words()
+            while not self._lying:
+                self._words.get()
+            return self._lying.popleft()
         finally:
             self._is_listening = False
 
+    def _forget_words(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                self._words.get_nowait()
+
     def _until_mid_step_s(self) -> float:
-        """Return the time to the middle of this step, or of the next if nothing was laid down in this one."""
-        steps = 0.5 if self._laid_down else 1.5
-        return self._taken_s + steps * self._step_s - time.perf_counter()
+        """Return how long the thread may sleep: to the middle of this step, or of the next.
+
+        Of the next if nothing was laid down in this one; not at all if it is behind by more than one.
+        """
+        if len(self._lying) > 1:
+            return 0.0
+        steps = 0.5 if self._lying else 1.5
+        return self._taken_s + steps * self._step_s - self.load_s - time.perf_counter()
 
     # In either.
 
-    def drain(self) -> list[Any]:
-        """Take back all that nobody has got yet."""
-        self.hurry()
+    def take_back(self) -> list[Any]:
+        """Return all that nobody has got yet, and wake nobody."""
         permits = []
-        try:
+        with contextlib.suppress(IndexError):
             while True:
-                permits.append(self._urgent.get_nowait())
-        except Empty:
-            return permits
+                permits.append(self._lying.popleft())
+        return permits

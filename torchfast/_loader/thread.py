@@ -130,7 +130,8 @@ class Work:
             return True
         except BaseException as error:  # noqa: BLE001 - as above
             return self._permit() is not Stop and self._failed(error)
-        self.tally.load_s += time.perf_counter() - began_s
+        self.permits.load_s = time.perf_counter() - began_s
+        self.tally.load_s += self.permits.load_s
         self.loaded.append((batch, state))
         del batch, state
         permit = self._permit()
@@ -183,7 +184,8 @@ class Work:
             self._load_here()
         finally:
             if not self.loaded:
-                self.permits.put(Sent)
+                self.permits.lay_down(Sent)
+                self.permits.hurry()
         return True
 
     def _load_here(self) -> None:

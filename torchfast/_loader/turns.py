@@ -1,8 +1,8 @@
 """Whose turn it is to send a batch that takes little work: found by trying both.
 
 A loop that launches kernels shares one interpreter with the copying thread, and a wake-up of that costs it
-more than the work would, unless the device is behind anyway. Which it is cannot be seen from outside, so the
-time from batch to batch decides.
+more than the work would, unless the device is behind anyway. Whether it is cannot be seen from outside, so
+the time from batch to batch decides.
 """
 
 import itertools
@@ -25,7 +25,7 @@ N_BATCHES_DECIDED = 1000
 """Batches for which a decision holds before it is tested anew."""
 
 WORTH_IT_S = 50e-6
-"""The consumer sends if that saves so much a batch: `next` is then the longer for it."""
+"""The consumer sends if that saves so much a batch, beyond noise: `next` is the longer for it."""
 
 
 class Turns:
@@ -34,7 +34,7 @@ class Turns:
     def __init__(self) -> None:
         self._trials = iter(TRIALS)
         self._trial = next(self._trials)
-        self._medians_s: list[float] = []
+        self._found_s: list[tuple[float, float]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -50,15 +50,21 @@ class Turns:
 
     def _conclude(self) -> None:
         if self._trial.is_timed:
-            steps_s = [later - earlier for earlier, later in itertools.pairwise(self._times_s)]
-            self._medians_s.append(statistics.median(steps_s))
+            self._found_s.append(_middle([later - then for then, later in itertools.pairwise(self._times_s)]))
         last_s = self._times_s[-1]
         trial = next(self._trials, None)
-        if trial is None and self._medians_s:
-            there_s, here_s = self._medians_s
-            trial = Trial(here_s < there_s - WORTH_IT_S, N_BATCHES_DECIDED, is_timed=False)
-            self._medians_s = []
+        if trial is None and self._found_s:
+            (there_s, noise_there_s), (here_s, noise_here_s) = self._found_s
+            is_here = there_s - here_s > max(WORTH_IT_S, noise_there_s + noise_here_s)
+            trial = Trial(is_here, N_BATCHES_DECIDED, is_timed=False)
+            self._found_s = []
         elif trial is None:
             self._trials = iter(TRIALS)
             trial = next(self._trials)
         self._trial, self._times_s = trial, [last_s]
+
+
+def _middle(steps_s: list[float]) -> tuple[float, float]:
+    """Return the median, and how far from it half of the steps are at least."""
+    median_s = statistics.median(steps_s)
+    return median_s, statistics.median(abs(step_s - median_s) for step_s in steps_s)
