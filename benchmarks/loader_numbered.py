@@ -29,8 +29,8 @@ SHAPES = {
     "large": (1, (300_000,)),
     "images": (1, (2, 3, 224, 224)),
 }
-"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, which lie without gaps and
-may be sent by the loop; 1 of 1.2 MB; images, 1.2 MB too.
+"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may
+be sent by the loop; 1 of 1.2 MB; images, 1.2 MB too.
 """
 
 KINDS = [
