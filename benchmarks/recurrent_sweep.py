@@ -1,10 +1,11 @@
-"""Measures what cuDNN's recurrent kernels take while they run, for `recurrent_sweep.csv` of the estimate.
+"""Measures what cuDNN's recurrent kernels take while they run, for tests/data/recurrent_sweep.csv.
 
     python benchmarks/recurrent_sweep.py --out rows.csv [--rows 4000] [--at-once 14] [--limit-s 120]
 
-Random networks, and those that the table has, in each type. The bytes are what the caching allocator was
-asked for at the peak of one operator, beyond what it held before and what the operator returned: in the
-forward pass, and in the gradient of data and states. Values matter to nothing here.
+Random networks, and those that the table has; the formulas of the estimate were read off them. The bytes are
+what the caching allocator was asked for at the peak of one operator, beyond what it held before and what the
+operator returned: in the forward pass, and in the gradient of data and states (which makes zeros of the
+gradients of the last states, as nobody gives them). Values matter to nothing here.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 from torchfast._estimate.cuda_behaviour.recurrent_workspaces import GRU, LSTM, RELU, TANH
 
-TABLE = Path(__file__).parent.parent / "torchfast" / "_estimate" / "cuda_behaviour" / "recurrent_sweep.csv"
+TABLE = Path(__file__).parent.parent / "tests" / "data" / "recurrent_sweep.csv"
 DESCRIBED = ("mode", "batch", "steps", "n_in", "hidden", "projection", "layers", "directions")
 COLUMNS = ("dtype", *DESCRIBED, "n_weights", "forward_bytes", "backward_bytes")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -93,11 +94,11 @@ def main() -> None:
 
 
 def drawn(n_random: int) -> list[Drawn]:
-    """Return the table's networks in each type, and random ones, in random order."""
+    """Return the table's networks, and random ones, in random order."""
     rng = random.Random(0)  # noqa: S311 - a sample, no secret
     names, *lines = TABLE.read_text().splitlines()
     known = [dict(zip(names.split(","), line.split(","), strict=True)) for line in lines]
-    found = {Drawn(dtype, *(int(row[n]) for n in DESCRIBED)) for row in known for dtype in DTYPES}
+    found = {Drawn(row["dtype"], *(int(row[n]) for n in DESCRIBED)) for row in known}
     n_rows = len(found) + n_random
     while len(found) < n_rows:
         network = one(rng)

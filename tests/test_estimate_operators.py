@@ -1,5 +1,6 @@
 """Operators on paper take what they took on an H200 (torch 2.11): what is left, and what is given back."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -173,6 +174,53 @@ def test_layer_norms_over_many_short_rows_sum_their_weights_in_blocks() -> None:
     sizes = [e.size_bytes for e in inside]
     assert sizes.count(9408 * 96 * 4) == 2
     assert sizes.count(1_818_624) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "staged_bytes", "counter_bytes"),
+    [
+        # What an H200 took (torch 2.11), to the rounding of the allocator.
+        ((96, 512, 28, 28), 1_048_576, 64),
+        ((96, 120, 28, 28), 245_760, 16),
+        ((96, 80, 14, 14), 94_720, 12),
+        ((64, 2048, 7, 7), 425_984, 256),
+        ((16, 256, 1, 1), 0, 0),
+    ],
+)
+def test_pytorchs_batch_norm_stages_sums_in_channels_last(
+    shape: tuple[int, ...], staged_bytes: int, counter_bytes: int
+) -> None:
+    """Four partial sums a channel forward, two backward, before the gradient is there; contiguous, none."""
+
+    def sizes(operator: str, memory_format: torch.memory_format) -> list[int]:
+        batch = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=memory_format)
+        model = nn.Sequential(nn.BatchNorm2d(shape[1], dtype=torch.bfloat16), nn.ReLU())
+        found = estimate_vram(model, batch.requires_grad_(), gpu="H200", n_steps=1)
+        notes = found._trace.notes
+        return [e.size_bytes for e in found._trace.events if notes[e.note].operator == operator]
+
+    for operator, staged in (("native_batch_norm", 4), ("native_batch_norm_backward", 2)):
+        last, plain = (sizes(f"aten.{operator}", f) for f in (torch.channels_last, torch.contiguous_format))
+        expected = [staged_bytes * staged // 4, counter_bytes] if staged_bytes else []
+        assert all(size in last for size in expected)
+        if math.prod(shape[2:]) > 1:
+            assert not any(size in plain for size in expected)
+
+
+@pytest.mark.parametrize(("name", "operator"), [("softmax", "_softmax"), ("log_softmax", "_log_softmax")])
+@pytest.mark.parametrize(("suffix", "n_scratch"), [("", 1), ("_backward_data", None)])
+def test_a_softmax_copies_its_operands_once_its_output_is_there(
+    name: str, operator: str, suffix: str, n_scratch: int | None
+) -> None:
+    """PyTorch makes a structured operator's output before its kernel runs, so it takes the first block."""
+    found = run(lambda x: getattr(x.transpose(1, 2), name)(1).transpose(1, 2), (8, 64, 1000))
+    notes = found._trace.notes
+    inside = [e for e in found._trace.events if notes[e.note].operator == f"aten.{operator}{suffix}"]
+    taken_there = [e.block for e in inside if e.size_bytes == 8 * 64 * 1000 * 4]
+    given_back = [e.block for e in inside if e.size_bytes == 0]
+    assert taken_there[0] not in given_back
+    assert set(taken_there[1:]) <= set(given_back)
+    assert n_scratch is None or len(taken_there) == 1 + n_scratch
 
 
 @pytest.mark.parametrize(("dtype", "n_copies"), [(torch.float16, 0), (torch.bfloat16, 1)])

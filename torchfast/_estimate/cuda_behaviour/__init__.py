@@ -49,6 +49,8 @@ _RULES: dict[str, Rule] = {
     "native_layer_norm_backward": norms.layer_norm_backward,
     "cudnn_batch_norm": norms.cudnn_batch_norm,
     "cudnn_batch_norm_backward": norms.cudnn_batch_norm_backward,
+    "native_batch_norm": norms.native_batch_norm,
+    "native_batch_norm_backward": norms.native_batch_norm_backward,
     "_fused_rms_norm": norms.rms_norm,
     "_fused_rms_norm_backward": norms.rms_norm_backward,
     "_local_scalar_dense": conditions.item,

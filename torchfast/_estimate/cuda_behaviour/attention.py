@@ -265,19 +265,20 @@ def cudnn_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs:
 
 
 def flash_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run flash attention's backward pass (flash_api.cpp, torch 2.11).
+    """Run flash attention's backward pass (attention_backward.cu and flash_api.cpp, torch 2.11).
 
-    Gradient and output are made contiguous with the heads behind the rows; the query's gradient is summed in
-    fp32 with rows padded to 128 and the head to 32, beside one fp32 number a row.
+    First gradient and output are made contiguous with the heads behind the rows. The query's gradient is
+    summed in fp32 with rows padded to 128 and the head to 32, beside one fp32 number a row; those of grouped
+    keys and values are reckoned for every query head.
     """
-    outputs = recorder.run(func, args, kwargs)
     gradient, query, key, output = args[0], args[1], args[2], args[4]
     n_heads, rows, width = query.shape[0] * query.shape[1], _padded(query.shape[2], 128), query.shape[3]
-    copies = [size for t in (gradient, output) for size in copy_bytes(t.transpose(1, 2))]
-    if key.shape[1] != query.shape[1]:
-        copies += 2 * [query.shape[0] * query.shape[1] * key.shape[2] * width * key.dtype.itemsize]
-    with recorder.scratch(*copies, n_heads * rows * 4, n_heads * rows * _padded(width, 32) * 4):
-        return outputs
+    each = n_heads * key.shape[2] * width * key.dtype.itemsize
+    expanded = (each, each) if key.shape[1] != query.shape[1] else ()
+    with recorder.scratch(*(size for t in (gradient, output) for size in copy_bytes(t.transpose(1, 2)))):
+        outputs = recorder.run(func, args, kwargs)
+        with recorder.scratch(n_heads * rows * 4, n_heads * rows * _padded(width, 32) * 4, *expanded):
+            return outputs
 
 
 def _padded(size: int, step: int) -> int:
@@ -304,12 +305,13 @@ def efficient_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwa
     """Run its backward pass: one fp32 number a row (delta), then the kernel's workspace.
 
     attention_backward.cu and kernel_backward.h, torch 2.11. In half precision the kernel reckons delta by
-    itself; in fp32 it is a product of gradient and output, summed.
+    itself; in fp32 it is a product of gradient and output, summed. The gradient is made contiguous before the
+    results are there (allocations recorded on an H200).
     """
     grad_out, query, value = args[0], args[1], args[3]
     n_rows = query.shape[0] * query.shape[1] * query.shape[2]
-    outputs = recorder.run(func, args, kwargs)
     copies = [recorder.allocate(size, "workspace") for size in copy_bytes(grad_out.transpose(1, 2))]
+    outputs = recorder.run(func, args, kwargs)
     if grad_out.dtype in _HALVES and recorder.gpu.capability != (7, 0):
         delta = recorder.allocate(n_rows * 4, "workspace")
     else:

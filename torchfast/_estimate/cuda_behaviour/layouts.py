@@ -17,6 +17,17 @@ def contiguous_first(*positions: int) -> Rule:
     return rule
 
 
+def contiguous_after(*positions: int) -> Rule:
+    """Return the rule of a structured operator that does: PyTorch makes its output before its kernel runs."""
+
+    def rule(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outputs = recorder.run(func, args, kwargs)
+        with recorder.scratch(*(size for i in positions for size in copy_bytes(args[i]))):
+            return outputs
+
+    return rule
+
+
 def copy_bytes(tensor: Any) -> tuple[int, ...]:
     """Return the size of a contiguous copy, or nothing where there is none to make."""
     if not isinstance(tensor, torch.Tensor) or tensor.is_contiguous():
@@ -94,11 +105,11 @@ def roll(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def softmax_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply gradient and output into a tensor of its own after the result is there (SoftMax.cu)."""
+    outputs = recorder.run(func, args, kwargs)
     product = recorder.run_unrecorded(torch.ops.aten.mul.Tensor, (args[0], args[1]), {})
-    with recorder.scratch(*copy_bytes(product), *copy_bytes(args[1])):
-        outputs = recorder.run(func, args, kwargs)
-        with recorder.scratch(args[0].numel() * args[0].dtype.itemsize):
-            return outputs
+    size_bytes = product.numel() * product.dtype.itemsize
+    with recorder.scratch(size_bytes, *copy_bytes(product), *copy_bytes(args[1])):
+        return outputs
 
 
 def im2col(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,9 +162,9 @@ RULES: dict[str, Rule] = {
     "native_layer_norm": contiguous_first(0),
     "native_group_norm": suggested_first(0),
     "native_group_norm_backward": contiguous_first(0, 1),
-    "_log_softmax": contiguous_first(0),
-    "_softmax": contiguous_first(0),
-    "_log_softmax_backward_data": contiguous_first(0, 1),
+    "_log_softmax": contiguous_after(0),
+    "_softmax": contiguous_after(0),
+    "_log_softmax_backward_data": contiguous_after(0, 1),
     "_softmax_backward_data": softmax_backward,
     "embedding": contiguous_first(1),
     "reflection_pad2d": contiguous_first(0),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from torchfast._estimate.cuda_behaviour.layouts import copy_bytes
-from torchfast._estimate.cuda_behaviour.reductions import scratch_bytes
+from torchfast._estimate.cuda_behaviour.reductions import last_power, scratch_bytes
 from torchfast._estimate.recorder import Recorder
 
 
@@ -60,6 +60,61 @@ def _tiles_bytes(tensor: torch.Tensor, *, n_positions: int, counter_bytes: int) 
 
 
 _TILES_BESIDE_BYTES = 1100  # from what sizes rounded to: more than 1,024, at most 1,152
+
+
+def native_batch_norm(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run PyTorch's own batch norm, which sums blocks of positions first where it is channels last.
+
+    Normalization.cu and Normalization.cuh, torch 2.11.
+    """
+    tensor, training = args[0], args[5]
+    outputs = recorder.run(func, args, kwargs)
+    with recorder.scratch(*(_staged_bytes(tensor, n_each=4) if training else ())):
+        return outputs
+
+
+def native_batch_norm_backward(
+    recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run its backward pass: channels last, the sums over positions are there before the gradient is."""
+    gradient, tensor, wanted = args[0], args[1], args[9]
+    if not (args[7] and wanted[0] and _runs_channels_last(tensor) and _runs_channels_last(gradient)):
+        return recorder.run(func, args, kwargs)
+    meta = recorder.run_unrecorded(func, args, kwargs)
+    sums = tensor.shape[1] * _accumulator_bytes(tensor)
+    with recorder.scratch(sums, sums):
+        of_weights = [recorder.adopt(each) for each in meta[1:]]
+        with recorder.scratch(*_staged_bytes(tensor, n_each=2)):
+            pass
+        return (recorder.adopt(meta[0]), *of_weights)
+
+
+def _runs_channels_last(tensor: torch.Tensor) -> bool:
+    """Answer for `batch_norm_use_channels_last_kernels`."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is not None and tensor.is_contiguous(memory_format=last):
+        return True
+    return tensor.dim() > 1 and tensor.is_contiguous() and tensor.stride(1) == 1
+
+
+def _staged_bytes(tensor: torch.Tensor, *, n_each: int) -> tuple[int, ...]:
+    """Return partial sums and counters of the grid that `flexible_launch_configs` chooses."""
+    n_channels = tensor.shape[1]
+    n_positions = tensor.numel() // max(n_channels, 1)
+    if not n_positions or not _runs_channels_last(tensor):
+        return ()
+    width = min(last_power(n_channels), 32)
+    height = min(last_power(-(-n_positions // 16)), 512 // width)
+    if width * height != 512:
+        width = min(last_power(n_channels), 512 // height)
+    n_blocks = min(-(-n_positions // (height * 16)), 128)
+    if n_blocks < 8:  # not worth a reduction across blocks
+        return ()
+    return n_each * n_channels * n_blocks * _accumulator_bytes(tensor), 4 * -(-n_channels // width)
+
+
+def _accumulator_bytes(tensor: torch.Tensor) -> int:
+    return max(4, tensor.dtype.itemsize)
 
 
 def layer_norm_backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

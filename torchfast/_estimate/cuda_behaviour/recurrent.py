@@ -12,6 +12,7 @@ from torchfast._estimate.cuda_behaviour.recurrent_workspaces import (
     RELU,
     TANH,
     Network,
+    algorithm,
     reserve_bytes,
     workspace_bytes,
 )
@@ -112,57 +113,67 @@ def dropout_state(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: 
 def forward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the forward pass: output and states, the workspace, and the reserve while the workspace is held."""
     del func, kwargs
-    tensor, params, _, _, hx, cx, _, _, _, _, batch_first, _, train, bidirectional, batch_sizes, _ = args
-    directions = 2 if bidirectional else 1
-    shape = (*tensor.shape[:-1], hx.shape[2] * directions)
+    tensor, _, _, _, hx, cx, _, _, _, _, batch_first, _, train, bidirectional, batch_sizes, _ = args
+    shape = (*tensor.shape[:-1], hx.shape[2] * (2 if bidirectional else 1))
     network = _network(args)
-    flat = None if _is_flat(tensor.dtype) else recorder.new((_numel(params),), tensor.dtype)
-    with recorder.scratch(*(copy_bytes(tensor.transpose(0, 1)) if batch_first and not batch_sizes else ())):
-        output = _sequence(recorder, shape, tensor.dtype, batch_first=batch_first and not batch_sizes)
+    workspace = workspace_bytes(network, algorithm(network, recorder.gpu, is_forward=True))
+    first = batch_first and not batch_sizes
+    with recorder.scratch(*_copy_of(tensor, batch_first=first)):
+        output = _sequence(recorder, shape, tensor.dtype, batch_first=first)
         hy = recorder.new(hx.shape, tensor.dtype)
         cy = recorder.new((0,) if cx is None else cx.shape, tensor.dtype)
-        kept = reserve_bytes(network, has_dropout=args[11] > 0) if train else 0
-        with recorder.scratch(workspace_bytes(network)):
-            reserve = recorder.new((kept,), torch.uint8)
-    if flat is None:
-        flat = recorder.new((0,), tensor.dtype)
+        flat = recorder.new((0 if _is_flat(tensor.dtype) else _n_weights(network),), tensor.dtype)
+        with recorder.scratch(workspace):
+            reserve = recorder.new((reserve_bytes(network) if train else 0,), torch.uint8)
     return output, hy, cy, reserve, flat
 
 
 def backward(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the backward pass: first of data and states, then of the weights, into one flat tensor."""
     del func, kwargs
-    tensor, params, _, _, hx, cx = args[:6]
-    grad_out, batch_first, wanted = args[7], args[14], args[-1]
-    forward_args = (tensor, params, None, None, hx, cx, *args[10:14], batch_first, *args[15:19], None)
-    workspace = workspace_bytes(_network(forward_args))
-    first = batch_first and not args[18]
-    copy = copy_bytes(tensor.transpose(0, 1)) if first else ()
-    gradient = copy_bytes(grad_out.transpose(0, 1) if first else grad_out) if grad_out is not None else ()
-    with recorder.scratch(*copy, *gradient):
-        dx = _sequence(recorder, tuple(tensor.shape), tensor.dtype, batch_first=first)
-        dhx = recorder.new(hx.shape, hx.dtype)
-        dcx = recorder.new(cx.shape, cx.dtype) if cx is not None else None
-        with recorder.scratch(workspace):
-            pass
-    if not wanted[3]:
-        return dx, dhx, dcx, []
-    with recorder.scratch(*copy):
-        flat = recorder.new((_numel(params),), tensor.dtype)
-        with recorder.scratch(workspace):
-            pass
+    tensor, params, n_each, _, hx, cx, output, *given = args[:10]
+    batch_first, batch_sizes, wanted = args[14], args[18], args[-1]
+    network = _network((tensor, params, None, None, hx, cx, *args[10:14], batch_first, *args[15:19], None))
+    workspace = workspace_bytes(network, algorithm(network, recorder.gpu, is_forward=False))
+    first = batch_first and not batch_sizes
+    copy = _copy_of(tensor, batch_first=first)
+    of_output = () if given[0] is None else _copy_of(given[0], batch_first=first)
+    # Gradients that are absent are zeros, which last as long as the call.
+    absent = [like for like, gradient in zip((output, hx, cx), given, strict=True) if gradient is None]
+    with recorder.scratch(*(like.numel() * like.dtype.itemsize for like in absent if like is not None)):
+        with recorder.scratch(*copy, *of_output):
+            dx = _sequence(recorder, tuple(tensor.shape), tensor.dtype, batch_first=first)
+            dhx = recorder.new(hx.shape, hx.dtype)
+            dcx = None if cx is None else recorder.new(cx.shape, cx.dtype)
+            with recorder.scratch(workspace):
+                pass
+        if not wanted[3]:
+            return dx, dhx, dcx, []
+        with recorder.scratch(*copy):
+            flat = recorder.new((_n_weights(network),), tensor.dtype)
+            with recorder.scratch(workspace):
+                pass
+        return dx, dhx, dcx, _pieces(recorder, flat, params, has_biases=n_each > 3)
+
+
+def _pieces(
+    recorder: Recorder, flat: torch.Tensor, params: Sequence[torch.Tensor], *, has_biases: bool
+) -> list[torch.Tensor]:
+    """Return the weights' gradients: views of the flat tensor, or copies of it where it has more biases."""
+    if not has_biases:
+        return [recorder.new(weight.shape, weight.dtype) for weight in params]
     pieces, offset = [], 0
     for weight in params:
         pieces.append(
             recorder.run(aten.as_strided.default, (flat, weight.shape, weight.stride(), offset), {})
         )
         offset += weight.numel()
-    return dx, dhx, dcx, pieces
+    return pieces
 
 
 def _network(args: tuple[Any, ...]) -> Network:
     """Describe the network that `_cudnn_rnn` was called with."""
-    tensor, params, _, _, hx, _, mode, hidden, projection, layers, batch_first = args[:11]
+    tensor, _, _, _, hx, _, mode, hidden, projection, layers, batch_first, dropout, train = args[:13]
     batch_sizes = args[14]
     steps, batch = tensor.shape[:2] if tensor.dim() == 3 else (tensor.shape[0], 1)
     if batch_sizes:
@@ -171,7 +182,7 @@ def _network(args: tuple[Any, ...]) -> Network:
         steps, batch = batch, steps
     return Network(
         mode=mode,
-        itemsize=tensor.dtype.itemsize,
+        dtype=tensor.dtype,
         batch=max(batch, 1),
         steps=max(steps, 1),
         n_in=tensor.shape[-1],
@@ -179,13 +190,20 @@ def _network(args: tuple[Any, ...]) -> Network:
         projection=projection,
         layers=layers,
         directions=hx.shape[0] // layers,
-        n_weights=_numel(params),
         n_rows=tensor.numel() // max(tensor.shape[-1], 1),
+        has_dropout=train and dropout > 0,
+        is_packed=bool(batch_sizes),
     )
 
 
-def _numel(params: Sequence[torch.Tensor]) -> int:
-    return sum(weight.numel() for weight in params)
+def _copy_of(tensor: torch.Tensor, *, batch_first: bool) -> tuple[int, ...]:
+    """Return the size of the copy that lies time first, or nothing where the tensor does."""
+    return copy_bytes(tensor.transpose(0, 1) if batch_first else tensor)
+
+
+def _n_weights(network: Network) -> int:
+    """Return the elements of the one block that cuDNN wants weights in."""
+    return network.n_matrix_elements + network.n_biases
 
 
 def _is_flat(dtype: torch.dtype) -> bool:

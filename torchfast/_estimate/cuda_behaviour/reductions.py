@@ -104,13 +104,14 @@ class _Launch:
 
 
 def _block(first: int, second: int, max_threads: int) -> tuple[int, int]:
-    first, second = (min(_last_power(n), max_threads) for n in (first, second))
+    first, second = (min(last_power(n), max_threads) for n in (first, second))
     width = min(first, _WARP)
     height = min(second, max_threads // width)
     return min(first, max_threads // height), height
 
 
-def _last_power(n: int) -> int:
+def last_power(n: int) -> int:
+    """Return the largest power of two that is no larger."""
     return 1 << (max(n, 1).bit_length() - 1)
 
 
