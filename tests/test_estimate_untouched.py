@@ -163,11 +163,14 @@ PRECISIONS = (
 
 @pytest.fixture(params=["none", "tf32", "ieee"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Set each of the newer flags for TF32 but the one of all backends, and put them back."""
+    """Set each of the newer flags for TF32 but the one of all backends, and put them and the older ones back."""
     before = [owner.fp32_precision for owner in PRECISIONS]
+    older = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     for owner in PRECISIONS[1:]:
         owner.fp32_precision = request.param
     yield request.param
+    torch.backends.cudnn.allow_tf32 = older[0]
+    torch.set_float32_matmul_precision(older[1])
     for owner, value in zip(PRECISIONS, before, strict=True):
         owner.fp32_precision = value
 
