@@ -163,7 +163,7 @@ PRECISIONS = (
 
 @pytest.fixture(params=["none", "tf32", "ieee"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Set each of the newer flags for TF32 but the one of all backends, and put them and the older ones back."""
+    """Set each of the newer flags for TF32 but the one of all backends; put them and the older ones back."""
     before = [owner.fp32_precision for owner in PRECISIONS]
     older = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     for owner in PRECISIONS[1:]:
