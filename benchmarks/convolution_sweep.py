@@ -34,6 +34,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
+import record
 import torch
 
 from torchfast._estimate.cuda_behaviour.convolution import _memory_format, runs_own_kernels
@@ -276,20 +277,10 @@ def measured(shape: Shape) -> Taken | str:
         return "too large"
     tensors = operands(shape, "cuda")
     torch.cuda.reset_accumulated_memory_stats()
-    forward, data, weight = (beyond(call) for call in passes(shape, tensors))
+    forward, data, weight = (record.taken_bytes(call)[0] for call in passes(shape, tensors))
     torch.cuda.synchronize()  # an error of a kernel is this row's
     was_refused = torch.cuda.memory_stats()["num_ooms"] > 0  # cuDNN then takes another kernel
     return "short of memory" if was_refused else (forward, data, weight)
-
-
-def beyond(call: Callable[[], Any]) -> int:
-    """Return what a call was given at the peak beyond what it returned."""
-    torch.cuda.reset_peak_memory_stats()
-    kept = call()
-    stats = torch.cuda.memory_stats()
-    del kept
-    taken: int = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
-    return taken
 
 
 @dataclass

@@ -60,6 +60,14 @@ def times_ms(step: Callable[[], object], *, n_samples: int, n_steps: int, n_warm
     return samples
 
 
+def taken_bytes(call: Callable[[], Any]) -> tuple[int, Any]:
+    """Return what a call was given by the GPU's allocator at the peak beyond what it returned, and that."""
+    torch.cuda.reset_peak_memory_stats()
+    kept = call()
+    stats = torch.cuda.memory_stats()
+    return stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"], kept
+
+
 def median(samples: list[float]) -> float:
     """Return the median to four digits, as the tables quote it."""
     return float(f"{statistics.median(samples):.4g}")

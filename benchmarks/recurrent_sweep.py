@@ -13,56 +13,23 @@ import multiprocessing
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
-from torchfast._estimate.cuda_behaviour.recurrent_workspaces import GRU, LSTM, RELU, TANH
+from torchfast._estimate.cuda_behaviour.recurrent_workspaces import GRU, LSTM, RELU, TANH, Network
 
 TABLE = Path(__file__).parent.parent / "tests" / "data" / "recurrent_sweep.csv"
 DESCRIBED = ("mode", "batch", "steps", "n_in", "hidden", "projection", "layers", "directions")
 COLUMNS = ("dtype", *DESCRIBED, "n_weights", "forward_bytes", "backward_bytes")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (20, 32, 48, 64, 80, 96, 100, 128, 150, 160, 192, 200, 250, 256, 300, 320, 384, 400, 450, 500, 512)
 WIDE = (600, 640, 650, 700, 768, 800, 896, 1000, 1024, 1150, 1280, 1500, 1536, 2048)
 BATCHES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512)
 STEPS = (1, 5, 10, 16, 20, 28, 32, 35, 40, 50, 64, 70, 80, 100, 128, 150, 192, 200, 256, 300, 384, 512, 800)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A network and the batch it runs on."""
-
-    dtype: str
-    mode: int
-    batch: int
-    steps: int
-    n_in: int
-    hidden: int
-    projection: int
-    layers: int
-    directions: int
-
-    @property
-    def is_moderate(self) -> bool:
-        """Whether it runs in some ten milliseconds and some gigabytes."""
-        n_states = self.batch * self.steps * self.hidden * self.directions * self.layers
-        is_quick = self.steps * self.layers * self.directions <= 2500 and n_states * self.hidden <= 5e10
-        return is_quick and n_states + self.batch * self.steps * self.n_in <= 1e8
-
-    @property
-    def weight_shapes(self) -> Iterator[tuple[int, ...]]:
-        """The weights, layer by layer and direction by direction, as PyTorch orders them."""
-        gates = {LSTM: 4, GRU: 3}.get(self.mode, 1) * self.hidden
-        n_out = self.projection or self.hidden
-        for layer in range(self.layers):
-            n_in = n_out * self.directions if layer else self.n_in
-            for _ in range(self.directions):
-                yield from ((gates, n_in), (gates, n_out), (gates,), (gates,))
-                if self.projection:
-                    yield (self.projection, self.hidden)
 
 
 def main() -> None:
@@ -93,29 +60,32 @@ def main() -> None:
     print(f"{len(rows)} of {len(networks)} networks measured")
 
 
-def drawn(n_random: int) -> list[Drawn]:
+def drawn(n_random: int) -> list[Network]:
     """Return the table's networks, and random ones, in random order."""
     rng = random.Random(0)  # noqa: S311 - a sample, no secret
     names, *lines = TABLE.read_text().splitlines()
     known = [dict(zip(names.split(","), line.split(","), strict=True)) for line in lines]
-    found = {Drawn(row["dtype"], *(int(row[n]) for n in DESCRIBED)) for row in known}
+    found = {
+        described(getattr(torch, row["dtype"]), **{name: int(row[name]) for name in DESCRIBED})
+        for row in known
+    }
     n_rows = len(found) + n_random
     while len(found) < n_rows:
         network = one(rng)
-        if network.is_moderate:
+        if is_moderate(network):
             found.add(network)
     networks = sorted(found, key=str)
     rng.shuffle(networks)
     return networks
 
 
-def one(rng: random.Random) -> Drawn:
+def one(rng: random.Random) -> Network:
     """Draw a network."""
     mode = rng.choices((RELU, TANH, LSTM, GRU), (1, 3, 8, 6))[0]
     hidden = rng.choice(WIDTHS + WIDE)
     projection = rng.choice((hidden // 2, hidden // 4)) if mode == LSTM and rng.random() < 0.12 else 0
-    return Drawn(
-        dtype=rng.choice(DTYPES),
+    return described(
+        rng.choice(DTYPES),
         mode=mode,
         batch=rng.choice(BATCHES),
         steps=rng.choice(STEPS),
@@ -127,10 +97,23 @@ def one(rng: random.Random) -> Drawn:
     )
 
 
+def described(dtype: torch.dtype, /, **sizes: Any) -> Network:
+    """Return a network and the full batch that it runs on."""
+    return Network(dtype=dtype, n_rows=sizes["batch"] * sizes["steps"], **sizes)
+
+
+def is_moderate(network: Network) -> bool:
+    """Whether it runs in some ten milliseconds and some gigabytes."""
+    n_layers = network.layers * network.directions
+    n_states = network.n_rows * network.hidden * n_layers
+    is_quick = network.steps * n_layers <= 2500 and n_states * network.hidden <= 5e10
+    return is_quick and n_states + network.n_rows * network.n_in <= 1e8
+
+
 # --- in a process of its own -------------------------------------------------------------------------------
 
 
-def measure(networks: list[Drawn], out: Path, limit_s: float) -> None:
+def measure(networks: list[Network], out: Path, limit_s: float) -> None:
     """Write the rows of these networks, as they come; leave out what cannot be run."""
     torch.set_num_threads(1)
     until_s = time.monotonic() + limit_s
@@ -143,49 +126,52 @@ def measure(networks: list[Drawn], out: Path, limit_s: float) -> None:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 print(network, str(error).splitlines()[0], flush=True)
                 continue
-            described = [getattr(network, name) for name in ("dtype", *DESCRIBED)]
-            n_weights = sum(torch.Size(shape).numel() for shape in network.weight_shapes)
-            print(*described, n_weights, *taken, sep=",", file=file, flush=True)
+            dtype = str(network.dtype).removeprefix("torch.")
+            n_weights = network.n_matrix_elements + network.n_biases
+            sizes = [getattr(network, name) for name in DESCRIBED]
+            print(dtype, *sizes, n_weights, *taken, sep=",", file=file, flush=True)
             torch.cuda.empty_cache()
 
 
-def workspaces(network: Drawn) -> tuple[int, int]:
+def weight_shapes(network: Network) -> Iterator[tuple[int, ...]]:
+    """Yield the weights, layer by layer and direction by direction, as PyTorch orders them."""
+    gates = network.n_gates * network.hidden
+    for layer in range(network.layers):
+        n_in = network.n_out * network.directions if layer else network.n_in
+        for _ in range(network.directions):
+            yield from ((gates, n_in), (gates, network.n_out), (gates,), (gates,))
+            if network.projection:
+                yield (network.projection, network.hidden)
+
+
+def workspaces(network: Network) -> tuple[int, int]:
     """Return what the forward pass took, and the gradient of data and states."""
 
     def new(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=getattr(torch, network.dtype), device="cuda")
+        return torch.zeros(shape, dtype=network.dtype, device="cuda")
 
-    n_out = network.projection or network.hidden
     n_states = network.layers * network.directions
-    weights = [new(*shape) for shape in network.weight_shapes]
+    weights = [new(*shape) for shape in weight_shapes(network)]
     tensor = new(network.steps, network.batch, network.n_in)
-    hx = new(n_states, network.batch, n_out)
+    hx = new(n_states, network.batch, network.n_out)
     cx = new(n_states, network.batch, network.hidden) if network.mode == LSTM else None
     told: tuple[Any, ...] = (network.mode, network.hidden, network.projection, network.layers)
     told = (*told, False, 0.0, True, network.directions == 2, [], None)
     n_each = 5 if network.projection else 4
-    forward, (output, _, _, reserve, flat) = beyond(
-        torch.ops.aten._cudnn_rnn, tensor, weights, n_each, None, hx, cx, *told
+    forward, (output, _, _, reserve, flat) = record.taken_bytes(
+        partial(torch.ops.aten._cudnn_rnn, tensor, weights, n_each, None, hx, cx, *told)
     )
     gradient = torch.zeros_like(output)
     of_data = [True, True, cx is not None, False]
-    backward, _ = beyond(
-        torch.ops.aten._cudnn_rnn_backward,
-        *(tensor, weights, n_each, flat, hx, cx, output, gradient, None, None),
-        *(*told, reserve, of_data),
+    backward, _ = record.taken_bytes(
+        partial(
+            torch.ops.aten._cudnn_rnn_backward,
+            *(tensor, weights, n_each, flat, hx, cx, output, gradient, None, None),
+            *(*told, reserve, of_data),
+        )
     )
+    torch.cuda.synchronize()  # an error of a kernel is this network's
     return forward, backward
-
-
-def beyond(operator: Any, *arguments: Any) -> tuple[int, Any]:
-    """Return what a call was given at the peak beyond what it returned, and that."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    kept = operator(*arguments)
-    stats = torch.cuda.memory_stats()
-    torch.cuda.synchronize()
-    taken: int = stats["requested_bytes.all.peak"] - stats["requested_bytes.all.current"]
-    return taken, kept
 
 
 if __name__ == "__main__":

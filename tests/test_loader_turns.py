@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.loader_transport import HostTransport
+from tests.loader_transport import HostTransport, until
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
@@ -26,12 +25,6 @@ def open_feed(
     transport.sends_here = turns
     feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True)
     return Epoch(feed, None, owner=None), transport, feed
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
-    while not condition():
-        threading.Event().wait(0.001)
 
 
 def until_one_waits(feed: ThreadedFeed, depth: int = 2) -> None:

@@ -5,7 +5,7 @@ their own: who keeps the labels of every batch must not keep its images too.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ class Group:
                 self.runs.append(Run(1, end_bytes, step_bytes, layout))
             end_bytes += step_bytes
         self.n_bytes = end_bytes
-        self.speakers = [indexes[first] for first in _firsts(self.runs)]
+        self.speakers = _firsts(indexes, layouts.__getitem__)
         """The first leaf of each run: whether it is pinned decides for all of them."""
 
     @property
@@ -122,11 +122,9 @@ class Plan:
         """Indexes of the leaves that travel by themselves."""
         self.loose = {index for index in self.large if not _is_dense(leaves[index])}
         """Those of them that must be made contiguous first."""
-        self.speakers = {
-            index
-            for before, index in zip([-1, *self.large], self.large, strict=False)
-            if before < 0 or self.loose & {before, index} or layouts[before] != layouts[index]
-        }
+        self.speakers = set(
+            _firsts(self.large, lambda index: index if index in self.loose else layouts[index])
+        )
         """Those that are asked whether they are pinned; the ones behind them are alike, and as they are."""
         self.n_leaves = len(leaves)
         self.n_late = len(leaves) - len(layouts)
@@ -171,8 +169,9 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _firsts(runs: list[Run]) -> list[int]:
-    return [0, *itertools.accumulate(run.n_leaves for run in runs)][:-1]
+def _firsts(indexes: Sequence[int], key: Callable[[int], Any]) -> list[int]:
+    """Return the first of each run of leaves that have the same key."""
+    return [next(run) for _, run in itertools.groupby(indexes, key)]
 
 
 class Plans:
