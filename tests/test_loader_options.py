@@ -18,7 +18,8 @@ from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.late import copied
-from torchfast._loader.plan import CHUNK_BYTES, Plans, empty, separated
+from torchfast._loader.plan import CHUNK_BYTES, empty, separated
+from torchfast._loader.plans import Plans
 from torchfast._loader.staging import piece_bytes, team_size
 from torchfast._loader.stats import LoaderStats, Tally
 

@@ -13,6 +13,7 @@
 - `normalize.py`  uint8 images to normalised ones; `normalize_kernel.py` does it in one kernel
 - `stats.py`      where the time went; `cpus.py` how many CPUs there are for it
 - `plan.py`       what of a batch travels together, and the tensors that it becomes
+- `plans.py`      which batches are built alike, and so travel by the same plan
 - `shipment.py`   the copies of one batch; `driver.py` enqueues many in one call
 - `staging.py`    the ring of pinned buffers through which pageable memory travels
 """

@@ -81,16 +81,13 @@ class ThreadedFeed:
         blank = self._transport.blank() if self._n_owed else None
         work = self._work
         # Before the delivery: an interrupt then loses nothing.
-        if self._may_send_here() and work.send_here(blank):
+        if (work.here or self._may_send_here()) and work.send_here(blank):
             self._n_owed -= 1
         else:
             self._grant(blank)
         began_s = time.perf_counter()
         work.wait_for_arrival()
-        waited_s = time.perf_counter() - began_s
-        batch = self._delivered()
-        self._tally.taken(waited_s)
-        return batch
+        return self._delivered(time.perf_counter() - began_s)
 
     @property
     def is_loading(self) -> bool:
@@ -119,20 +116,24 @@ class ThreadedFeed:
         else:
             permits.call()
 
-    def _delivered(self) -> Any:
-        """Hand out what arrived first. It leaves the line only then: an interrupt loses and frees nothing."""
+    def _delivered(self, waited_s: float) -> Any:
+        """Hand out what arrived first.
+
+        It leaves the line last of all, without a call, which an interrupt could follow: that loses nothing,
+        and frees nothing that is still to be written.
+        """
         ready = self._work.ready
         if ready[0].is_end:
             end = ready[0]
-            if end.goes_on:
-                ready.popleft()  # the last end stays: whoever asks again is told again
             self.state = self.state if end.state is None else end.state
             self.is_between_passes = end.goes_on
+            if end.goes_on:
+                del ready[0]  # the last end stays: whoever asks again is told again
             raise StopIteration
         error = ready[0].error
         if error is not None:
             self._n_owed += 1
-            ready.popleft()
+            del ready[0]
             try:
                 raise error
             finally:
@@ -143,11 +144,13 @@ class ThreadedFeed:
             raise  # once there is room, the same batch again
         except Exception:
             self._transport.fence()
-            ready.popleft()
             self._n_owed += 1
+            del ready[0]
             raise
+        self._tally.taken(waited_s)
         self._n_owed += 1
-        self.state = ready.popleft().state
+        self.state = ready[0].state
+        del ready[0]
         return batch
 
     def release_memory(self) -> None:
@@ -184,6 +187,7 @@ class ThreadedFeed:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
             self._work.ready.clear()
+            self._work.here.clear()
             self._work.loaded.clear()
             self._work.permits.take_back()
             self._work.permits.lay_down(Stop)

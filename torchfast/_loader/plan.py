@@ -6,7 +6,6 @@ their own: who keeps the labels of every batch must not keep its images too.
 
 import itertools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -172,38 +171,6 @@ def _aligned(n_bytes: int) -> int:
 def _firsts(indexes: Sequence[int], key: Callable[[int], Any]) -> list[int]:
     """Return the first of each run of leaves that have the same key."""
     return [next(run) for _, run in itertools.groupby(indexes, key)]
-
-
-class Plans:
-    """The plans of the batches seen so far: most loaders build all their batches alike."""
-
-    def __init__(self) -> None:
-        self._plans: dict[Any, Plan] = {}
-
-    def plan(self, leaves: Sequence[Any], /) -> Plan:
-        """Return the plan for these leaves."""
-        key = _likeness(leaves)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= 64:  # shapes without end: remembering them would be a leak
-                self._plans.clear()
-            plan = self._plans[key] = Plan(leaves)
-        return plan
-
-
-_LIKENESS = attrgetter("dtype", "shape", "is_cpu", "layout", "requires_grad")
-
-
-def _likeness(leaves: Sequence[Any]) -> Any:
-    """Return what decides how leaves travel: read in loops that run in C where all are ordinary tensors."""
-    if set(map(type, leaves)) == {_TENSOR}:
-        try:
-            is_lazy = any(map(_TENSOR.is_neg, leaves)) or any(map(_TENSOR.is_conj, leaves))
-            if not is_lazy:
-                return tuple(map(_LIKENESS, leaves)), tuple(map(_TENSOR.stride, leaves))
-        except RuntimeError:  # nested and compressed tensors have no strides
-            pass
-    return tuple([(leaf.dtype, leaf.shape, leaf.stride()) if is_plain(leaf) else None for leaf in leaves])
 
 
 def is_plain(leaf: Any, /) -> bool:

@@ -5,10 +5,12 @@ its feed, and that ends the thread.
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from torchfast._loader.modes import Modes
@@ -37,7 +39,7 @@ class Stop:
 
 
 class Sent:
-    """Not a permit: word that the consumer has sent the batch that waited for one, if none waits."""
+    """Not a permit: word that the consumer has sent the batch that waited for one."""
 
 
 class Arrival(NamedTuple):
@@ -69,10 +71,14 @@ class Work:
         self.transport = transport
         self.snapshot = snapshot
         self.ready: deque[Arrival] = deque()
-        self._has_arrived = threading.Event()
+        self._words: SimpleQueue[None] = SimpleQueue()
+        self._is_awaited = False
+        """Whether the consumer sleeps until something is in line."""
         self.permits = Permits()
         self.loaded: deque[tuple[Any, Any]] = deque()
         """The batch that waits for a permit, and its state: whoever takes it from here sends it."""
+        self.here: deque[tuple[Any, Any] | Arrival] = deque()
+        """The batch that the consumer's thread is sending or has just sent, and behind it the next."""
         self._spare: list[Any] = []
         self.entered = threading.Event()
         self.left = threading.Event()
@@ -104,14 +110,21 @@ class Work:
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""
         self.ready.append(arrival)
-        self._has_arrived.set()
+        if self._is_awaited:
+            self._words.put(None)
 
     def wait_for_arrival(self) -> None:
-        """Sleep until something is in line."""
-        while not self.ready:
-            self._has_arrived.clear()
-            if not self.ready:
-                self._has_arrived.wait()
+        """Sleep until something is in line.
+
+        Not by an Event: an interrupt in the middle of it may leave its lock taken, for ever.
+        """
+        # First say that it is awaited, then look: who arrives does it the other way round.
+        self._is_awaited = True
+        try:
+            while not self.ready:
+                self._words.get()
+        finally:
+            self._is_awaited = False
 
     def step(self) -> bool:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
@@ -136,16 +149,16 @@ class Work:
         del batch, state
         permit = self._permit()
         while permit is not Stop:
-            if permit is Sent:
-                if not self.loaded:
-                    return True
-            else:
+            if permit is not Sent:
                 try:
                     batch, state = self.loaded.popleft()
-                except IndexError:  # the consumer is sending it, and will say so
+                except IndexError:
                     self._spare.append(permit)
                 else:
                     return self._send(batch, state, permit)
+            # Asked in C, of both at once: the consumer, which sends the batch, moves it from one to the other.
+            if not any((self.loaded, self.here)):
+                return True
             permit = self._next_permit()
         return False
 
@@ -162,36 +175,42 @@ class Work:
     def send_here(self, permit: Any) -> bool:
         """Send the batch that waits for a permit, and load the next; say whether there was one to send.
 
-        The other thread sleeps all the while. Where there is no next batch it is told to see for itself.
+        The other thread sleeps all the while; where there is no next batch it is told to see for itself.
+        An interrupt finds each batch in one place, and what was begun goes on when the next batch is taken.
         """
-        try:
-            batch, state = self.loaded.popleft()
-        except IndexError:
+        with contextlib.suppress(IndexError):
+            if not self.here:
+                _move_first(self.loaded, self.here)
+        if not self.here:
             return False
-        try:
-            parcel = self.transport.send_here(batch, permit)
-        except Exception as error:  # noqa: BLE001 - it is raised where the batch is taken
-            self._failed(error)
-        except BaseException:  # an interrupt loses no batch
-            self.loaded.append((batch, state))
-            raise
+        if not isinstance(self.here[0], Arrival) and not self._sent_here(*self.here[0], permit):
+            _move_first(self.here, self.loaded)
+            return False
+        if len(self.here) == 1:
+            self.transport.settle()
+            # No snapshot: a loader that never keeps one waiting has no state.
+            self.here.extend(zip(itertools.islice(self.source, 1), itertools.repeat(None)))
+        _move_first(self.here, self.ready)
+        if self.here:
+            _move_first(self.here, self.loaded)
         else:
-            if parcel is None:
-                self.loaded.append((batch, state))
-                return False
-            self.arrive(Arrival(parcel, state=state))
-        try:
-            self._load_here()
-        finally:
-            if not self.loaded:
-                self.permits.lay_down(Sent)
-                self.permits.hurry()
+            self.permits.lay_down(Sent)
+            self.permits.hurry()
         return True
 
-    def _load_here(self) -> None:
-        self.transport.settle()
-        with contextlib.suppress(StopIteration):
-            self.loaded.append((next(self.source), self.snapshot()))
+    def _sent_here(self, batch: Any, state: Any, permit: Any) -> bool:
+        try:
+            parcel = self.transport.send_here(batch, permit)
+            if parcel is None:
+                return False
+            self.here[0] = Arrival(parcel, state=state)
+        except Exception as error:  # noqa: BLE001 - it is raised where the batch is taken
+            unknot(error)
+            self.here[0] = Arrival(error=error)
+        except BaseException:  # an interrupt: what was sent is sent again, to other memory
+            self.transport.fence()
+            raise
+        return True
 
     def _permit(self) -> Any:
         return self._spare.pop() if self._spare else self._next_permit()
@@ -204,6 +223,11 @@ class Work:
         unknot(error)
         self.arrive(Arrival(error=error))
         return True
+
+
+def _move_first(source: "deque[Any]", target: "deque[Any]") -> None:
+    """Move the first. In C as a whole: an interrupt, or another thread, comes before it or after it."""
+    target.extend(itertools.islice(iter(source.popleft, None), 1))
 
 
 def unknot(error: BaseException, /) -> None:

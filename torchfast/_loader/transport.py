@@ -27,7 +27,8 @@ import torch
 from torchfast._bytes import MIB
 from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import copied, moved, record_use
-from torchfast._loader.plan import Group, Layout, Plan, Plans, bytes_of, empty, is_plain, tensor_on
+from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
+from torchfast._loader.plans import Plans
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
 from torchfast._loader.staging import SMALL_TEAM, PinnedRing, piece_bytes, team_size
 from torchfast._loader.stats import Moment, Span, Tally
