@@ -156,7 +156,7 @@ class Work:
                     self._spare.append(permit)
                 else:
                     return self._send(batch, state, permit)
-            # Asked in C, of both at once: the consumer, which sends the batch, moves it from one to the other.
+            # In C, of both at once: the consumer, which sends the batch, moves it from one to the other.
             if not any((self.loaded, self.here)):
                 return True
             permit = self._next_permit()
