@@ -66,18 +66,21 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     for number in range(N_WARMUP):
         _break_and_go_on(loader, number)  # what is made once and kept: workers, streams, the pinned ring
     before = Leftovers()
-    left, n_lost = dict[str, int](), 0
+    left, n_lost, pool = dict[str, int](), 0, dict[str, int]()
 
     def tell(n_seen: int, **more: Any) -> None:
         row = {"options": options, "n_asked": n_breaks, "n_breaks": n_seen, "n_epochs_not_whole": n_lost}
         seconds = round(time.perf_counter() - began_s, 1)
-        report({**row, "left_behind": dict(left), "n_wrong": n_lost + len(left), "seconds": seconds, **more})
+        wrong = {"left_behind": dict(left), "n_wrong": n_lost + len(left), "seconds": seconds}
+        report({**row, **wrong, **pool, **more})
 
     for n_seen in range(1, n_breaks + 1):
         n_lost += not _break_and_go_on(loader, n_seen)
         if n_seen % 5 == 0:
             loader.close()  # what loads across epochs has batches of the next one, and their files
             left = {name: max(n, left.get(name, 0)) for name, n in Leftovers().beyond(before).items()}
+            if options.get("pin_memory"):  # its own pool, which grows to what is ever on its way at once
+                pool["n_allocations_of_the_dataloader"] = left.pop(POOLED, 0)
         if n_seen % 50 == 0:
             tell(n_seen)
         if time.perf_counter() - began_s > limit_s:
@@ -98,6 +101,8 @@ def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
 
 
 N_SAMPLES, BATCH_SIZE, N_WARMUP = 96, 4, 24
+POOLED = "pinned allocations"
+"""What PyTorch's pool of pinned memory ever took from the driver, in use or not."""
 
 
 def _with_workers(**options: Any) -> DeviceLoader[Any]:
@@ -158,8 +163,8 @@ class Leftovers:
             self.held |= {
                 "device_bytes": torch.cuda.memory_allocated(),
                 "reserved_bytes": torch.cuda.memory_reserved(),
-                "pinned allocations": host["num_host_alloc"],
-                "pinned_bytes": host["allocated_bytes.current"],
+                "pinned_bytes": host["active_bytes.current"],
+                POOLED: host["num_host_alloc"],
             }
 
     def beyond(self, before: "Leftovers") -> dict[str, int]:
