@@ -159,6 +159,7 @@ class Leftovers:
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+            torch.empty(1, pin_memory=True)  # only then does PyTorch see what has been read
             host = torch.cuda.host_memory_stats()
             self.held |= {
                 "device_bytes": torch.cuda.memory_allocated(),
