@@ -1,4 +1,4 @@
-"""Tensors that are alike travel as the rows of one: by either thread, and whatever happens to them on the way."""
+"""Tensors that are alike travel as rows of one: by either thread, and whatever happens to them on the way."""
 
 import itertools
 from collections.abc import Iterator
