@@ -215,9 +215,9 @@ def loader_sweep(result: dict[str, Any]) -> str:
         f"in {n_ideal} a step takes at most 1.02 x ideal + 50 µs."
     )
     hidden = (
-        "Overlap efficiency in the same runs: 1 where a step takes as long as the longest of its parts, 0 where "
-        "it takes as long as all of them; - where it takes longer, since copying from pageable memory is not "
-        "among the parts that are known."
+        "Overlap efficiency in the same runs: 1 where a step takes as long as the longest of its parts, 0 "
+        "where it takes as long as all of them; - where it takes longer, since copying from pageable memory "
+        "is not among the parts that are known."
     )
     tables = [_swept(cells, _over_best), slower, _swept(cells, _efficiency), hidden, _source(result)]
     return "\n\n".join(tables) + "\n"
