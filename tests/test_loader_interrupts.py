@@ -59,8 +59,12 @@ class Interrupt:
         del arg
         # Back from a function in Python the interpreter does not look: it did when it entered it.
         looks = frame.f_lasti in checkpoints(frame.f_code) and self._returned_to is not frame
-        self._returned_to = frame.f_back if event == "return" else None
-        if event == "opcode" and looks and not self.has_come:
+        if event == "return":
+            self._returned_to = frame.f_back
+        if event != "opcode":
+            return self._trace
+        self._returned_to = None
+        if looks and not self.has_come:
             self.n_moments += 1
             if self.n_moments == self._at:
                 self.has_come = True
