@@ -411,6 +411,23 @@ def test_a_pass_is_not_begun_unasked() -> None:
     assert [len(list(loader)), len(list(loader)), counted.n_begun] == [3, 3, 2]
 
 
+@pytest.mark.parametrize("n_passes", [0, 1, 2])
+def test_a_loader_that_is_used_up_ends_across_epochs_too(n_passes: int) -> None:
+    """Passes without a batch are not begun one after another for ever: each is an end, and the thread's."""
+
+    class UsedUp(Counted):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            batches = super().__iter__()
+            return batches if self.n_begun <= n_passes else iter([])
+
+    counted = UsedUp()
+    loader = threaded(counted, across_epochs=True)
+    assert [len(list(loader)) for _ in range(5)] == [3] * n_passes + [0] * (5 - n_passes)
+    assert counted.n_begun <= 6
+    loader.close()
+    assert copying_threads() == 0
+
+
 def test_a_loader_in_a_for_statement_may_load_across_epochs() -> None:
     """A loader that nobody holds after its pass takes the thread of the next pass with it."""
     assert len(list(threaded(Counted(), across_epochs=True))) == 3

@@ -1,21 +1,30 @@
-"""An interrupt anywhere in `next` loses no batch, repeats none, and hangs nothing."""
+"""An interrupt anywhere loses no batch, repeats none, leaves nothing behind and hangs nothing."""
 
+import contextlib
 import dis
 import functools
 import itertools
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 
-from tests.loader_transport import HostTransport, copying_threads
+import torchfast
+from tests.loader_transport import HostTransport, copying_threads, threaded, until
+from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
+from torchfast._loader.turns import N_BATCHES_DECIDED, Turns
 
 N_BATCHES = 7
+OURS = str(Path(torchfast.__file__).parent)
+"""Not `threading`, which an interrupt breaks while a thread starts."""
 
 
 @functools.cache
@@ -30,8 +39,13 @@ def checkpoints(code: CodeType) -> set[int]:
     return offsets
 
 
+is_traced_at_once = pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="opcodes are then traced from the second call of a function on only"
+)
+
+
 class Interrupt:
-    """Raises KeyboardInterrupt at one of the moments at which a signal may do so, within calls of `next`."""
+    """Raises KeyboardInterrupt at one of the moments at which a signal may do so."""
 
     def __init__(self, at: int) -> None:
         self.n_moments = 0
@@ -39,18 +53,17 @@ class Interrupt:
         self._at = at
         self._returned_to: FrameType | None = None
 
-    def next(self, epoch: Epoch[Any]) -> Any:
-        """Return the next batch, unless interrupted."""
+    def during(self, act: Callable[[], Any]) -> Any:
+        """Do it, unless interrupted."""
         sys.settrace(self._enter)
         try:
-            return next(epoch)
+            return act()
         finally:
             sys.settrace(None)
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
         del event, arg
-        is_ours = "torchfast" in frame.f_code.co_filename or "threading" in frame.f_code.co_filename
-        if self.has_come or not is_ours:
+        if self.has_come or not frame.f_code.co_filename.startswith(OURS):
             return None
         frame.f_trace_opcodes = True
         return self._trace
@@ -72,32 +85,138 @@ class Interrupt:
         return self._trace
 
 
-def taken(interrupt: Interrupt, depth: int, sends_here: str) -> list[int]:
+def taken(interrupt: Interrupt, epoch: Iterator[int]) -> list[int]:
     """Return what a loop gets that goes on after an interrupt, and asks again until the end."""
-    transport = HostTransport()
-    transport.sends_here = itertools.cycle(letter == "h" for letter in sends_here)
-    feed = ThreadedFeed(
-        iter(range(N_BATCHES)), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True
-    )
-    epoch: Epoch[int] = Epoch(feed, None, owner=None)
-    batches = []
+    batches: list[int] = []
     while True:
         try:
-            batches.append(interrupt.next(epoch))
+            batches.append(interrupt.during(lambda: next(epoch)))
         except KeyboardInterrupt:
             continue
         except StopIteration:
             return batches
 
 
+def interrupts(act: Callable[[Interrupt], object]) -> Iterator[Interrupt]:
+    """Yield an interrupt for each moment of what is done, after doing it once without any."""
+    never = Interrupt(at=0)
+    act(never)
+    assert never.n_moments > 10
+    yield from map(Interrupt, range(1, never.n_moments + 1))
+
+
 @pytest.mark.parametrize("sends_here", ["-", "h", "-h"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_an_interrupt_loses_nothing(depth: int, sends_here: str) -> None:
+def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None:
     """Whenever it comes, and whichever thread sends, the loop that goes on gets each batch once, in order."""
-    never = Interrupt(at=0)
-    assert taken(never, depth, sends_here) == list(range(N_BATCHES))
-    assert never.n_moments > 20 * N_BATCHES
-    for at in range(1, never.n_moments + 1):
-        interrupt = Interrupt(at)
-        assert taken(interrupt, depth, sends_here) == list(range(N_BATCHES)), f"moment {at}"
+
+    def passed(interrupt: Interrupt) -> list[int]:
+        transport = HostTransport()
+        transport.sends_here = itertools.cycle(letter == "h" for letter in sends_here)
+        feed = ThreadedFeed(
+            iter(range(N_BATCHES)), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True
+        )
+        return taken(interrupt, Epoch(feed, None, owner=None))
+
+    for interrupt in interrupts(passed):
+        assert passed(interrupt) == list(range(N_BATCHES))
     assert copying_threads() == 0
+
+
+def whole(loader: DeviceLoader[int]) -> list[int]:
+    """Return the batches of a pass, whatever was open before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a pass that was under way is closed
+        return list(loader)
+
+
+def begin(interrupt: Interrupt, loader: DeviceLoader[int]) -> None:
+    """Be interrupted while a pass begins."""
+    interrupt.during(lambda: iter(loader))
+
+
+def begin_another(interrupt: Interrupt, loader: DeviceLoader[int]) -> None:
+    """Be interrupted while a pass closes the one that is open."""
+    epoch = iter(loader)
+    next(epoch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        interrupt.during(lambda: iter(loader))
+
+
+def close_a_pass(interrupt: Interrupt, loader: DeviceLoader[int]) -> None:
+    """Be interrupted while a pass is closed."""
+    epoch = iter(loader)
+    next(epoch)
+    interrupt.during(epoch.close)
+
+
+def close_the_loader(interrupt: Interrupt, loader: DeviceLoader[int]) -> None:
+    """Be interrupted while the loader closes its pass."""
+    epoch = iter(loader)
+    next(epoch)
+    interrupt.during(loader.close)
+
+
+@is_traced_at_once
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt of a __del__
+@pytest.mark.parametrize("across_epochs", [False, True])
+@pytest.mark.parametrize("act", [begin, begin_another, close_a_pass, close_the_loader])
+def test_after_an_interrupt_a_new_pass_is_whole(
+    act: Callable[[Interrupt, DeviceLoader[int]], None], *, across_epochs: bool
+) -> None:
+    """An interrupt while a pass begins or is closed leaves no thread, and nothing to the next pass."""
+
+    def next_pass(interrupt: Interrupt) -> list[int]:
+        loader = threaded(range(N_BATCHES), across_epochs=across_epochs)
+        with contextlib.suppress(KeyboardInterrupt):
+            act(interrupt, loader)
+        batches = whole(loader)
+        loader.close()
+        return batches
+
+    for interrupt in interrupts(next_pass):
+        assert next_pass(interrupt) == list(range(N_BATCHES))
+        assert interrupt.has_come
+        until(lambda: copying_threads() == 0)
+
+
+@is_traced_at_once
+def test_an_interrupted_release_loses_no_batch() -> None:
+    """Whenever an interrupt comes while memory is given back, the pass goes on with all its batches."""
+
+    def released(interrupt: Interrupt) -> list[int]:
+        loader = threaded(range(N_BATCHES), depth=3)
+        epoch = iter(loader)
+        first = next(epoch)
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupt.during(loader.release_memory)
+        return [first, *epoch]
+
+    for interrupt in interrupts(released):
+        assert released(interrupt) == list(range(N_BATCHES))
+
+
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"transform": lambda batch: batch}])
+def test_an_interrupt_of_what_happens_on_the_device_loses_no_batch(options: dict[str, Any]) -> None:
+    """A batch that was being finished is finished when the next one is asked for."""
+
+    def taken_from(interrupt: Interrupt) -> list[int]:
+        return taken(interrupt, iter(threaded(range(N_BATCHES), **options)))
+
+    for interrupt in interrupts(taken_from):
+        assert taken_from(interrupt) == list(range(N_BATCHES))
+
+
+def test_an_interrupt_leaves_the_turns_in_order() -> None:
+    """Whenever it comes while turns are decided, the loop that goes on is told whose turn it is."""
+
+    def decide(interrupt: Interrupt) -> Turns:
+        turns = Turns()
+        for number in range(100):
+            with contextlib.suppress(KeyboardInterrupt):
+                interrupt.during(functools.partial(turns.is_here, float(number)))
+        return turns
+
+    for interrupt in interrupts(decide):
+        assert decide(interrupt)._trial.n_batches == N_BATCHES_DECIDED

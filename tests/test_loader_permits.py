@@ -113,30 +113,49 @@ def test_a_thread_that_listens_is_woken() -> None:
 
 
 class Watched(deque[Any]):
-    """A deque that lets something happen right after the thread has looked into it."""
+    """A deque that lets something happen right before the thread looks into it, or after it has."""
 
-    def __init__(self, happens: Callable[[], None]) -> None:
+    def __init__(self, *, before: Callable[[], None] | None = None, after: Callable[[], None]) -> None:
         super().__init__()
-        self._happens = happens
+        self.before, self._after = before, after
 
-    def __len__(self) -> int:
-        length = super().__len__()
-        self._happens()
-        return length
+    def popleft(self) -> Any:
+        """Let it happen."""
+        if self.before is not None:
+            self.before()
+        try:
+            return super().popleft()
+        except IndexError:
+            self._after()
+            raise
 
 
 def test_a_permit_that_comes_right_after_the_thread_has_looked_is_not_overlooked() -> None:
     """The thread says that it listens before it looks, so what is laid down after that brings a word."""
-    permits, n_looks = Permits(), 0
+    permits = Permits()
 
-    def after_a_look() -> None:
-        nonlocal n_looks
-        n_looks += 1
-        if n_looks == 2:  # the first look is that of the pause, after the second the thread goes to sleep
-            deque.append(watched, "permit")
-            permits.call()
+    def lay_down() -> None:
+        watched.append("permit")
+        permits.call()
 
-    watched = permits._lying = Watched(after_a_look)
+    watched = permits._lying = Watched(after=lay_down)
+    assert permits.get() == "permit"
+
+
+def test_a_permit_may_be_taken_back_while_the_thread_looks() -> None:
+    """The thread that finds none goes on waiting, for the next."""
+    permits = Permits()
+
+    def take_back() -> None:
+        watched.before = None
+        assert watched.pop() == "taken back"
+
+    def lay_down() -> None:
+        watched.append("permit")
+        permits.call()
+
+    watched = permits._lying = Watched(before=take_back, after=lay_down)
+    watched.append("taken back")
     assert permits.get() == "permit"
 
 
@@ -156,8 +175,9 @@ def test_taking_permits_back_wakes_nobody() -> None:
     permits = at_a_step_of(HOUR_S)
     permits.lay_down(1)
     permits.lay_down(2)
-    assert permits.take_back() == [1, 2]
-    assert permits.take_back() == []
+    assert [permits.take_back(), permits.take_back()] == [1, 2]
+    with pytest.raises(IndexError):
+        permits.take_back()
     assert permits._words.empty()
 
 

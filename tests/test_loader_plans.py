@@ -1,5 +1,6 @@
 """Batches that are built alike travel by one plan, and no others do."""
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,14 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
 from torchfast._loader.plans import Plans, alike_check
+
+
+def nested() -> torch.Tensor:
+    """Return one that has no strides, and is of the type of ordinary ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
 
 KINDS: dict[str, Callable[[], Any]] = {
     "tensor": lambda: torch.ones(4, 6),
@@ -25,6 +34,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "parameter": lambda: torch.nn.Parameter(torch.ones(4, 6)),
     "in a graph": lambda: torch.ones(4, 6, requires_grad=True) * 1,
     "sparse": lambda: torch.ones(4, 6).to_sparse(),
+    "nested": nested,
     "meta": lambda: torch.ones(4, 6, device="meta"),
     "sequence": lambda: pack_sequence([torch.ones(2)]),
     "for inference": torch.inference_mode()(lambda: torch.ones(4, 6)),
@@ -38,6 +48,7 @@ def layouts(leaves: list[Any]) -> list[Any]:
         moves_itself = (
             type(leaf) is not torch.Tensor
             or leaf.layout is not torch.strided
+            or leaf.is_nested
             or leaf.requires_grad
             or leaf.is_conj()
             or leaf.is_neg()

@@ -57,6 +57,15 @@ def test_rows_of_changing_number_and_size_arrive_whole() -> None:
     assert n_wrong(iter(DeviceLoader(host, "cuda"))) == 0
 
 
+def test_rows_grow_under_another_default_device() -> None:
+    """The loader's own pinned memory lies on the host, whatever the loop's default device is."""
+    host = [
+        [leaf.clone() for leaf in rows(number, 16, 512 * (1 + number // 10))] for number in range(N_BATCHES)
+    ]
+    with torch.device("cuda"):
+        assert n_wrong(iter(DeviceLoader(host, "cuda"))) == 0
+
+
 def test_evicted_rows_come_back_whole() -> None:
     """Released in the middle of a pass, they go to the host, and to the device again in their turn."""
     loader = DeviceLoader([rows(number) for number in range(N_BATCHES)], "cuda", depth=3)

@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -60,8 +60,15 @@ class Epoch(Iterator[T]):
             raise StopIteration
         if self._state == "closed":
             raise closed_error()
+        if self._finish is None:
+            return self._taken()
+        if not self._unfinished:
+            self._unfinished.append(self._taken())
+        return self._finished(self._finish)
+
+    def _taken(self) -> T:
         try:
-            batch: T = self._unfinished.pop() if self._unfinished else self._feed.take()
+            batch: T = self._feed.take()
         except StopIteration:
             self._state = "over"
             if not self._feed.goes_on:
@@ -70,17 +77,28 @@ class Epoch(Iterator[T]):
         except BaseException:
             self._has_failed = True
             raise
-        if self._finish is None:
-            return batch
+        return batch
+
+    def _finished(self, finish: Callable[[Any], Any]) -> T:
+        """Finish the batch at hand. It is kept until then: after running out of memory it comes again."""
         try:
-            return cast(T, _finished(self._finish, batch))
+            batch: T = finish(self._unfinished[0])
         except torch.OutOfMemoryError:
-            self._unfinished.append(batch)  # once there is room, the same batch again
             raise
+        except Exception as error:
+            del self._unfinished[0]
+            if not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(
+                "transform= raised StopIteration, which would have ended the epoch without a word. "
+                "Raise another error, or end the loop from its body."
+            ) from error
+        del self._unfinished[0]
+        return batch
 
     def close(self) -> None:
         """Stop loading and let go of everything; batches already handed out are the user's and stay."""
-        if self._state == "open":
+        if self._state != "over":
             self._state = "closed"
             self._unfinished.clear()
             self._feed.close()
@@ -93,8 +111,8 @@ class Epoch(Iterator[T]):
         raise uncopyable("a pass over a DeviceLoader", "its batches can be taken once only.")
 
     def __del__(self) -> None:
-        # A constructor that failed leaves no state behind; what is closed already may outlive the driver.
-        if getattr(self, "_state", None) == "open":
+        # A constructor that failed leaves no state behind; what is over or closed may outlive the driver.
+        if getattr(self, "_state", "over") != "over":
             try:
                 self._feed.close()
             except RuntimeError as error:
@@ -144,16 +162,6 @@ def closed_error() -> RuntimeError:
         "was begun: two at a time would share workers and steal each other's batches. "
         "Use one DeviceLoader for each loop that runs at the same time."
     )
-
-
-def _finished(finish: Callable[[Any], Any], batch: Any) -> Any:
-    try:
-        return finish(batch)
-    except StopIteration as error:
-        raise RuntimeError(
-            "transform= raised StopIteration, which would have ended the epoch without a word. "
-            "Raise another error, or end the loop from its body."
-        ) from error
 
 
 class InlineFeed:

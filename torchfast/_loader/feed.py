@@ -1,5 +1,6 @@
 """The consumer's side of a thread that loads and copies ahead."""
 
+import contextlib
 import contextvars
 import os
 import threading
@@ -53,9 +54,12 @@ class ThreadedFeed:
             daemon=True,
         )
         self._consumer = threading.get_ident()
+        self._is_closed = False
+        self._patience_s: float | None = None
         try:
             self._start()
         except BaseException:  # an interrupt: the thread would go on, with nobody to take its batches
+            self._patience_s = epoch.EXIT_PATIENCE_S  # it may have broken the start: `Thread` has an Event
             self.close()
             raise
 
@@ -117,41 +121,45 @@ class ThreadedFeed:
             permits.call()
 
     def _delivered(self, waited_s: float) -> Any:
-        """Hand out what arrived first.
-
-        It leaves the line last of all, without a call, which an interrupt could follow: that loses nothing,
-        and frees nothing that is still to be written.
-        """
-        ready = self._work.ready
-        if ready[0].is_end:
-            end = ready[0]
-            self.state = self.state if end.state is None else end.state
-            self.is_between_passes = end.goes_on
-            if end.goes_on:
-                del ready[0]  # the last end stays: whoever asks again is told again
+        """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
+        arrival = self._first()
+        if arrival.is_end:
+            self.state = self.state if arrival.state is None else arrival.state
+            self.is_between_passes = self.goes_on = arrival.goes_on
+            if arrival.goes_on:
+                del self._work.ready[0]  # the last end stays: whoever asks again is told again
             raise StopIteration
-        error = ready[0].error
-        if error is not None:
-            self._n_owed += 1
-            del ready[0]
+        if arrival.error is not None:
+            self._pass_on(arrival)
             try:
-                raise error
+                raise arrival.error
             finally:
-                del error  # its traceback holds this frame
+                del arrival  # the error's traceback holds this frame
         try:
-            batch = self._transport.deliver(ready[0].parcel)
+            batch = self._transport.deliver(arrival.parcel)
         except torch.OutOfMemoryError:
             raise  # once there is room, the same batch again
         except Exception:
             self._transport.fence()
-            self._n_owed += 1
-            del ready[0]
+            self._pass_on(arrival)
             raise
         self._tally.taken(waited_s)
-        self._n_owed += 1
-        self.state = ready[0].state
-        del ready[0]
+        self.state = arrival.state
+        self._pass_on(arrival)
         return batch
+
+    def _first(self) -> Arrival:
+        try:
+            return self._work.ready[0]
+        except IndexError:  # closed by another thread, which has emptied the line
+            raise epoch.closed_error() from None
+
+    def _pass_on(self, arrival: Arrival) -> None:
+        """Let the first leave the line: without a call, since after one an interrupt could take it along."""
+        ready = self._work.ready
+        self._n_owed += 1
+        if ready and ready[0] is arrival:  # close() in another thread may have emptied the line
+            del ready[0]
 
     def release_memory(self) -> None:
         """Bring what is ready back to the host, and take back the memory set aside for what is not.
@@ -161,27 +169,31 @@ class ThreadedFeed:
         if os.getpid() != self._process or threading.get_ident() != self._consumer:
             return  # memory ran out elsewhere, and the batch at the head may be on its way to the consumer
         self._transport.fence()
-        # By index: the thread may append meanwhile.
-        for index in range(len(self._work.ready)):
-            parcel = self._work.ready[index].parcel
-            if parcel is not None:
-                self._transport.evict(parcel)
-        for permit in self._work.permits.take_back():
-            if permit is Sent or permit is Stop:
-                self._work.permits.lay_down(permit)
-            else:
-                self._n_owed += 1  # laid down again when the next batch is taken
-        self._work.permits.call()
+        for arrival in [*self._work.here, *self._work.ready]:
+            if isinstance(arrival, Arrival) and arrival.parcel is not None:
+                self._transport.evict(arrival.parcel)
+        with contextlib.suppress(IndexError):
+            while not self._work.stopped:
+                self._take_back_permit()
+
+    def _take_back_permit(self) -> None:
+        """Owe a permit that was laid down: it is laid down again when the next batch is taken."""
+        self._n_owed += 1  # first: an interrupt then loses none
+        try:
+            permit = self._work.permits.take_back()
+        except IndexError:
+            self._n_owed -= 1
+            raise
+        if permit is Sent:  # word that any further permit brings as well
+            self._n_owed -= 1
 
     def close(self) -> None:
-        """End the thread, wait for it, and let go of everything."""
-        if os.getpid() != self._process:
+        """End the thread, wait for it, and let go of everything. Once interrupted, it can be done again."""
+        if self._is_closed or os.getpid() != self._process:
             return
         self.is_between_passes = False
-        self._work.stopped = True
-        self._work.permits.lay_down(Stop)
-        self._work.permits.hurry()
         try:
+            self._tell_to_stop()
             self._wait_for_thread()
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
@@ -189,19 +201,28 @@ class ThreadedFeed:
             self._work.ready.clear()
             self._work.here.clear()
             self._work.loaded.clear()
-            self._work.permits.take_back()
-            self._work.permits.lay_down(Stop)
-            self._work.permits.hurry()
+            self._tell_to_stop()
             # For a take() that another thread waits in; not from the copying thread, where the collector may
             # have come upon this feed within `arrive` itself.
             if self._thread is not threading.current_thread():
                 self._work.arrive(Arrival(error=epoch.closed_error()))
+        self._is_closed = True
+
+    def __del__(self) -> None:
+        # Where an interrupt came before anybody held it.
+        if not getattr(self, "_is_closed", True):
+            self.close()
+
+    def _tell_to_stop(self) -> None:
+        self._work.stopped = True
+        self._work.permits.lay_down(Stop)
+        self._work.permits.hurry()
 
     def _wait_for_thread(self) -> None:
         # The collector may run this in the very thread that it ends, which cannot wait for itself.
         if self._thread.ident is None or self._thread is threading.current_thread():
             return
-        patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else None
+        patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []
         while True:
             try:

@@ -248,9 +248,9 @@ class DeviceLoader(Generic[T]):
         self._epoch = None
         if epoch is not None:
             epoch.close()
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._feed is not None:  # also where its epoch is gone, and an interrupt kept that from closing it
+            self._feed.close()
+        self._ahead = None
 
     def __del__(self) -> None:
         # Its epochs hold it, so it outlives them all. A constructor that failed leaves nothing ahead.

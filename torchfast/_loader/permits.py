@@ -22,6 +22,8 @@ class Permits:
         self._lying: deque[Any] = deque()
         self.lay_down = self._lying.append
         """Hand over a permit, waking nobody. In C: an interrupt comes before it or after it."""
+        self.take_back = self._lying.popleft
+        """Return one that nobody has got yet, waking nobody; `IndexError` if there is none."""
         self._words: SimpleQueue[None] = SimpleQueue()
         self._is_listening = False
         """Whether the thread sleeps until it is woken, however long that may be."""
@@ -58,9 +60,10 @@ class Permits:
         self._is_listening = True
         try:
             self._forget_words()
-            while not self._lying:
+            while True:
+                with contextlib.suppress(IndexError):  # what lies there may be taken back at any moment
+                    return self._lying.popleft()
                 self._words.get()
-            return self._lying.popleft()
         finally:
             self._is_listening = False
 
@@ -78,13 +81,3 @@ class Permits:
             return 0.0
         steps = 0.5 if self._lying else 1.5
         return self._taken_s + steps * self._step_s - self.load_s - time.perf_counter()
-
-    # In either.
-
-    def take_back(self) -> list[Any]:
-        """Return all that nobody has got yet, and wake nobody."""
-        permits = []
-        with contextlib.suppress(IndexError):
-            while True:
-                permits.append(self._lying.popleft())
-        return permits

@@ -22,21 +22,23 @@ class Plans:
 
     def plan(self, leaves: Sequence[Any], /) -> Plan:
         """Return the plan for these leaves."""
-        last = self._last
-        if last is not None and last[0].n_leaves == len(leaves) and last[1](*leaves):
-            return last[0]
+        if self._last is not None:
+            last, is_alike = self._last
+            if last.n_leaves == len(leaves) and is_alike(*leaves):
+                return last
         key = _likeness(leaves)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= 64:  # shapes without end: remembering them would be a leak
                 self._plans.clear()
             plan = self._plans[key] = Plan(leaves)
-        alike = None if plan.n_late else alike_check(leaves)
-        self._last = None if alike is None else (plan, alike)
+        check = None if plan.n_late else alike_check(leaves)
+        self._last = None if check is None else (plan, check)
         return plan
 
 
 _LIKENESS = attrgetter("dtype", "shape", "is_cpu", "layout", "requires_grad")
+_IS_NESTED = attrgetter("is_nested")
 
 
 def _likeness(leaves: Sequence[Any]) -> Any:
@@ -67,4 +69,7 @@ def alike_check(leaves: Sequence[torch.Tensor], /) -> Callable[..., bool] | None
         check: Callable[..., bool] = guard(*leaves, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     except (TypeError, RuntimeError):
         return None
-    return check
+    # A nested tensor is of the same type, has no strides, and being asked for them ends the process.
+    return lambda *others: (
+        set(map(type, others)) == {torch.Tensor} and not any(map(_IS_NESTED, others)) and check(*others)
+    )

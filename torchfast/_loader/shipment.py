@@ -7,6 +7,7 @@ what was read by then, and does not wait for the rest: a device that never gets 
 died, would hang it. The next pass of any loader lets go of that.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -24,13 +25,10 @@ _being_read: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
 
 def let_go_of_what_was_read() -> None:
     """Drop the host memory that the device is past."""
-    for _ in range(len(_being_read)):
-        try:
-            read = _being_read.popleft()  # other threads do the same: what is looked at must be one's own
-        except IndexError:
-            return
-        if not read[0].query():
-            _being_read.append(read)
+    for read in list(_being_read):
+        if read[0].query():
+            with contextlib.suppress(ValueError):  # another thread has done the same
+                _being_read.remove(read)
 
 
 class Shipment:

@@ -19,14 +19,16 @@ class PinnedBuffer:
     """A piece of pinned memory, the event after which it has been read, and the packed tensors on it."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.read: torch.cuda.Event | None = None
         self._packed: dict[Group, list[torch.Tensor]] = {}
 
     def grow(self, n_bytes: int, /) -> None:
         """Make room for so many bytes, to a power of two since the pinning allocator rounds to one."""
         if self.memory.nbytes < n_bytes:
-            self.memory = torch.empty(1 << (n_bytes - 1).bit_length(), dtype=torch.uint8, pin_memory=True)
+            n_bytes = 1 << (n_bytes - 1).bit_length()
+            # On the CPU whatever the default device, which is the loop's business.
+            self.memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             self._packed.clear()
 
     def being_read(self, stream: torch.cuda.Stream, /) -> None:

@@ -6,13 +6,13 @@ its feed, and that ends the thread.
 
 import contextlib
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
+from torchfast._loader.flag import Flag
 from torchfast._loader.modes import Modes
 from torchfast._loader.permits import Permits
 from torchfast._loader.stats import Tally
@@ -71,7 +71,7 @@ class Work:
         self.transport = transport
         self.snapshot = snapshot
         self.ready: deque[Arrival] = deque()
-        self._words: SimpleQueue[None] = SimpleQueue()
+        self._arrivals: SimpleQueue[None] = SimpleQueue()
         self._is_awaited = False
         """Whether the consumer sleeps until something is in line."""
         self.permits = Permits()
@@ -80,9 +80,12 @@ class Work:
         self.here: deque[tuple[Any, Any] | Arrival] = deque()
         """The batch that the consumer's thread is sending or has just sent, and behind it the next."""
         self._spare: list[Any] = []
-        self.entered = threading.Event()
-        self.left = threading.Event()
+        """Permits that came while the consumer's thread sent the batch that waited for one."""
+        self.entered = Flag()
+        self.left = Flag()
         self.stopped = False
+        self._is_empty = True
+        """Whether the loader has not had a batch in this pass."""
         self.modes = Modes()
 
     def run(self) -> None:
@@ -103,6 +106,7 @@ class Work:
                     # By the collector, in this very thread: what was sent since has nobody to wait for it.
                     self.transport.fence()
                 self.loaded.clear()
+                self._spare.clear()
                 del self.source
             finally:
                 self.left.set()
@@ -111,18 +115,15 @@ class Work:
         """Put something in line for the consumer."""
         self.ready.append(arrival)
         if self._is_awaited:
-            self._words.put(None)
+            self._arrivals.put(None)
 
     def wait_for_arrival(self) -> None:
-        """Sleep until something is in line.
-
-        Not by an Event: an interrupt in the middle of it may leave its lock taken, for ever.
-        """
+        """Sleep until something is in line."""
         # First say that it is awaited, then look: who arrives does it the other way round.
         self._is_awaited = True
         try:
             while not self.ready:
-                self._words.get()
+                self._arrivals.get()
         finally:
             self._is_awaited = False
 
@@ -135,14 +136,12 @@ class Work:
                 batch = next(self.source)
             state = self.snapshot()
         except StopIteration:
-            goes_on = self.begin_again is not None
-            self.arrive(Arrival(is_end=True, goes_on=goes_on, state=self.snapshot()))
-            if self.begin_again is None:
-                return False
-            self.source = self.begin_again()
-            return True
+            return self._ended()
         except BaseException as error:  # noqa: BLE001 - as above
-            return self._permit() is not Stop and self._failed(error)
+            while (permit := self._permit()) is Sent:
+                pass
+            return permit is not Stop and self._failed(error)
+        self._is_empty = False
         self.permits.load_s = time.perf_counter() - began_s
         self.tally.load_s += self.permits.load_s
         self.loaded.append((batch, state))
@@ -162,6 +161,16 @@ class Work:
             permit = self._next_permit()
         return False
 
+    def _ended(self) -> bool:
+        # Empty passes need no permits: over a loader that is used up there would be no end of them.
+        begin_again = None if self._is_empty else self.begin_again
+        self._is_empty = True
+        self.arrive(Arrival(is_end=True, goes_on=begin_again is not None, state=self.snapshot()))
+        if begin_again is None:
+            return False
+        self.source = begin_again()
+        return True
+
     def _send(self, batch: Any, state: Any, permit: Any) -> bool:
         try:
             parcel = self.transport.send(batch, permit)
@@ -175,11 +184,11 @@ class Work:
     def send_here(self, permit: Any) -> bool:
         """Send the batch that waits for a permit, and load the next; say whether there was one to send.
 
-        The other thread sleeps all the while; where there is no next batch it is told to see for itself.
+        The other thread loads nothing meanwhile; where there is no next batch it is told to see for itself.
         An interrupt finds each batch in one place, and what was begun goes on when the next batch is taken.
         """
-        with contextlib.suppress(IndexError):
-            if not self.here:
+        if not self.here:
+            with contextlib.suppress(IndexError):
                 _move_first(self.loaded, self.here)
         if not self.here:
             return False

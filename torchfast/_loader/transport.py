@@ -167,8 +167,10 @@ class CudaTransport:
                 for other in (stream, *self._streams):
                     buffer.record_stream(other)
         batch = self._with_late_leaves(parcel.batch) if parcel.has_late else parcel.batch
+        # Each event is noted once, also where an interrupt makes this batch be delivered once more.
+        spans, parcel.spans = parcel.spans, []
         there = self._mark(stream)
-        self._tally.note(Moment(self._asked, there, parcel.spans, parcel.n_bytes))
+        self._tally.note(Moment(self._asked, there, spans, parcel.n_bytes))
         return batch
 
     def _with_late_leaves(self, batch: Any) -> Any:

@@ -32,9 +32,9 @@ class Turns:
     """Decides, batch by batch, whether the consumer's thread sends it."""
 
     def __init__(self) -> None:
-        self._trials = iter(TRIALS)
-        self._trial = next(self._trials)
-        self._found_s: list[tuple[float, float]] = []
+        self._n_trials = 0
+        self._trial = TRIALS[0]
+        self._found_s: dict[bool, tuple[float, float]] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -49,19 +49,20 @@ class Turns:
         return self._trial.is_here
 
     def _conclude(self) -> None:
-        if self._trial.is_timed:
-            self._found_s.append(_middle([later - then for then, later in itertools.pairwise(self._times_s)]))
-        last_s = self._times_s[-1]
-        trial = next(self._trials, None)
-        if trial is None and self._found_s:
-            (there_s, noise_there_s), (here_s, noise_here_s) = self._found_s
-            is_here = there_s - here_s > max(WORTH_IT_S, noise_there_s + noise_here_s)
-            trial = Trial(is_here, N_BATCHES_DECIDED, is_timed=False)
-            self._found_s = []
-        elif trial is None:
-            self._trials = iter(TRIALS)
-            trial = next(self._trials)
-        self._trial, self._times_s = trial, [last_s]
+        """Note what was found and go on to the next trial; the same again after an interrupt."""
+        trial, times_s = self._trial, self._times_s
+        if trial.is_timed:
+            steps_s = [later - then for then, later in itertools.pairwise(times_s)]
+            self._found_s[trial.is_here] = _middle(steps_s)
+        n_trials = (self._n_trials + 1) % (len(TRIALS) + 1)
+        trial = TRIALS[n_trials] if n_trials < len(TRIALS) else self._decision()
+        self._n_trials, self._trial, self._times_s = n_trials, trial, times_s[-1:]
+
+    def _decision(self) -> Trial:
+        there_s, noise_there_s = self._found_s[False]
+        here_s, noise_here_s = self._found_s[True]
+        is_here = there_s - here_s > max(WORTH_IT_S, noise_there_s + noise_here_s)
+        return Trial(is_here, N_BATCHES_DECIDED, is_timed=False)
 
 
 def _middle(steps_s: list[float]) -> tuple[float, float]:
