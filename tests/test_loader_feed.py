@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -123,6 +124,30 @@ def test_what_is_dropped_is_fenced_first() -> None:
     epoch.close()
     assert transport.n_fences >= 1
     assert copying_threads() == 0
+
+
+class Blank:
+    """Stands for memory that was set aside for a batch."""
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_memory_set_aside_goes_with_the_pass(*, is_closed: bool) -> None:
+    """What was laid down for batches that never came is let go of, though the loader still holds the feed."""
+    transport, blanks = HostTransport(), WeakSet[Blank]()
+
+    def blank() -> Blank:
+        blanks.add(made := Blank())
+        return made
+
+    transport.blank = blank  # type: ignore[assignment, method-assign]
+    transport.send = lambda batch, _: [batch]  # type: ignore[assignment, method-assign]
+    feed = ThreadedFeed(iter(range(9)), transport, Tally(), depth=3, snapshot=no_state)
+    epoch: Epoch[int] = Epoch(feed, None, owner=None)
+    for _ in range(5 if is_closed else 9):
+        next(epoch)
+    epoch.close() if is_closed else list(epoch)
+    assert feed._work.left.wait()
+    assert not blanks
 
 
 def test_released_batches_keep_their_order() -> None:

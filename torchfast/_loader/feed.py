@@ -201,6 +201,7 @@ class ThreadedFeed:
             self._work.ready.clear()
             self._work.here.clear()
             self._work.loaded.clear()
+            self._work.permits.let_go()
             self._tell_to_stop()
             # For a take() that another thread waits in; not from the copying thread, where the collector may
             # have come upon this feed within `arrive` itself.

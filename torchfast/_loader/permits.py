@@ -24,6 +24,8 @@ class Permits:
         """Hand over a permit, waking nobody. In C: an interrupt comes before it or after it."""
         self.take_back = self._lying.popleft
         """Return one that nobody has got yet, waking nobody; `IndexError` if there is none."""
+        self.let_go = self._lying.clear
+        """Drop all that nobody has got yet."""
         self._words: SimpleQueue[None] = SimpleQueue()
         self._is_listening = False
         """Whether the thread sleeps until it is woken, however long that may be."""
