@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -65,7 +66,7 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     loader = _with_workers(**options)
     for number in range(N_WARMUP):
         _break_and_go_on(loader, number)  # what is made once and kept: workers, streams, the pinned ring
-    before = Leftovers()
+    before = _settled(loader)
     left, n_lost, pool = dict[str, int](), 0, dict[str, int]()
 
     def tell(n_seen: int, **more: Any) -> None:
@@ -77,10 +78,9 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     for n_seen in range(1, n_breaks + 1):
         n_lost += not _break_and_go_on(loader, n_seen)
         if n_seen % 5 == 0:
-            loader.close()  # what loads across epochs has batches of the next one, and their files
-            left = {name: max(n, left.get(name, 0)) for name, n in Leftovers().beyond(before).items()}
+            left = {name: max(n, left.get(name, 0)) for name, n in _settled(loader).beyond(before).items()}
             if options.get("pin_memory"):  # its own pool, which grows to what is ever on its way at once
-                pool["n_allocations_of_the_dataloader"] = left.pop(POOLED, 0)
+                pool |= {f"{name} of the DataLoader": left.pop(name) for name in PINNED if name in left}
         if n_seen % 50 == 0:
             tell(n_seen)
         if time.perf_counter() - began_s > limit_s:
@@ -88,6 +88,13 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     del loader
     left |= _left_at_the_end(empty)
     tell(n_seen, is_over=True)
+
+
+def _settled(loader: DeviceLoader[Any]) -> "Leftovers":
+    """Return what is held once the pass is closed, and a bare one has emptied the DataLoader's own queues."""
+    loader.close()
+    deque(loader.loader, maxlen=0)
+    return Leftovers()
 
 
 def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
@@ -101,8 +108,8 @@ def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
 
 
 N_SAMPLES, BATCH_SIZE, N_WARMUP = 96, 4, 24
-POOLED = "pinned allocations"
-"""What PyTorch's pool of pinned memory ever took from the driver, in use or not."""
+PINNED = ("pinned allocations", "pinned bytes")
+"""What PyTorch's pool of pinned memory took from the driver, in use or not."""
 
 
 def _with_workers(**options: Any) -> DeviceLoader[Any]:
@@ -159,13 +166,11 @@ class Leftovers:
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            torch.empty(1, pin_memory=True)  # only then does PyTorch see what has been read
             host = torch.cuda.host_memory_stats()
             self.held |= {
                 "device_bytes": torch.cuda.memory_allocated(),
                 "reserved_bytes": torch.cuda.memory_reserved(),
-                "pinned_bytes": host["active_bytes.current"],
-                POOLED: host["num_host_alloc"],
+                **dict(zip(PINNED, (host["num_host_alloc"], host["allocated_bytes.current"]), strict=True)),
             }
 
     def beyond(self, before: "Leftovers") -> dict[str, int]:
