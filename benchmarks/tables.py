@@ -387,8 +387,10 @@ def _speed(row: dict[str, Any]) -> str:
 
 def _source(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
+    note = f" {result['note']}" if "note" in result else ""
     return (
-        f"Medians on one {machine['gpu']}, torch {versions['torch']}, {result['date']}: {result['protocol']}"
+        f"Medians on one {machine['gpu']}, torch {versions['torch']}, {result['date']}: "
+        f"{result['protocol']}{note}"
     )
 
 
