@@ -1,0 +1,87 @@
+"""Passes that begin to load before the last one is over, and loaders that cannot begin again."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from tests.loader_transport import copying_threads, threaded, until
+
+
+class Counted:
+    """A loader that says how many of its passes were begun, and makes three batches in each."""
+
+    def __init__(self) -> None:
+        self.n_begun = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.n_begun += 1
+        return iter([(self.n_begun, number) for number in range(3)])
+
+
+def test_the_next_pass_is_loaded_while_the_last_batches_are_in_use() -> None:
+    """Across epochs, on request, the next pass is begun before this one is over, and no batch is lost."""
+    counted = Counted()
+    loader = threaded(counted, across_epochs=True)
+    batches = iter(loader)
+    next(batches)
+    until(lambda: counted.n_begun == 2)
+    assert list(batches) == [(1, 1), (1, 2)]
+    assert [list(loader), list(loader)] == [[(n, 0), (n, 1), (n, 2)] for n in (2, 3)]
+    for batch in loader:
+        assert batch == (4, 0)
+        break
+    assert next(iter(loader))[1] == 0
+    del loader, batches
+    gc.collect()
+    assert copying_threads() == 0
+
+
+def test_a_loader_that_cannot_begin_again_is_an_error_and_no_hang() -> None:
+    """A next pass that cannot be begun says so in its place; the pass after it is begun anew."""
+
+    class OnceMore(Counted):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            batches = super().__iter__()
+            if self.n_begun == 2:
+                raise ConnectionError("the files are gone")
+            return batches
+
+    loader = threaded(OnceMore(), across_epochs=True)
+    assert len(list(loader)) == 3
+    batches = iter(loader)
+    with pytest.raises(ConnectionError, match="files are gone"):
+        next(batches)
+    assert list(batches) == []
+    assert list(loader) == [(3, number) for number in range(3)]
+
+
+def test_a_pass_is_not_begun_unasked() -> None:
+    """Without the request no pass is begun but those that are iterated over."""
+    counted = Counted()
+    loader = threaded(counted)
+    assert [len(list(loader)), len(list(loader)), counted.n_begun] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("n_passes", [0, 1, 2])
+def test_a_loader_that_is_used_up_ends_across_epochs_too(n_passes: int) -> None:
+    """Passes without a batch are not begun one after another for ever: each is an end, and the thread's."""
+
+    class UsedUp(Counted):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            batches = super().__iter__()
+            return batches if self.n_begun <= n_passes else iter([])
+
+    counted = UsedUp()
+    loader = threaded(counted, across_epochs=True)
+    assert [len(list(loader)) for _ in range(5)] == [3] * n_passes + [0] * (5 - n_passes)
+    assert counted.n_begun <= 6
+    loader.close()
+    assert copying_threads() == 0
+
+
+def test_a_loader_in_a_for_statement_may_load_across_epochs() -> None:
+    """A loader that nobody holds after its pass takes the thread of the next pass with it."""
+    assert len(list(threaded(Counted(), across_epochs=True))) == 3
+    gc.collect()
+    assert copying_threads() == 0
