@@ -369,3 +369,15 @@ def test_no_thread_on_the_cpu() -> None:
 
     assert list(DeviceLoader(source(), "cpu")) == [1]
     assert threads == [threading.current_thread()]
+
+
+def test_a_loader_tells_its_options() -> None:
+    """Its repr has what changes batches, and leaves out what does not."""
+    assert repr(DeviceLoader([], "cpu")) == "DeviceLoader(list, device='cpu', depth=2)"
+    loader: DeviceLoader[Any] = DeviceLoader(
+        [], "cpu", depth=3, channels_last=True, normalize=((0.5,), (0.25,)), transform=len, into=torch.ones(2)
+    )
+    assert repr(loader) == (
+        "DeviceLoader(list, device='cpu', depth=3, channels_last=True, normalize=((0.5,), (0.25,)), "
+        "image_dtype=torch.float32, transform=len, into=...)"
+    )

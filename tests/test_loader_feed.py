@@ -16,7 +16,7 @@ from tests.loader_transport import HostTransport, copying_threads, open_feed, un
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import no_state
+from torchfast._loader.thread import Arrival, Stop, no_state
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
@@ -379,3 +379,39 @@ def test_the_number_of_threads_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *seen] == [before, before]
+
+
+def test_a_close_while_memory_is_released_comes_to_its_end() -> None:
+    """The word that ends the thread is laid down again, should a release in another thread have taken it."""
+    epoch, _, feed = open_feed(range(9), depth=4)
+    next(epoch)
+    permits = feed._work.permits
+    permits._until_mid_step_s = lambda: 0.0  # type: ignore[method-assign]
+    until(lambda: permits._is_listening)
+    permits.lay_down(Stop)
+    feed._take_back_permit()
+    assert feed._work.left.wait(10)
+    epoch.close()
+
+
+def test_a_pass_is_closed_once() -> None:
+    """Closing it again does nothing: what is collected late must not ask for a driver that is gone."""
+    epoch, transport, _ = open_feed(range(9))
+    next(epoch)
+    epoch.close()
+    n_fences = transport.n_fences
+    epoch.close()
+    del epoch
+    assert transport.n_fences == n_fences
+
+
+def test_the_consumers_own_batches_are_released_too() -> None:
+    """A batch that an interrupt has left in the consumer's hands goes back to the host with the others."""
+    epoch, transport, feed = open_feed(range(9), depth=2)
+    next(epoch)
+    until(lambda: len(feed._work.ready) == 2)
+    feed._work.here.append(Arrival(["in hand"]))
+    epoch.release_memory()
+    assert transport.n_evicted == 3
+    feed._work.here.clear()
+    epoch.close()

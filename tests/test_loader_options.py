@@ -55,7 +55,9 @@ def test_only_uint8_images_of_as_many_channels_are_normalised() -> None:
         torch.zeros(2, 3, 8, 8),
         torch.zeros(2, 3, dtype=torch.uint8),
     ]
-    (arrived,) = DeviceLoader([others], "cpu", normalize=(MEAN, STD))
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    ((normalised, *arrived),) = DeviceLoader([[images, *others]], "cpu", normalize=(MEAN, STD))
+    assert normalised.dtype is torch.float32
     assert all(there is other for there, other in zip(arrived, others, strict=True))
 
 
@@ -323,3 +325,25 @@ def test_pieces_divide_among_a_team(team: int) -> None:
     """Each thread of a team copies whole MiB of a piece, which is as long as fits the ring."""
     assert piece_bytes(team) % (team * 2**20) == 0
     assert CHUNK_BYTES / 2 < piece_bytes(team) <= CHUNK_BYTES
+
+
+def test_a_transform_may_take_further_batches() -> None:
+    """One that mixes two batches takes the second itself, and each comes once."""
+
+    def pair(number: int) -> Any:
+        return (number, next(batches)) if number % 2 == 0 else number
+
+    batches = iter(threaded(range(6), transform=pair))
+    assert list(batches) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_an_error_of_a_transform_that_closed_its_pass_is_its_own() -> None:
+    """Whatever a transform does to its pass, its error is not hidden by one of ours."""
+
+    def close_and_fail(batch: int) -> int:
+        loader.close()
+        raise LookupError(f"batch {batch}")
+
+    loader = threaded(range(6), transform=close_and_fail)
+    with pytest.raises(LookupError, match="batch 0"):
+        next(iter(loader))

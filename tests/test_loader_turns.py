@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -154,3 +155,41 @@ def test_time_between_passes_is_no_step() -> None:
         turns.begin()
         decided = [turns.is_here(now_s := now_s + (0.5 if is_here else 1.0)) for is_here in [False] * 4]
         assert not any(decided)
+
+
+def test_the_thread_loads_nothing_while_the_consumer_sends() -> None:
+    """A permit that comes meanwhile is kept for later: batches would else be loaded out of order."""
+    epoch, transport, feed = open_feed(range(9), itertools.repeat(True))
+    until_one_waits(feed)
+    send_here = transport.send_here
+
+    def send_while_the_thread_looks(batch: Any, blank: object) -> Any:
+        permits = feed._work.permits
+        permits.lay_down(None)
+        permits.hurry()
+        until(lambda: bool(feed._work._spare) and permits._is_listening)
+        return send_here(batch, blank)
+
+    transport.send_here = send_while_the_thread_looks  # type: ignore[method-assign]
+    assert next(epoch) == 0
+    transport.send_here = send_here  # type: ignore[method-assign]
+    assert list(epoch) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_what_was_being_sent_here_is_fenced(error: type[BaseException]) -> None:
+    """An interrupt, or an error of a signal's handler, may come once the copies are enqueued."""
+    epoch, transport, feed = open_feed(range(6), itertools.repeat(True))
+    until_one_waits(feed)
+    send_here = transport.send_here
+
+    def be_interrupted(*_: object) -> Any:
+        transport.send_here = send_here  # type: ignore[method-assign]
+        raise error
+
+    transport.send_here = be_interrupted  # type: ignore[method-assign]
+    with suppress(KeyboardInterrupt):
+        next(epoch)
+    assert transport.n_fences == 1
+    with suppress(TimeoutError):
+        assert len(list(epoch)) >= 5

@@ -80,11 +80,12 @@ def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     """A worker that is killed ends the pass with PyTorch's own error, and no thread stays behind."""
     loader = threaded(DataLoader(Deadly(), num_workers=2, persistent_workers=is_persistent))
     batches = iter(loader)
-    # Which error depends on what the worker was doing, and PyTorch's signal handler raises it anywhere.
-    with pytest.raises((RuntimeError, ConnectionError, EOFError)):
+    # Which error depends on what the worker was doing; PyTorch's signal handler raises one anywhere.
+    with suppress(RuntimeError), pytest.raises((RuntimeError, ConnectionError, EOFError)):
         deque(batches, maxlen=0)
-    with suppress(RuntimeError):
-        loader.close()
+    for _ in range(2):
+        with suppress(RuntimeError):
+            loader.close()
     assert copying_threads() == 0
 
 

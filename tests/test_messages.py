@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import importlib
+import math
 import pickle
 import sys
 import threading
@@ -423,15 +424,59 @@ def test_loader_that_throws_its_workers_away() -> None:
     )
 
 
-@pytest.mark.parametrize("normalize", [0.5, ((0.5,), (0.0,)), ((0.5,), (0.5, 0.5))])
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        0.5,
+        ((0.5,), (0.0,)),
+        ((0.5,), (0.5, 0.5)),
+        ((123.0,), (58.0,)),
+        ((0.5,), (-0.5,)),
+        ((math.nan,), (0.5,)),
+        ((0.5,), (math.nan,)),
+    ],
+)
 def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
-    """Means and stds that do not match, or divide by zero, are answered with what they are."""
+    """Means and stds that do not match, divide by zero or are of 0 to 255 are answered with what they are."""
     with pytest.raises(ValueError, match="normalize=") as error:
         DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[arg-type]  # the mistake under test
     assert text_of(error) == (
         f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
-        "as images have channels, for values between 0 and 1, none of std zero, and a floating-point dtype, "
-        "as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+        "as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
+        "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+    )
+
+
+@pytest.mark.parametrize("image_dtype", ["bf16", torch.uint8])
+def test_loader_image_dtype_that_cannot_be(image_dtype: Any) -> None:
+    """A type that is none, or not of floating point, is named in the same answer."""
+    with pytest.raises(ValueError, match=f"with image_dtype={image_dtype}: give "):
+        DeviceLoader([], "cpu", normalize=((0.5,), (0.5,)), image_dtype=image_dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((4, 8, 8, 3), torch.uint8), ((4, 1, 8, 8), torch.uint8), ((4, 3, 8, 8), torch.float32)],
+)
+def test_loader_batch_with_nothing_to_normalise(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Images of another layout, number of channels or type would come through raw: that is said instead."""
+    loader = DeviceLoader([torch.zeros(shape, dtype=dtype)], "cpu", normalize=((0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(ValueError, match="normalize=") as error:
+        next(iter(loader))
+    assert text_of(error) == (
+        "normalize= has numbers for 3 channels, but this batch has no uint8 images (N, 3, H, W), and would "
+        f"come through as it is. It holds {shape} {dtype}. Let the loader yield uint8 images, channels "
+        "first, or normalise in transform=."
+    )
+
+
+def test_loader_streams_that_are_none() -> None:
+    """What is no stream is refused at once, on the CPU too."""
+    with pytest.raises(TypeError, match="streams=") as error:
+        DeviceLoader([], "cpu", streams=[3])  # type: ignore[list-item]  # the mistake under test
+    assert text_of(error) == (
+        "streams=[3]: give the torch.cuda.Stream objects, other than the one that the loop runs on, on which "
+        "batches are used."
     )
 
 

@@ -62,9 +62,24 @@ class Epoch(Iterator[T]):
             raise closed_error()
         if self._finish is None:
             return self._taken()
-        if not self._unfinished:
-            self._unfinished.append(self._taken())
-        return self._finished(self._finish)
+        if self._unfinished:
+            batch = self._unfinished[0]
+            del self._unfinished[0]  # no call, which an interrupt could follow
+        else:
+            batch = self._taken()
+        try:
+            finished: T = self._finish(batch)
+        except StopIteration as error:
+            raise RuntimeError(
+                "transform= raised StopIteration, which would have ended the epoch without a word. "
+                "Raise another error, or end the loop from its body."
+            ) from error
+        except BaseException as error:
+            # Out of memory or interrupted: the same batch again, before those that `transform` took itself.
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                self._unfinished.insert(0, batch)
+            raise
+        return finished
 
     def _taken(self) -> T:
         try:
@@ -77,23 +92,6 @@ class Epoch(Iterator[T]):
         except BaseException:
             self._has_failed = True
             raise
-        return batch
-
-    def _finished(self, finish: Callable[[Any], Any]) -> T:
-        """Finish the batch at hand. It is kept until then: after running out of memory it comes again."""
-        try:
-            batch: T = finish(self._unfinished[0])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            del self._unfinished[0]
-            if not isinstance(error, StopIteration):
-                raise
-            raise RuntimeError(
-                "transform= raised StopIteration, which would have ended the epoch without a word. "
-                "Raise another error, or end the loop from its body."
-            ) from error
-        del self._unfinished[0]
         return batch
 
     def close(self) -> None:

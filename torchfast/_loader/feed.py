@@ -186,6 +186,9 @@ class ThreadedFeed:
             raise
         if permit is Sent:  # word that any further permit brings as well
             self._n_owed -= 1
+        elif permit is Stop:  # of a close in another thread, which waits for the thread to get it
+            self._n_owed -= 1
+            self._tell_to_stop()
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything. Once interrupted, it can be done again."""

@@ -7,7 +7,7 @@ import torch
 
 from torchfast._layout import is_image, to_channels_last_tensor
 from torchfast._loader.normalize import Normalization
-from torchfast._tree import flatten, map_tensors, places
+from torchfast._tree import flatten, map_tensors, places, tensors
 
 Step = Callable[[Any], Any]
 
@@ -18,7 +18,7 @@ def finishing(
     """Return the steps asked for as one function, or None where there are none."""
     steps: list[Step] = []
     if normalization is not None:
-        steps.append(lambda batch: map_tensors(_normalised(normalization), batch))
+        steps.append(_normalising(normalization))
     if channels_last:
         steps.append(lambda batch: map_tensors(_laid_out, batch))
     if transform is not None:
@@ -36,8 +36,20 @@ def finishing(
     return finish
 
 
-def _normalised(normalization: Normalization) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda leaf: normalization(leaf) if normalization.applies(leaf) else leaf
+def _normalising(normalization: Normalization) -> Step:
+    n_channels = normalization.n_channels
+
+    def step(batch: Any) -> Any:
+        if not any(map(normalization.applies, tensors(batch))):
+            raise ValueError(
+                f"normalize= has numbers for {n_channels} channels, but this batch has no uint8 images "
+                f"(N, {n_channels}, H, W), and would come through as it is. It holds "
+                f"{_text(_layouts(flatten(batch)[0])) or 'nothing'}. Let the loader yield uint8 images, "
+                "channels first, or normalise in transform=."
+            )
+        return map_tensors(lambda leaf: normalization(leaf) if normalization.applies(leaf) else leaf, batch)
+
+    return step
 
 
 def _laid_out(leaf: torch.Tensor) -> torch.Tensor:

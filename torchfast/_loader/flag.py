@@ -1,6 +1,5 @@
 """An event that no interrupt can break."""
 
-import contextlib
 from queue import Empty, SimpleQueue
 
 
@@ -18,12 +17,19 @@ class Flag:
     def set(self) -> None:
         """Let it have happened."""
         self._is_set = True
-        self._words.put(None)
+        self._tell_another()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until it has happened, or for so long; say whether it has."""
-        if not self._is_set:
-            with contextlib.suppress(Empty):
+        while not self._is_set:
+            try:
                 self._words.get(timeout=timeout_s)
-                self._words.put(None)  # for whoever else waits
+            except Empty:
+                break
+            finally:
+                self._tell_another()  # also where an interrupt comes between
         return self._is_set
+
+    def _tell_another(self) -> None:
+        if self._is_set:
+            self._words.put(None)

@@ -66,8 +66,9 @@ class DeviceLoader(Generic[T]):
         device: where the batches go; None is the current accelerator, else the CPU.
         depth: how many batches are brought to the device ahead of the one in use, at least 1.
         channels_last: whether image tensors, (N, C, H, W), are laid out channels last, on the device.
-        normalize: (mean, std), one number a channel each, for images in [0, 1]: uint8 images become
-            (x - 255 * mean) / (255 * std), in one kernel together with `channels_last`.
+        normalize: (mean, std), one number a channel each, for images in [0, 1]: every uint8 tensor
+            (N, C, H, W) of so many channels becomes (x - 255 * mean) / (255 * std), in one kernel together
+            with `channels_last`; other tensors stay as they are.
         image_dtype: the type of the images that `normalize` makes.
         transform: called with each batch once it is on the device, in the caller's thread and on its current
             stream: random numbers are drawn in the order of the batches. Its result is yielded.
@@ -81,9 +82,9 @@ class DeviceLoader(Generic[T]):
             batches of memory.
 
     Raises:
-        TypeError: the loader cannot be iterated over, or `transform` not be called.
-        ValueError: no such device, a depth below 1, means and stds that do not match, `into` not on the
-            device, or, from `next`, a batch that does not fit `into`.
+        TypeError: the loader cannot be iterated over, `transform` not be called, or `streams` are none.
+        ValueError: no such device, a depth below 1, means and stds that cannot be, `into` not on the
+            device, or, from `next`, a batch that does not fit `into` or has nothing to normalise.
 
     What it does not do: it runs one pass at a time. A second `iter` closes the first, with a warning, and a
     bare iterator that is left early has already given up the batches that were loaded ahead.
@@ -105,7 +106,7 @@ class DeviceLoader(Generic[T]):
         across_epochs: bool = False,
         poison: bool = False,
     ) -> None:
-        _check(loader, depth, transform)
+        _check(loader, depth, transform, streams)
         _check_across_epochs(loader, across_epochs=across_epochs)
         normalization = _normalization(normalize, image_dtype, channels_last=channels_last)
         self.device = resolve_device(device)
@@ -116,6 +117,16 @@ class DeviceLoader(Generic[T]):
         self._across_epochs = across_epochs
         static = None if into is None else Into(into, self.device)
         self._finish = finishing(transform, normalization, static, channels_last=channels_last)
+        self._told = _told(
+            channels_last=channels_last,
+            normalize=normalize,
+            image_dtype=None if normalize is None else image_dtype,
+            transform=getattr(transform, "__name__", transform),
+            into=None if into is None else "...",
+            streams=len(self._streams),
+            across_epochs=across_epochs,
+            poison=poison,
+        )
         self._inner: DeviceLoader[Any] | None = None
         if wrapped.looks_ahead(loader):
             source: Any = loader
@@ -223,7 +234,7 @@ class DeviceLoader(Generic[T]):
         """Tell what is wrapped, and how the latest pass went."""
         passed = f", {self.stats!r}" if self._n_passes else ""
         name = type(self.loader).__name__
-        return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{passed})"
+        return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{self._told}{passed})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise uncopyable(
@@ -325,7 +336,12 @@ class DeviceLoader(Generic[T]):
         return feed
 
 
-def _check(loader: object, depth: object, transform: object) -> None:
+def _told(**options: object) -> str:
+    """Return those of the options that do something, as a `repr` goes on."""
+    return "".join(f", {name}={value}" for name, value in options.items() if value)
+
+
+def _check(loader: object, depth: object, transform: object, streams: Sequence[object]) -> None:
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
@@ -340,6 +356,11 @@ def _check(loader: object, depth: object, transform: object) -> None:
         raise TypeError(
             f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
             "and returns what is to be yielded in its place."
+        )
+    if not all(isinstance(stream, torch.cuda.Stream) for stream in streams):
+        raise TypeError(
+            f"streams={streams!r}: give the torch.cuda.Stream objects, other than the one that the loop runs "
+            "on, on which batches are used."
         )
 
 
@@ -373,13 +394,14 @@ def _normalization(normalize: Any, image_dtype: torch.dtype, *, channels_last: b
         return None
     try:
         mean, std = ([float(number) for number in numbers] for numbers in normalize)
-        fits = len(mean) == len(std) > 0 and all(std) and image_dtype.is_floating_point
-    except (TypeError, ValueError):
+        fits = len(mean) == len(std) > 0 and image_dtype.is_floating_point
+        fits = fits and all(abs(number) <= 1 for number in mean) and all(0 < number <= 1 for number in std)
+    except (AttributeError, TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(
             f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
-            "each as images have channels, for values between 0 and 1, none of std zero, and a "
+            "each as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
             "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
         )
     return Normalization(mean, std, image_dtype, channels_last=channels_last)

@@ -213,12 +213,12 @@ class Work:
             if parcel is None:
                 return False
             self.here[0] = Arrival(parcel, state=state)
-        except Exception as error:  # noqa: BLE001 - it is raised where the batch is taken
+        except BaseException as error:
+            self.transport.fence()  # it may have come after the copies were enqueued
+            if not isinstance(error, Exception):
+                raise  # an interrupt: the batch is sent again, to other memory
             unknot(error)
-            self.here[0] = Arrival(error=error)
-        except BaseException:  # an interrupt: what was sent is sent again, to other memory
-            self.transport.fence()
-            raise
+            self.here[0] = Arrival(error=error)  # raised where the batch is taken
         return True
 
     def _permit(self) -> Any:
