@@ -210,14 +210,13 @@ def loader_sweep(result: dict[str, Any]) -> str:
     ours = [rows["torchfast"] for rows in cells.values()]
     n_ideal = sum(row["step_ms"] <= 1.02 * row["ideal_ms"] + 0.05 for row in ours)
     slower = (
-        "Step time over that of the fastest peer, by ratio of work to transfer (with workers: to loading). "
         f"Of {len(cells)} cells, {n_lost} are slower by more than 2 % and 50 µs (bold); "
         f"in {n_ideal} a step takes at most 1.02 x ideal + 50 µs."
     )
     hidden = (
         "Overlap efficiency in the same runs: 1 where a step takes as long as the longest of its parts, 0 "
-        "where it takes as long as all of them; - where it takes longer, since copying from pageable memory "
-        "is not among the parts that are known."
+        "where it takes as long as all of them; - where it takes longer, since copying from pageable memory, "
+        "and the calls for hundreds of tensors, are not among the parts that are known."
     )
     tables = [_swept(cells, _over_best), slower, _swept(cells, _efficiency), hidden, _source(result)]
     return "\n\n".join(tables) + "\n"

@@ -187,7 +187,7 @@ def test_what_was_being_sent_here_is_fenced(error: type[BaseException]) -> None:
         transport.send_here = send_here  # type: ignore[method-assign]
         raise error
 
-    transport.send_here = be_interrupted  # type: ignore[method-assign]
+    transport.send_here = be_interrupted  # type: ignore[assignment, method-assign]
     with suppress(KeyboardInterrupt):
         next(epoch)
     assert transport.n_fences == 1
