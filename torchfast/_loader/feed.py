@@ -155,7 +155,7 @@ class ThreadedFeed:
             raise epoch.closed_error() from None
 
     def _pass_on(self, arrival: Arrival) -> None:
-        """Let the first leave the line: without a call, since after one an interrupt could take it along."""
+        """Let the first leave the line. From here to the loop nothing looks for signals, as calls in C do."""
         ready = self._work.ready
         self._n_owed += 1
         if ready and ready[0] is arrival:  # close() in another thread may have emptied the line
