@@ -85,12 +85,13 @@ class Interrupt:
         return self._trace
 
 
-def taken(interrupt: Interrupt, epoch: Iterator[int]) -> list[int]:
+def taken(interrupt: Interrupt, epoch: Iterator[int], look: Callable[[], object] = lambda: None) -> list[int]:
     """Return what a loop gets that goes on after an interrupt, and asks again until the end."""
     batches: list[int] = []
     while True:
         try:
             batches.append(interrupt.during(lambda: next(epoch)))
+            look()
         except KeyboardInterrupt:
             continue
         except StopIteration:
@@ -108,7 +109,7 @@ def interrupts(act: Callable[[Interrupt], object]) -> Iterator[Interrupt]:
 @pytest.mark.parametrize("sends_here", ["-", "h", "-h"])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None:
-    """Whenever it comes, and whichever thread sends, the loop that goes on gets each batch once, in order."""
+    """Whenever it comes, whoever sends: each batch comes once, in order, and no more are ahead than ever."""
 
     def passed(interrupt: Interrupt) -> list[int]:
         transport = HostTransport()
@@ -116,7 +117,13 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
         feed = ThreadedFeed(
             iter(range(N_BATCHES)), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True
         )
-        return taken(interrupt, Epoch(feed, None, owner=None))
+        n_ahead: list[int] = []
+        epoch: Epoch[int] = Epoch(feed, None, owner=None)
+        batches = taken(
+            interrupt, epoch, lambda: n_ahead.append(sum(not one.is_end for one in feed._work.ready))
+        )
+        assert max(n_ahead) <= depth
+        return batches
 
     for interrupt in interrupts(passed):
         assert passed(interrupt) == list(range(N_BATCHES))

@@ -40,7 +40,6 @@ class ThreadedFeed:
         """The loader's state as of the batch handed out last."""
         transport.begin(tally)
         self._work = Work(source, transport, tally, snapshot, begin_again)
-        self._n_owed = 1
         self._n_in_time = max(1, depth - 1)
         """Batches that must be ready beside the one at hand, for there to be time."""
         self._process = os.getpid()
@@ -79,15 +78,15 @@ class ThreadedFeed:
                 "the fork. Begin a new pass in this process."
             )
         self._consumer = threading.get_ident()
-        self._work.permits.keep_pace(time.perf_counter())
-        self._transport.follow()
-        # First of all: nothing that this step enqueues should delay the copy that goes there.
-        blank = self._transport.blank() if self._n_owed else None
         work = self._work
+        work.permits.keep_pace(time.perf_counter())
+        self._transport.follow()
+        if work.here:
+            work.go_on_here()  # where an interrupt came
+        # First of all: nothing that this step enqueues should delay the copy that goes there.
+        blank = self._transport.blank() if work.n_owed else None
         # Before the delivery: an interrupt then loses nothing.
-        if (work.here or self._may_send_here()) and work.send_here(blank):
-            self._n_owed -= 1
-        else:
+        if not (self._may_send_here() and work.send_here(blank)):
             self._grant(blank)
         began_s = time.perf_counter()
         work.wait_for_arrival()
@@ -105,14 +104,14 @@ class ThreadedFeed:
         self._transport.begin(tally)
 
     def _may_send_here(self) -> bool:
-        is_ready = self._n_owed > 0 and len(self._work.ready) > 0
+        is_ready = self._work.n_owed > 0 and len(self._work.ready) > 0
         return is_ready and self._is_instant and self._transport.is_sent_here()
 
     def _grant(self, blank: Any) -> None:
         """Let the thread send one more batch for each that was taken: at once, if too few are ready."""
         permits = self._work.permits
-        while self._n_owed:
-            self._n_owed -= 1
+        while self._work.n_owed:
+            self._work.n_owed -= 1
             permits.lay_down(blank)
             blank = None
         if len(self._work.ready) <= self._n_in_time:
@@ -157,7 +156,7 @@ class ThreadedFeed:
     def _pass_on(self, arrival: Arrival) -> None:
         """Let the first leave the line. From here to the loop nothing looks for signals, as calls in C do."""
         ready = self._work.ready
-        self._n_owed += 1
+        self._work.n_owed += 1
         if ready and ready[0] is arrival:  # close() in another thread may have emptied the line
             del ready[0]
 
@@ -178,16 +177,16 @@ class ThreadedFeed:
 
     def _take_back_permit(self) -> None:
         """Owe a permit that was laid down: it is laid down again when the next batch is taken."""
-        self._n_owed += 1  # first: an interrupt then loses none
+        self._work.n_owed += 1  # first: an interrupt then loses none
         try:
             permit = self._work.permits.take_back()
         except IndexError:
-            self._n_owed -= 1
+            self._work.n_owed -= 1
             raise
         if permit is Sent:  # word that any further permit brings as well
-            self._n_owed -= 1
+            self._work.n_owed -= 1
         elif permit is Stop:  # of a close in another thread, which waits for the thread to get it
-            self._n_owed -= 1
+            self._work.n_owed -= 1
             self._tell_to_stop()
 
     def close(self) -> None:

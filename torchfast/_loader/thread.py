@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from torchfast._loader.flag import Flag
 from torchfast._loader.modes import Modes
@@ -84,6 +84,8 @@ class Work:
         self.entered = Flag()
         self.left = Flag()
         self.stopped = False
+        self.n_owed = 1
+        """Batches for which the consumer has yet to lay down a permit, or to send one itself."""
         self._is_empty = True
         """Whether the loader has not had a batch in this pass."""
         self.modes = Modes()
@@ -184,30 +186,36 @@ class Work:
     def send_here(self, permit: Any) -> bool:
         """Send the batch that waits for a permit, and load the next; say whether there was one to send.
 
-        The other thread loads nothing meanwhile; where there is no next batch it is told to see for itself.
-        An interrupt finds each batch in one place, and what was begun goes on when the next batch is taken.
+        The other thread loads nothing meanwhile. An interrupt leaves each batch in one place, `go_on_here`
+        does the rest.
         """
-        if not self.here:
-            with contextlib.suppress(IndexError):
-                _move_first(self.loaded, self.here)
+        with contextlib.suppress(IndexError):
+            _move_first(self.loaded, self.here)
         if not self.here:
             return False
-        if not isinstance(self.here[0], Arrival) and not self._sent_here(*self.here[0], permit):
-            _move_first(self.here, self.loaded)
-            return False
-        if len(self.here) == 1:
+        is_sent = self._sent_here(permit)
+        if is_sent:
             self.transport.settle()
             # No snapshot: a loader that never keeps one waiting has no state.
             self.here.extend(zip(itertools.islice(self.source, 1), itertools.repeat(None)))
-        _move_first(self.here, self.ready)
+        self.go_on_here()
+        return is_sent
+
+    def go_on_here(self) -> None:
+        """Put what was sent here in line, and leave the next batch to whoever sends it."""
+        if isinstance(self.here[0], Arrival):
+            self.n_owed -= 1  # from here to `del` no call, which an interrupt could follow
+            self.ready += (self.here[0],)
+            del self.here[0]
         if self.here:
             _move_first(self.here, self.loaded)
         else:
+            # The other thread is told to see for itself that there is no next batch.
             self.permits.lay_down(Sent)
             self.permits.hurry()
-        return True
 
-    def _sent_here(self, batch: Any, state: Any, permit: Any) -> bool:
+    def _sent_here(self, permit: Any) -> bool:
+        batch, state = cast("tuple[Any, Any]", self.here[0])
         try:
             parcel = self.transport.send_here(batch, permit)
             if parcel is None:
