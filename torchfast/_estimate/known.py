@@ -54,8 +54,8 @@ def follow(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs:
         return
     try:
         results = func(*known[0], **known[1])
-    except (NotImplementedError, RuntimeError):
-        return  # the host has no kernel for it: what comes of it is not known
+    except RuntimeError:  # the host has no kernel for it, or none for these values: not known, then
+        return
     for output, value in zip(_tensors(outputs), _tensors(results), strict=False):
         if isinstance(output, PaperTensor) and worth_keeping(value) and _has_room_for(value):
             output.values = value
@@ -99,7 +99,7 @@ def _follow_in_place(
             changed.values = None
         else:
             func(*known[0], **known[1])
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # no kernel on the host, as above
         changed.values = None
 
 
@@ -113,7 +113,7 @@ def _follow_in_lists(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         if known is not None:
             func(*known[0], **known[1])
             return
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # no kernel on the host, as above; some may have changed before
         pass
     for tensor in changed:
         tensor.values = None
@@ -162,7 +162,7 @@ def on_zeros(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         return None
     try:
         return _to_meta(func(*(_zeros(a) for a in args), **{name: _zeros(a) for name, a in kwargs.items()}))
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # no kernel on the host, or one that zeros are no input for
         return None
 
 

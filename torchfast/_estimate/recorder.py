@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
         try:
             with meta_kernels():
                 outputs = func(*args, **kwargs)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # PyTorch's own word for an operator without a meta kernel
             return self._shapes_on_host(func, args, kwargs, error)
         except RuntimeError as error:
             if func.namespace not in _PYTORCHS_OWN:  # a custom operator that registered no shapes

@@ -209,7 +209,7 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> bool | None:
-        raise NotImplementedError
+        raise NotImplementedError  # whether the error goes on is what the two kinds of guard differ by
 
     def _leave(self, error: BaseException | None) -> OutOfMemoryReport | None:
         """Let go, and return the report, if the block ran out of memory."""
