@@ -1,6 +1,6 @@
 """DeviceLoader: batches on the device, ahead of use.
 
-- `loader.py`     the public class
+- `loader.py`     the public class; `checks.py` what it refuses
 - `epoch.py`      one pass over the loader, and the simple way to feed it
 - `wrapped.py`    what is known about the loaders that are wrapped
 - `feed.py`       the thread that loads and copies ahead, as the loop sees it; `thread.py` is its own side

@@ -1,4 +1,4 @@
-"""The public class: what is wrapped, what is checked, what is forwarded."""
+"""The public class: what is wrapped, what is forwarded, and one pass at a time."""
 
 import functools
 import weakref
@@ -9,11 +9,10 @@ import torch
 
 from torchfast import _holders
 from torchfast._device import resolve_device
-from torchfast._loader import wrapped
+from torchfast._loader import checks, wrapped
 from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, uncopyable, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.finish import Into, finishing
-from torchfast._loader.normalize import Normalization
 from torchfast._loader.stats import LoaderStats, Tally
 
 if TYPE_CHECKING:
@@ -106,9 +105,9 @@ class DeviceLoader(Generic[T]):
         across_epochs: bool = False,
         poison: bool = False,
     ) -> None:
-        _check(loader, depth, transform, streams)
-        _check_across_epochs(loader, across_epochs=across_epochs)
-        normalization = _normalization(normalize, image_dtype, channels_last=channels_last)
+        checks.check(loader, depth, transform, streams)
+        checks.check_across_epochs(loader, across_epochs=across_epochs)
+        normalization = checks.normalization_of(normalize, image_dtype, channels_last=channels_last)
         self.device = resolve_device(device)
         self.loader = loader
         self._depth = depth
@@ -179,7 +178,7 @@ class DeviceLoader(Generic[T]):
         from torch.utils.data import DataLoader
 
         resolve_device(device)  # before any dataset is touched
-        _check_dataset(dataset)
+        checks.check_dataset(dataset)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
         n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
         if n_workers > 0:
@@ -339,69 +338,3 @@ class DeviceLoader(Generic[T]):
 def _told(**options: object) -> str:
     """Return those of the options that do something, as a `repr` goes on."""
     return "".join(f", {name}={value}" for name, value in options.items() if value)
-
-
-def _check(loader: object, depth: object, transform: object, streams: Sequence[object]) -> None:
-    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise TypeError(
-            f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
-            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
-        )
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(
-            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
-            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
-        )
-    if transform is not None and not callable(transform):
-        raise TypeError(
-            f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
-            "and returns what is to be yielded in its place."
-        )
-    if not all(isinstance(stream, torch.cuda.Stream) for stream in streams):
-        raise TypeError(
-            f"streams={streams!r}: give the torch.cuda.Stream objects, other than the one that the loop runs "
-            "on, on which batches are used."
-        )
-
-
-def _check_dataset(dataset: object) -> None:
-    from torch.utils.data import IterableDataset
-
-    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            "from_dataset takes samples by their index, or an IterableDataset of them; "
-            f"{type(dataset).__name__} is neither. An iterable of batches goes to DeviceLoader(batches) as "
-            "it is; one of samples becomes a dataset as a subclass of torch.utils.data.IterableDataset."
-        )
-
-
-def _check_across_epochs(loader: object, *, across_epochs: bool) -> None:
-    part = wrapped.takes_epochs(loader) if across_epochs else None
-    if part is not None:
-        raise ValueError(
-            f"across_epochs=True, but {type(part).__name__} has a set_epoch: the next epoch would be loaded "
-            "before it is told its number, and repeat the order of this one. Leave across_epochs off."
-        )
-
-
-def _normalization(normalize: Any, image_dtype: torch.dtype, *, channels_last: bool) -> Normalization | None:
-    if normalize is None:
-        if image_dtype is not torch.float32:
-            raise ValueError(
-                f"image_dtype={image_dtype} without normalize=: it is the type of the images that normalize= "
-                "makes, and would change nothing. Give normalize=(mean, std), or convert in transform=."
-            )
-        return None
-    try:
-        mean, std = ([float(number) for number in numbers] for numbers in normalize)
-        fits = len(mean) == len(std) > 0 and image_dtype.is_floating_point
-        fits = fits and all(abs(number) <= 1 for number in mean) and all(0 < number <= 1 for number in std)
-    except (AttributeError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
-            "each as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
-            "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
-        )
-    return Normalization(mean, std, image_dtype, channels_last=channels_last)

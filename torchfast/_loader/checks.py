@@ -1,0 +1,81 @@
+"""What a DeviceLoader refuses, each with what was found and what to give: before anything is changed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchfast._loader import wrapped
+from torchfast._loader.normalize import Normalization
+
+
+def check(loader: object, depth: object, transform: object, streams: Sequence[object]) -> None:
+    """Refuse what is no loader, no depth, no transform or no streams."""
+    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
+            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+        )
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise ValueError(
+            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
+            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+        )
+    if transform is not None and not callable(transform):
+        raise TypeError(
+            f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
+            "and returns what is to be yielded in its place."
+        )
+    if not all(isinstance(stream, torch.cuda.Stream) for stream in streams):
+        raise TypeError(
+            f"streams={streams!r}: give the torch.cuda.Stream objects, other than the one that the loop runs "
+            "on, on which batches are used."
+        )
+
+
+def check_dataset(dataset: object) -> None:
+    """Refuse what no `DataLoader` can be built for."""
+    from torch.utils.data import IterableDataset
+
+    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            "from_dataset takes samples by their index, or an IterableDataset of them; "
+            f"{type(dataset).__name__} is neither. An iterable of batches goes to DeviceLoader(batches) as "
+            "it is; one of samples becomes a dataset as a subclass of torch.utils.data.IterableDataset."
+        )
+
+
+def check_across_epochs(loader: object, *, across_epochs: bool) -> None:
+    """Refuse to load ahead what wants to know the number of its epoch."""
+    part = wrapped.takes_epochs(loader) if across_epochs else None
+    if part is not None:
+        raise ValueError(
+            f"across_epochs=True, but {type(part).__name__} has a set_epoch: the next epoch would be loaded "
+            "before it is told its number, and repeat the order of this one. Leave across_epochs off."
+        )
+
+
+def normalization_of(
+    normalize: Any, image_dtype: torch.dtype, *, channels_last: bool
+) -> Normalization | None:
+    """Return what was asked for, None if nothing was; refuse numbers and types that cannot be."""
+    if normalize is None:
+        if image_dtype is not torch.float32:
+            raise ValueError(
+                f"image_dtype={image_dtype} without normalize=: it is the type of the images that normalize= "
+                "makes, and would change nothing. Give normalize=(mean, std), or convert in transform=."
+            )
+        return None
+    try:
+        mean, std = ([float(number) for number in numbers] for numbers in normalize)
+        fits = len(mean) == len(std) > 0 and image_dtype.is_floating_point
+        fits = fits and all(abs(number) <= 1 for number in mean) and all(0 < number <= 1 for number in std)
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
+            "each as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
+            "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+        )
+    return Normalization(mean, std, image_dtype, channels_last=channels_last)
