@@ -212,7 +212,7 @@ class ThreadedFeed:
         self._is_closed = True
 
     def __del__(self) -> None:
-        # Where an interrupt came before anybody held it.
+        # The loader is gone while its next pass loads; or an interrupt came before anybody held this.
         if not getattr(self, "_is_closed", True):
             self.close()
 

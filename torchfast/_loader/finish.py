@@ -7,7 +7,7 @@ import torch
 
 from torchfast._layout import is_image, to_channels_last_tensor
 from torchfast._loader.normalize import Normalization
-from torchfast._tree import flatten, map_tensors, places, tensors
+from torchfast._tree import flatten, map_tensors, places
 
 Step = Callable[[Any], Any]
 
@@ -40,14 +40,23 @@ def _normalising(normalization: Normalization) -> Step:
     n_channels = normalization.n_channels
 
     def step(batch: Any) -> Any:
-        if not any(map(normalization.applies, tensors(batch))):
+        found = []
+
+        def normalised(leaf: torch.Tensor) -> torch.Tensor:
+            if not normalization.applies(leaf):
+                return leaf
+            found.append(leaf)
+            return normalization(leaf)
+
+        changed = map_tensors(normalised, batch)
+        if not found:
             raise ValueError(
                 f"normalize= has numbers for {n_channels} channels, but this batch has no uint8 images "
                 f"(N, {n_channels}, H, W), and would come through as it is. It holds "
                 f"{_text(_layouts(flatten(batch)[0])) or 'nothing'}. Let the loader yield uint8 images, "
                 "channels first, or normalise in transform=."
             )
-        return map_tensors(lambda leaf: normalization(leaf) if normalization.applies(leaf) else leaf, batch)
+        return changed
 
     return step
 

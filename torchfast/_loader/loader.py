@@ -135,7 +135,6 @@ class DeviceLoader(Generic[T]):
         self._transport: Any = None
         self._epoch: weakref.ref[Epoch[T]] | None = None
         self._feed: Feed | None = None
-        self._ahead: ThreadedFeed | None = None
         self._n_passes = 0
         self._tally = Tally()
         _holders.register(self)
@@ -260,12 +259,6 @@ class DeviceLoader(Generic[T]):
             epoch.close()
         if self._feed is not None:  # also where its epoch is gone, and an interrupt kept that from closing it
             self._feed.close()
-        self._ahead = None
-
-    def __del__(self) -> None:
-        # Its epochs hold it, so it outlives them all. A constructor that failed leaves nothing ahead.
-        if self.__dict__.get("_ahead") is not None:
-            self.close()
 
     def release_memory(self) -> None:
         """Give back the device memory of batches that nobody has taken yet, without losing them.
@@ -276,8 +269,8 @@ class DeviceLoader(Generic[T]):
         epoch = None if self._epoch is None else self._epoch()
         if epoch is not None:
             epoch.release_memory()
-        elif self._ahead is not None:
-            self._ahead.release_memory()
+        elif (ahead := self._ahead()) is not None:
+            ahead.release_memory()
 
     @property
     def draws_beside(self) -> bool:
@@ -292,15 +285,20 @@ class DeviceLoader(Generic[T]):
         epoch = None if self._epoch is None else self._epoch()
         was_under_way = epoch is not None and epoch.is_under_way
         del epoch
-        if self._ahead is None or not self._ahead.is_between_passes:
+        if self._ahead() is None:
             self.close()
         if was_under_way:
             warn_of_open_epoch(stacklevel)
 
+    def _ahead(self) -> ThreadedFeed | None:
+        """Return the feed that is loading a pass which nobody has begun, if there is one."""
+        feed = self._feed
+        return feed if isinstance(feed, ThreadedFeed) and feed.is_between_passes else None
+
     def _open_feed(self) -> Feed:
-        if self._ahead is not None:
-            self._ahead.begin_pass(self._tally)
-            return self._ahead
+        if (ahead := self._ahead()) is not None:
+            ahead.begin_pass(self._tally)
+            return ahead
         source = (
             wrapped.begun(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
         )
@@ -330,7 +328,6 @@ class DeviceLoader(Generic[T]):
             is_instant=type(loader) in (list, tuple),
         )
         if self._across_epochs:
-            self._ahead = feed
             to_close_at_exit().add(self)
         return feed
 
