@@ -33,3 +33,11 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Ask for deterministic algorithms, which fill memory that is not initialised."""
+    torch.use_deterministic_algorithms(mode=True)
+    yield
+    torch.use_deterministic_algorithms(mode=False)

@@ -93,10 +93,21 @@ class HostTransport:
         self.n_fences += 1
 
 
-def open_feed(source: Any, depth: int = 2) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
-    """Open a pass over a source that is fed by a thread."""
+def open_feed(
+    source: Any, depth: int = 2, *, turns: Iterator[bool] | None = None
+) -> tuple[Epoch[Any], HostTransport, ThreadedFeed]:
+    """Open a pass that is fed by a thread; the consumer offers to send a batch whenever `turns` says so."""
     transport = HostTransport()
-    feed = ThreadedFeed(iter(source), transport, Tally(), depth=depth, snapshot=no_state)
+    if turns is not None:
+        transport.sends_here = turns
+    feed = ThreadedFeed(
+        iter(source),
+        transport,
+        Tally(),
+        depth=depth,
+        snapshot=no_state,
+        is_instant=turns is not None,
+    )
     return Epoch(feed, None, owner=None), transport, feed
 
 

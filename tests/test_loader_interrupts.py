@@ -14,12 +14,8 @@ from typing import Any
 import pytest
 
 import torchfast
-from tests.loader_transport import HostTransport, copying_threads, threaded, until
+from tests.loader_transport import copying_threads, open_feed, threaded, until
 from torchfast import DeviceLoader
-from torchfast._loader.epoch import Epoch
-from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.stats import Tally
-from torchfast._loader.thread import no_state
 from torchfast._loader.turns import N_BATCHES_DECIDED, Turns
 
 N_BATCHES = 7
@@ -112,13 +108,9 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
     """Whenever it comes, whoever sends: each batch comes once, in order, and no more are ahead than ever."""
 
     def passed(interrupt: Interrupt) -> list[int]:
-        transport = HostTransport()
-        transport.sends_here = itertools.cycle(letter == "h" for letter in sends_here)
-        feed = ThreadedFeed(
-            iter(range(N_BATCHES)), transport, Tally(), depth=depth, snapshot=no_state, is_instant=True
-        )
+        turns = itertools.cycle(letter == "h" for letter in sends_here)
+        epoch, _, feed = open_feed(range(N_BATCHES), depth, turns=turns)
         n_ahead: list[int] = []
-        epoch: Epoch[int] = Epoch(feed, None, owner=None)
         batches = taken(
             interrupt, epoch, lambda: n_ahead.append(sum(not one.is_end for one in feed._work.ready))
         )

@@ -117,14 +117,6 @@ def test_a_batch_without_room_is_counted_once() -> None:
     assert loader.stats.n_batches == 4
 
 
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Ask for deterministic algorithms, which fill memory that is not initialised."""
-    torch.use_deterministic_algorithms(mode=True)
-    yield
-    torch.use_deterministic_algorithms(mode=False)
-
-
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_mode_fills_no_memory_twice() -> None:
     """Memory that a copy fills is not filled before, also where PyTorch fills what `empty` returns."""

@@ -77,13 +77,10 @@ def test_evicted_rows_come_back_whole() -> None:
     assert n_wrong(batches, first=30) == 0
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_rows_arrive_whole_in_deterministic_mode() -> None:
     """Memory is then made in another way."""
-    torch.use_deterministic_algorithms(mode=True)
-    try:
-        assert n_wrong(iter(DeviceLoader([rows(number) for number in range(N_BATCHES)], "cuda"))) == 0
-    finally:
-        torch.use_deterministic_algorithms(mode=False)
+    assert n_wrong(iter(DeviceLoader([rows(number) for number in range(N_BATCHES)], "cuda"))) == 0
 
 
 def test_an_interrupt_behind_a_copy_loses_nothing(
