@@ -119,7 +119,7 @@ def test_plans_hold_no_batch() -> None:
 
 
 def test_the_private_guard_is_still_there() -> None:
-    """It compares 64 tensors in 4 us: without it each batch is read attribute by attribute, in 37."""
+    """With it 64 tensors are compared in 8 us: without it they are read attribute by attribute, in 37."""
     check = alike_check([torch.ones(2), torch.ones(3)])
     assert check is not None, "gone: batches of many tensors take 30 us longer in `next`"
     assert check(torch.zeros(2), torch.zeros(3))
