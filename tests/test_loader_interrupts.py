@@ -47,7 +47,7 @@ class Interrupt:
         self.n_moments = 0
         self.has_come = False
         self._at = at
-        self._returned_to: FrameType | None = None
+        self._returned_to = 0
 
     def during(self, act: Callable[[], Any]) -> Any:
         """Do it, unless interrupted."""
@@ -67,12 +67,13 @@ class Interrupt:
     def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
         del arg
         # Back from a function in Python the interpreter does not look: it did when it entered it.
-        looks = frame.f_lasti in checkpoints(frame.f_code) and self._returned_to is not frame
+        looks = frame.f_lasti in checkpoints(frame.f_code) and self._returned_to != id(frame)
         if event == "return":
-            self._returned_to = frame.f_back
+            # Not the frame itself: one that is held on to ends Python 3.11 now and then.
+            self._returned_to = id(frame.f_back)
         if event != "opcode":
             return self._trace
-        self._returned_to = None
+        self._returned_to = 0
         if looks and not self.has_come:
             self.n_moments += 1
             if self.n_moments == self._at:
@@ -94,12 +95,17 @@ def taken(interrupt: Interrupt, epoch: Iterator[int], look: Callable[[], object]
             return batches
 
 
-def interrupts(act: Callable[[Interrupt], object]) -> Iterator[Interrupt]:
-    """Yield an interrupt for each moment of what is done, after doing it once without any."""
-    never = Interrupt(at=0)
-    act(never)
-    assert never.n_moments > 10
-    yield from map(Interrupt, range(1, never.n_moments + 1))
+def interrupts() -> Iterator[Interrupt]:
+    """Yield an interrupt for each moment of what is done with it, until five in a row find no such moment.
+
+    Not until a number counted once: how many there are depends on whether the other thread was faster.
+    """
+    n_came = n_idle = 0
+    while n_idle < 5:
+        yield (interrupt := Interrupt(n_came + n_idle + 1))
+        n_came += interrupt.has_come
+        n_idle = 0 if interrupt.has_come else n_idle + 1
+    assert n_came > 10
 
 
 @pytest.mark.parametrize("sends_here", ["-", "h", "-h"])
@@ -117,7 +123,7 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
         assert max(n_ahead) <= depth
         return batches
 
-    for interrupt in interrupts(passed):
+    for interrupt in interrupts():
         assert passed(interrupt) == list(range(N_BATCHES))
     assert copying_threads() == 0
 
@@ -174,9 +180,8 @@ def test_after_an_interrupt_a_new_pass_is_whole(
         loader.close()
         return batches
 
-    for interrupt in interrupts(next_pass):
+    for interrupt in interrupts():
         assert next_pass(interrupt) == list(range(N_BATCHES))
-        assert interrupt.has_come
         until(lambda: copying_threads() == 0)
 
 
@@ -192,7 +197,7 @@ def test_an_interrupted_release_loses_no_batch() -> None:
             interrupt.during(loader.release_memory)
         return [first, *epoch]
 
-    for interrupt in interrupts(released):
+    for interrupt in interrupts():
         assert released(interrupt) == list(range(N_BATCHES))
 
 
@@ -203,7 +208,7 @@ def test_an_interrupt_of_what_happens_on_the_device_loses_no_batch(options: dict
     def taken_from(interrupt: Interrupt) -> list[int]:
         return taken(interrupt, iter(threaded(range(N_BATCHES), **options)))
 
-    for interrupt in interrupts(taken_from):
+    for interrupt in interrupts():
         assert taken_from(interrupt) == list(range(N_BATCHES))
 
 
@@ -217,5 +222,5 @@ def test_an_interrupt_leaves_the_turns_in_order() -> None:
                 interrupt.during(functools.partial(turns.is_here, float(number)))
         return turns
 
-    for interrupt in interrupts(decide):
+    for interrupt in interrupts():
         assert decide(interrupt)._trial.n_batches == N_BATCHES_DECIDED
