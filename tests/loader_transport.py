@@ -43,6 +43,9 @@ class HostTransport:
     def enter_thread(self) -> None:
         """Nothing to set."""
 
+    def leave_thread(self) -> None:
+        """Nothing to let go of."""
+
     def settle(self) -> None:
         """Nothing to wait for."""
 

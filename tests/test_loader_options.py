@@ -17,7 +17,7 @@ from tests.loader_transport import threaded
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.late import copied
+from torchfast._loader.late import copied, pinned
 from torchfast._loader.plan import CHUNK_BYTES, empty, separated
 from torchfast._loader.plans import Plans
 from torchfast._loader.staging import piece_bytes, team_size
@@ -98,6 +98,25 @@ def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
     assert kept[0].tolist() == kept[1].data.tolist() == [0] * 3
     assert isinstance(kept[1], PackedSequence)
     assert kept[2].numbers.tolist() == kept[3].numbers.tolist() == [0] * 3
+
+
+class Pinnable:
+    """An object that can be pinned, and says whether it was."""
+
+    def __init__(self, *, is_pinned: bool = False) -> None:
+        self.is_pinned = is_pinned
+
+    def pin_memory(self) -> "Pinnable":
+        """Return it in pinned memory."""
+        return Pinnable(is_pinned=True)
+
+
+def test_what_can_be_pinned_is_pinned() -> None:
+    """An object that knows how is asked to pin itself; one that does not stays the same, as on a device."""
+    plain, on_device = object(), torch.zeros(3, device="meta")
+    assert pinned(Pinnable()).is_pinned
+    assert pinned(plain) is plain
+    assert pinned(on_device) is on_device
 
 
 class Stateful:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
+from torchfast._loader.wrapped import pins, writes_afresh
 
 
 class Fragile(Dataset[int]):
@@ -125,6 +126,45 @@ def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loader_is_not_asked_to_pin_what_goes_to_a_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its iterator is made as if it did not pin, on the way to a GPU; the loader stays as it is."""
+    told, make = [], DataLoader._get_iterator
+
+    def make_iterator(loader: DataLoader[Any]) -> Any:
+        told.append(loader.pin_memory)
+        return make(loader)
+
+    monkeypatch.setattr(DataLoader, "_get_iterator", make_iterator)
+    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(4)), pin_memory=True)
+    passes = threaded(loader) if device == "cuda" else DeviceLoader(loader, device)
+    assert [len(list(passes)), len(list(passes))] == [4, 4]
+    assert told == [device == "cpu"] * 2
+    assert loader.pin_memory
+
+
+def test_only_loaders_that_iterate_as_pytorchs_do_are_taken_at_their_word() -> None:
+    """A subclass with an iterator of its own may use its memory again, and is not told how to pin."""
+
+    class Odd(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            return super().__iter__()
+
+    numbers = TensorDataset(torch.arange(4))
+    plain: DataLoader[Any] = DataLoader(numbers, num_workers=1, pin_memory=True)
+    odd = Odd(numbers, num_workers=1, pin_memory=True)
+    alone: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
+    bare: DataLoader[Any] = DataLoader(numbers)
+    afresh: dict[Any, bool] = {(): True, plain: True, odd: False, alone: False, bare: False}
+    pinning: dict[Any, bool] = {(): False, plain: True, odd: False, alone: True, bare: False}
+    assert {loader: writes_afresh(loader) for loader in afresh} == afresh
+    assert {loader: pins(loader) for loader in pinning} == pinning
+    assert writes_afresh([])
 
 
 class Collecting(Dataset[int]):

@@ -568,7 +568,7 @@ def test_loader_whose_batch_cannot_be_kept() -> None:
         "a batch holds a Handle, which moves by its own .to when the batch is handed out. The loader may "
         "have written its next batch there by then, so a copy is kept, but it has no clone(), and "
         "copy.deepcopy failed: it is an open file. Give it a clone(), or load by a DataLoader with "
-        "pin_memory=True, whose batches are its own."
+        "workers, whose batches are its own."
     )
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests import strategies
+from tests.loader_sources import pinned_by_pytorch
 from torchfast import DeviceLoader, _holders
 from torchfast._tree import flatten
 
@@ -61,7 +62,7 @@ def source_of(kind: str, n: int, shape: tuple[int, ...]) -> Iterable[torch.Tenso
     if kind == "reused":
         return in_one_buffer(n, shape)
     if kind == "dropped":
-        return DataLoader(Numbered(n, shape), batch_size=None, pin_memory=True)
+        return pinned_by_pytorch(Numbered(n, shape))
     return numbered(n, shape) if kind == "pageable" else list(numbered(n, shape, pinned=True))
 
 

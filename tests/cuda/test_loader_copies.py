@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from tests.loader_sources import pinned_by_pytorch
 from torchfast import DeviceLoader
 from torchfast._loader import driver, shipment, transport
 
@@ -57,7 +58,7 @@ def numbered(shapes: Shapes) -> list[list[torch.Tensor]]:
 
 
 SOURCES: dict[str, Any] = {
-    "pinned, dropped at once": lambda s: DataLoader(Numbered(s), batch_size=None, pin_memory=True),
+    "pinned, dropped at once": lambda s: pinned_by_pytorch(Numbered(s)),
     "pinned, kept": lambda s: [[leaf.pin_memory() for leaf in batch] for batch in numbered(s)],
     "pageable": numbered,
     "reused": Reused,

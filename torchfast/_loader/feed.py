@@ -12,7 +12,7 @@ import torch
 
 from torchfast._loader import epoch
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work
+from torchfast._loader.thread import Arrival, HelperThread, Sent, Stop, Transport, Work
 
 
 class ThreadedFeed:
@@ -222,8 +222,9 @@ class ThreadedFeed:
         self._work.permits.hurry()
 
     def _wait_for_thread(self) -> None:
-        # The collector may run this in the very thread that it ends, which cannot wait for itself.
-        if self._thread.ident is None or self._thread is threading.current_thread():
+        # The collector may run this in the very thread that it ends, or in one for which that thread waits.
+        here = threading.current_thread()
+        if self._thread.ident is None or self._thread is here or isinstance(here, HelperThread):
             return
         patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []

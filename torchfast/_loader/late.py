@@ -34,8 +34,15 @@ def copied(leaf: Leaf, /) -> Any:
             f"a batch holds a {type(leaf).__name__}, which moves by its own .to when the batch is handed "
             "out. The loader may have written its next batch there by then, so a copy is kept, but it has no "
             f"clone(), and copy.deepcopy failed: {error}. Give it a clone(), or load by a DataLoader with "
-            "pin_memory=True, whose batches are its own."
+            "workers, whose batches are its own."
         ) from error
+
+
+def pinned(part: Any, /) -> Any:
+    """Return a leaf, or an object without any, in pinned memory, if it knows how and is not on a device."""
+    pin = getattr(part, "pin_memory", None)
+    is_on_device = isinstance(part, torch.Tensor) and not part.is_cpu
+    return part if pin is None or is_on_device else pin()
 
 
 def record_use(leaf: Any, stream: torch.cuda.Stream, /) -> None:

@@ -299,11 +299,11 @@ class DeviceLoader(Generic[T]):
         if (ahead := self._ahead()) is not None:
             ahead.begin_pass(self._tally)
             return ahead
-        source = (
-            wrapped.begun(self.loader) if self._inner is None else wrapped.through(self.loader, self._inner)
-        )
-        if self.device.type != "cuda" or self._inner is not None:
-            return InlineFeed(source, self.device, self._tally, wrapped.snapshot_of(self.loader))
+        loader, snapshot = self.loader, wrapped.snapshot_of(self.loader)
+        if self._inner is not None:
+            return InlineFeed(wrapped.through(loader, self._inner), self.device, self._tally, snapshot)
+        if self.device.type != "cuda":
+            return InlineFeed(wrapped.begun(loader), self.device, self._tally, snapshot)
         if self._transport is None:
             from torchfast._loader.transport import CudaTransport
 
@@ -311,20 +311,19 @@ class DeviceLoader(Generic[T]):
                 self.device,
                 self._depth,
                 streams=self._streams,
-                borrows=not wrapped.writes_afresh(self.loader),
-                n_workers=getattr(self.loader, "num_workers", 0),
+                borrows=not wrapped.writes_afresh(loader),
+                pins=wrapped.pins(loader),
+                n_workers=getattr(loader, "num_workers", 0),
                 poison=self._poison,
             )
-        snapshot = wrapped.snapshot_of(self.loader)
-        loader = self.loader
-        begin_again = functools.partial(wrapped.begun, loader) if self._across_epochs else None
+        begin = functools.partial(wrapped.begun_unpinned, loader)
         feed = ThreadedFeed(
-            source,
+            begin(),
             self._transport,
             self._tally,
             depth=self._depth,
             snapshot=snapshot,
-            begin_again=begin_again,
+            begin_again=begin if self._across_epochs else None,
             is_instant=type(loader) in (list, tuple),
         )
         if self._across_epochs:

@@ -6,6 +6,7 @@ its feed, and that ends the thread.
 
 import contextlib
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,10 +29,15 @@ class Transport(Protocol):
     def evict(self, parcel: Any) -> None: ...
     def fence(self) -> None: ...
     def enter_thread(self) -> None: ...
+    def leave_thread(self) -> None: ...
     def settle(self) -> None: ...
     def send(self, batch: Any, blank: Any) -> Any: ...
     def is_sent_here(self) -> bool: ...
     def send_here(self, batch: Any, blank: Any) -> Any: ...
+
+
+class HelperThread(threading.Thread):
+    """A thread that the loading one waits for: if the collector ends a pass in it, it must wait for none."""
 
 
 class Stop:
@@ -103,15 +109,15 @@ class Work:
             self.arrive(Arrival(is_end=True))
         finally:
             self.entered.set()
-            try:
+            with contextlib.ExitStack() as last:
+                last.callback(self.left.set)
+                last.callback(self.transport.leave_thread)
                 if self.stopped:
                     # By the collector, in this very thread: what was sent since has nobody to wait for it.
                     self.transport.fence()
                 self.loaded.clear()
                 self._spare.clear()
                 del self.source
-            finally:
-                self.left.set()
 
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""

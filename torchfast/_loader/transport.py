@@ -26,9 +26,10 @@ import torch
 
 from torchfast._bytes import MIB
 from torchfast._loader.driver import current_raw_stream
-from torchfast._loader.late import copied, moved, record_use
+from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
+from torchfast._loader.shared_memory import SharedMemoryReader
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
 from torchfast._loader.staging import SMALL_TEAM, PinnedRing, piece_bytes, team_size
 from torchfast._loader.stats import Moment, Span, Tally
@@ -83,6 +84,7 @@ class CudaTransport:
         *,
         streams: Sequence[torch.cuda.Stream],
         borrows: bool,
+        pins: bool,
         n_workers: int,
         poison: bool,
     ) -> None:
@@ -90,8 +92,12 @@ class CudaTransport:
         self._poison = poison
         self._resting: deque[Blank] = deque()
         self._team_size = team_size(n_workers)
+        self._has_workers = n_workers > 0
+        self._n_threads = 1
+        self._reader = SharedMemoryReader()
         self._streams = tuple(streams)
         self._borrows = borrows
+        self._pins = pins
         self._copy_stream = torch.cuda.Stream(device)
         self._consumer = self._loading = torch.cuda.current_stream(device)
         self._owners = {self._consumer.cuda_stream: self._consumer}
@@ -114,6 +120,7 @@ class CudaTransport:
         self._tally = tally
         tally.idle_events = self._idle_events
         self._turns.begin()
+        self._n_threads = torch.get_num_threads()
         self.follow()
 
     def follow(self) -> None:
@@ -224,7 +231,13 @@ class CudaTransport:
         self._loading = self._consumer
         torch.cuda.set_stream(self._loading)
         team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
-        torch.set_num_threads(min(torch.get_num_threads(), team))
+        # The first question in a thread gives it the process's number; asked later it would undo what is set.
+        torch.get_num_threads()
+        torch.set_num_threads(team if self._has_workers else min(team, self._n_threads))
+
+    def leave_thread(self) -> None:
+        """Let go of what the thread has beside it."""
+        self._reader.close()
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
@@ -249,12 +262,12 @@ class CudaTransport:
         batch, leaves, structure, plan = unpacked
         ready = []
         if plan.n_late:
-            if self._borrows:
-                # They move when they are asked for; by then the loader may have written its next batch there.
-                leaves = [leaf if is_plain(leaf) else copied(leaf) for leaf in leaves]
-                batch = structure.rebuild(leaves)
+            leaves = [leaf if is_plain(leaf) else self._kept(leaf) for leaf in leaves]
+            batch = structure.rebuild(leaves)
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
+        elif not leaves and self._pins:
+            batch = pinned(batch)  # an object that only pins itself, as a DataLoader would have asked it to
         if not plan.molds:
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
@@ -276,6 +289,11 @@ class CudaTransport:
             ready.append(ended)
         parcel.spans, parcel.n_bytes = shipment.spans, plan.n_bytes
         return parcel
+
+    def _kept(self, leaf: Any) -> Any:
+        """Return what will move by itself, out of reach of the loader, which may use its memory again."""
+        leaf = copied(leaf) if self._borrows else leaf
+        return pinned(leaf) if self._pins else leaf
 
     def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> Shipment:
         """Replace the plain leaves by their copies, and start these: first what is pinned, in one call."""
@@ -325,13 +343,13 @@ class CudaTransport:
     def _stage(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
         """Copy a large pageable tensor piece by piece, one flying while the next is staged."""
         n_bytes = piece_bytes(self._team_size)
-        for piece, there in zip(
-            bytes_of(source).split(n_bytes), bytes_of(target).split(n_bytes), strict=True
-        ):
-            staged = self._ring.take(piece.nbytes)
-            staged.memory[: piece.nbytes].copy_(piece)
-            shipment.add_staged(there, staged)
-            shipment.enqueue()
+        reading = self._reader.reading(source) if self._has_workers else nullcontext(bytes_of(source))
+        with reading as memory:
+            for piece, there in zip(memory.split(n_bytes), bytes_of(target).split(n_bytes), strict=True):
+                staged = self._ring.take(piece.nbytes)
+                staged.memory[: piece.nbytes].copy_(piece)
+                shipment.add_staged(there, staged)
+                shipment.enqueue()
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         self._expect(plan)

@@ -4,10 +4,13 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torchfast._loader.cpus import cpu_share
 from torchfast._loader.thread import no_state
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 FORWARDED = frozenset({
     "batch_sampler",
@@ -40,10 +43,32 @@ def snapshot_of(loader: object) -> Callable[[], Any]:
 
 
 def writes_afresh(loader: object) -> bool:
-    """Say whether asking the loader for a batch surely leaves the pinned memory of earlier ones alone."""
+    """Say whether asking the loader for a batch surely leaves the memory of earlier ones alone."""
+    return type(loader) in (list, tuple) or (_is_plain(loader) and loader.num_workers > 0)
+
+
+def pins(loader: object) -> bool:
+    """Say whether a `DataLoader` was told to pin its batches."""
+    return _is_plain(loader) and loader.pin_memory
+
+
+def begun_unpinned(loader: Iterable[Any]) -> Iterator[Any]:
+    """Return the loader's iterator, which leaves pinning to us: PyTorch's would do it in one slow thread."""
+    if not pins(loader):
+        return begun(loader)
+    attributes = vars(loader)
+    try:
+        attributes["pin_memory"] = False
+        return begun(loader)
+    finally:
+        attributes["pin_memory"] = True  # no call, which an interrupt could follow
+
+
+def _is_plain(loader: object) -> "TypeGuard[DataLoader[Any]]":
+    """Say whether a loader iterates as PyTorch's own does."""
     from torch.utils.data import DataLoader
 
-    return type(loader) in (list, tuple) or (isinstance(loader, DataLoader) and loader.pin_memory)
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
 
 
 _FROZEN_BY_PYTHON = gc.get_freeze_count()
