@@ -67,20 +67,18 @@ def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limi
     for number in range(N_WARMUP):
         _break_and_go_on(loader, number)  # what is made once and kept: workers, streams, the pinned ring
     before = _settled(loader)
-    left, n_lost, pool = dict[str, int](), 0, dict[str, int]()
+    left, n_lost = dict[str, int](), 0
 
     def tell(n_seen: int, **more: Any) -> None:
         row = {"options": options, "n_asked": n_breaks, "n_breaks": n_seen, "n_epochs_not_whole": n_lost}
         seconds = round(time.perf_counter() - began_s, 1)
         wrong = {"left_behind": dict(left), "n_wrong": n_lost + len(left), "seconds": seconds}
-        report({**row, **wrong, **pool, **more})
+        report({**row, **wrong, **more})
 
     for n_seen in range(1, n_breaks + 1):
         n_lost += not _break_and_go_on(loader, n_seen)
         if n_seen % 5 == 0:
             left = {name: max(n, left.get(name, 0)) for name, n in _settled(loader).beyond(before).items()}
-            if options.get("pin_memory"):  # its own pool, which grows to what is ever on its way at once
-                pool |= {f"{name} of the DataLoader": left.pop(name) for name in PINNED if name in left}
         if n_seen % 50 == 0:
             tell(n_seen)
         if time.perf_counter() - began_s > limit_s:
@@ -108,13 +106,11 @@ def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
 
 
 N_SAMPLES, BATCH_SIZE, N_WARMUP = 96, 4, 24
-PINNED = ("pinned allocations", "pinned bytes")
-"""What PyTorch's pool of pinned memory took from the driver, in use or not."""
 
 
 def _with_workers(**options: Any) -> DeviceLoader[Any]:
     numbers = torch.arange(N_SAMPLES)
-    dataset = TensorDataset(numbers, numbers.float()[:, None].expand(-1, 5000).contiguous())
+    dataset = TensorDataset(numbers, numbers.float()[:, None].expand(-1, 70_000).contiguous())  # 1.1 MB
     settings: dict[str, Any] = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4}
     own = {name: value for name, value in options.items() if name == "across_epochs"}
     theirs = {name: value for name, value in options.items() if name not in own}
@@ -163,6 +159,7 @@ class Leftovers:
             "threads": threading.active_count(),
             "processes": len(list(_children())),
             "file handles": len(list(Path("/proc/self/fd").iterdir())),
+            "shared memory": Path("/proc/self/maps").read_text().count("/torch_"),
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -170,7 +167,8 @@ class Leftovers:
             self.held |= {
                 "device_bytes": torch.cuda.memory_allocated(),
                 "reserved_bytes": torch.cuda.memory_reserved(),
-                **dict(zip(PINNED, (host["num_host_alloc"], host["allocated_bytes.current"]), strict=True)),
+                "pinned allocations": host["num_host_alloc"],
+                "pinned bytes": host["allocated_bytes.current"],
             }
 
     def beyond(self, before: "Leftovers") -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from tests.loader_transport import threaded
 from torchfast import DeviceLoader
+from torchfast._loader.cpus import chosen_threads
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.late import copied, pinned
@@ -337,6 +338,20 @@ def test_staging_leaves_cores_to_workers_and_other_ranks(monkeypatch: pytest.Mon
     assert [team_size(n_workers) for n_workers in (0, 1, 8, 32)] == [14, 13, 6, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert team_size(0) == 2
+
+
+def test_torchruns_one_thread_is_nobodys_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of threads that somebody set is kept; the 1 of torchrun stands for the CPUs of this rank."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert chosen_threads() == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert chosen_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert chosen_threads() == 8
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert chosen_threads() == 3
 
 
 @given(st.integers(1, 16))

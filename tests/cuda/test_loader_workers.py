@@ -172,8 +172,14 @@ def test_a_loader_without_workers_computes_with_no_more_threads_than_the_loop() 
         torch.set_num_threads(n_threads)
 
 
-def test_batches_of_workers_are_staged_by_a_whole_team(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few threads PyTorch computes with, as under torchrun: the CPUs that are left over decide."""
+@pytest.mark.parametrize("is_torchruns", [False, True])
+def test_batches_of_workers_are_staged_by_a_team(
+    monkeypatch: pytest.MonkeyPatch, *, is_torchruns: bool
+) -> None:
+    """By as many threads as the loop chose, and by all CPUs that are left over where only torchrun did."""
+    if is_torchruns:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen, stage = [], transport.CudaTransport._stage
 
     def staged(*arguments: Any) -> None:
@@ -188,4 +194,4 @@ def test_batches_of_workers_are_staged_by_a_whole_team(monkeypatch: pytest.Monke
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(n_threads)
-    assert set(seen) == {team_size(2)}
+    assert set(seen) == {team_size(2) if is_torchruns else 1}

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import torch
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -11,6 +13,13 @@ def cpu_share() -> int:
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_cpus = min(n_cpus, _granted() or n_cpus)
     return n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def chosen_threads() -> int:
+    """Return with how many threads this thread computes, or may: `torchrun` says 1 where nobody chose."""
+    n_threads = torch.get_num_threads()
+    is_torchruns = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    return cpu_share() if n_threads == 1 and is_torchruns else n_threads
 
 
 def _granted() -> int | None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._loader.cpus import chosen_threads
 from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
@@ -120,7 +121,8 @@ class CudaTransport:
         self._tally = tally
         tally.idle_events = self._idle_events
         self._turns.begin()
-        self._n_threads = torch.get_num_threads()
+        # Without workers the copying thread runs the loader's code too, whose sums must come out as bare.
+        self._n_threads = chosen_threads() if self._has_workers else torch.get_num_threads()
         self.follow()
 
     def follow(self) -> None:
@@ -233,7 +235,7 @@ class CudaTransport:
         team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
         # The first question in a thread gives it the process's number; asked later it would undo what is set.
         torch.get_num_threads()
-        torch.set_num_threads(team if self._has_workers else min(team, self._n_threads))
+        torch.set_num_threads(min(team, self._n_threads))
 
     def leave_thread(self) -> None:
         """Let go of what the thread has beside it."""
