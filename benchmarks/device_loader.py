@@ -1,38 +1,41 @@
 """Feeding a GPU at the hardware's limit: `python benchmarks/device_loader.py [PART...]`.
 
 Checked first: every peer hands out the right batches in the right order (races are the business of
-`device_loader_reliability.py`). Then timed on the device's own clock, from the eighth batch of a pass to its
-last, without draining the pipeline in between. Nothing is left out: a pass is iterated as a training loop
-would, and each step reads the batch.
+`device_loader_reliability.py`). Then timed, as `loader_timing.py` does it.
+
+- `workloads`  large batches and many tensors, under a light and a heavy step
+- `resnet50`   a training step, on float images and on bytes to normalise
+- `workers`    a DataLoader with eight workers, some of whose batches are late
+- `loading`    the same without work: how fast batches of workers get to the GPU at all
+- `host_time`  what one `next` takes of the loop's own time
+- `sweep`      ratios of compute to transfer, numbers of tensors, sources of memory
 """
 
 import argparse
 import functools
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import loader_peers as peers
 import record
 import torch
+from loader_timing import (
+    PEERS,
+    PROTOCOL,
+    Step,
+    compared,
+    compared_on,
+    copy_ms,
+    light,
+    passes_ms,
+    products,
+    with_item,
+)
 from torch.utils.data import DataLoader, Dataset
 
 from torchfast import DeviceLoader
-
-MIB = 2**20
-N_WARMUP = 8
-REST_S = 0.03
-"""Before each pass. Products alone warm an H200 so that a step of 1.39 ms takes 1.50, and who comes behind a
-peer that lets the GPU idle found it cool: 7 % faster than the resident batch."""
-PROTOCOL = (
-    "CUDA events from the 8th batch of a pass to its last, nothing drained in between; a sample is one pass, "
-    "after a rest of 30 ms; "
-    "ideal = the longest of the step with a resident batch, one pinned copy of the batch's bytes, and, with "
-    "workers, a batch of the loader by itself."
-)
-Step = Callable[[peers.Batch], None]
 
 
 def main() -> None:
@@ -44,6 +47,7 @@ def main() -> None:
         "workloads": workloads,
         "resnet50": resnet50,
         "workers": workers,
+        "loading": loading,
         "host_time": host_time,
         "sweep": sweep,
     }
@@ -67,149 +71,6 @@ def check() -> None:
         for k, (first, second) in enumerate(peer(batches)):
             if not (bool((first == k).all()) and second.tolist() == list(range(k + 1))):
                 raise SystemExit(f"{name} hands out a wrong batch {k}: nothing is timed")
-
-
-# --- steps -----------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def operands() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the matrix that compute steps multiply, and the sum into which every step reads its batch."""
-    return torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16), torch.zeros((), device="cuda")
-
-
-def light(batch: peers.Batch) -> None:
-    """Read every tensor once."""
-    _, total = operands()
-    for leaf in batch:
-        total.add_(leaf.sum())
-
-
-def products(milliseconds: float) -> Step:
-    """Return a step of matrix products that take so long, and that reads a little of the batch."""
-    matrix, total = operands()
-    n_products = max(1, round(milliseconds / product_ms()))
-
-    def step(batch: peers.Batch) -> None:
-        total.add_(batch[-1].view(-1)[0])
-        for _ in range(n_products):
-            torch.mm(matrix, matrix)
-
-    return step
-
-
-@functools.cache
-def product_ms() -> float:
-    """Return the time of one product, of many in a row."""
-    matrix, _ = operands()
-
-    def step() -> None:
-        for _ in range(100):
-            torch.mm(matrix, matrix)
-
-    samples: list[float] = record.times_ms(step, n_samples=5, n_steps=4, n_warmup=4)
-    return min(samples) / 100
-
-
-def with_item(step: Step) -> Step:
-    """Return the step followed by `.item()`: the host then never runs ahead."""
-
-    def stepped(batch: peers.Batch) -> None:
-        step(batch)
-        operands()[1].item()
-
-    return stepped
-
-
-# --- timing ----------------------------------------------------------------------------------------------
-
-
-def pass_ms(batches: Iterable[peers.Batch], step: Step) -> float:
-    """Return the time of a step in one pass."""
-    torch.cuda.synchronize()
-    time.sleep(REST_S)
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    n_steps = 0
-    for batch in batches:
-        step(batch)
-        n_steps += 1
-        if n_steps == N_WARMUP:
-            began.record()
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / (n_steps - N_WARMUP)
-
-
-def passes_ms(make: Callable[[], Iterable[peers.Batch]], step: Step, n_samples: int) -> list[float]:
-    """Return the time of a step in each of several passes, after one that is not counted."""
-    return [pass_ms(make(), step) for _ in range(n_samples + 1)][1:]
-
-
-@functools.cache
-def copy_ms(n_bytes: int) -> float:
-    """Return the time of one pinned copy of so many bytes, of many in a row: the card's limit."""
-    host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty(n_bytes, dtype=torch.uint8, device="cuda")
-    samples = record.times_ms(
-        lambda: device.copy_(host, non_blocking=True), n_samples=5, n_steps=20, n_warmup=3
-    )
-    return float(record.median(samples))
-
-
-def compared(  # noqa: PLR0913 - what is compared with what, most of it by name
-    made: Mapping[str, Callable[[], Iterable[peers.Batch]]],
-    resident: Iterable[peers.Batch],
-    step: Step,
-    *,
-    n_samples: int,
-    limits_ms: Sequence[float],
-    budget_s: float = math.inf,
-    **what: Any,
-) -> Iterator[dict[str, Any]]:
-    """Time every peer in turn, round after round, and a resident batch as the floor.
-
-    `limits_ms` are the other parts of a step: of them and of the work the longest is the ideal. After
-    `budget_s` no further round is begun, but for two that count.
-    """
-    ways: dict[str, Callable[[], Iterable[peers.Batch]]] = {"resident": lambda: resident, **made}
-    timed: dict[str, list[float]] = {name: [] for name in ways}
-    until_s = time.perf_counter() + budget_s
-    for n_rounds in range(n_samples + 1):
-        if n_rounds > 2 and time.perf_counter() > until_s:
-            break
-        names = [*ways][n_rounds % len(ways) :] + [*ways][: n_rounds % len(ways)]
-        for name in names:
-            timed[name].append(pass_ms(ways[name](), step))
-    parts_ms = [record.median(timed["resident"][1:]), *limits_ms]
-    serial_ms, ideal_ms = sum(parts_ms), max(parts_ms)
-    for name, samples in timed.items():
-        step_ms = record.median(samples[1:])
-        yield {
-            **what,
-            "peer": name,
-            "step_ms": step_ms,
-            "ideal_ms": ideal_ms,
-            "ideal_share": round(ideal_ms / step_ms, 3),
-            "overlap_efficiency": round(min(1.0, (serial_ms - step_ms) / (serial_ms - ideal_ms)), 3),
-            "samples_ms": [round(sample, 4) for sample in samples[1:]],
-        }
-
-
-def compared_on(
-    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], n_samples: int, **what: Any
-) -> Iterator[dict[str, Any]]:
-    """Compare peers on a list of host batches."""
-    torch.cuda.empty_cache()
-    resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
-    limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
-    made = {name: functools.partial(PEERS[name], batches) for name in names}
-    yield from compared(made, resident, step, n_samples=n_samples, limits_ms=[limit_ms], **what)
-
-
-PEERS = {**peers.PEERS, "timm PrefetchLoader": peers.timm}
-
-
-# --- what is timed ---------------------------------------------------------------------------------------
 
 
 def host_batches(n_leaves: int, leaf_elements: int, source: str, n_batches: int) -> list[peers.Batch]:
@@ -273,14 +134,22 @@ def sweep_lists(source: str, n_leaves: int, n_samples: int) -> Iterator[dict[str
 def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with workers, which is what most steps wait for."""
     for pin_memory, consumer in itertools.product((True, False), CONSUMERS):
-        loader = workers_loader(48, make_s=0.01, is_jittered=False, pin_memory=pin_memory)
-        load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, 1))
+        by = ByWorkers(Made(48, 0.01), pin_memory=pin_memory)
+        load_ms = by.load_ms(1)
         for ratio in (0.25, 1, 2, 4):
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
-            what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
-            yield from compared_with_workers(
-                loader, step, n_samples, load_ms, budget_s=LOADING_CELL_S, **what
+            yield from compared(
+                by.ways,
+                by.resident,
+                step,
+                n_samples=n_samples,
+                limits_ms=[copy_ms(IMAGES_BYTES), load_ms],
+                budget_s=LOADING_CELL_S,
+                ratio=ratio,
+                n_leaves=1,
+                source=source,
+                consumer=consumer,
             )
 
 
@@ -321,55 +190,96 @@ def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
 
 
 class Made(Dataset[torch.Tensor]):
-    """Batches of 64 uint8 images that take so long to make; one in ten five times as long, if jittered."""
+    """Batches of images that take so long to make; one in ten five times as long, if jittered."""
 
-    def __init__(self, n_batches: int, make_s: float, *, is_jittered: bool) -> None:
-        self._n_batches = n_batches
+    def __init__(
+        self,
+        n_batches: int,
+        make_s: float,
+        *,
+        n_images: int = 64,
+        dtype: torch.dtype = torch.uint8,
+        is_jittered: bool = False,
+    ) -> None:
+        self.n_batches = n_batches
         self._make_s = make_s
+        self._n_images = n_images
+        self._dtype = dtype
         self._is_jittered = is_jittered
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return self._n_batches
+        return self.n_batches
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Make a batch."""
         time.sleep(self._make_s * (5 if self._is_jittered and index % 10 == 7 else 1))
-        return torch.full((64, 3, 224, 224), index % 256, dtype=torch.uint8)
+        return torch.full((self._n_images, 3, 224, 224), index % 256, dtype=self._dtype)
+
+
+class ByWorkers:
+    """Every way to take the batches of a DataLoader with eight workers."""
+
+    def __init__(self, made: Made, *, pin_memory: bool) -> None:
+        def loader() -> DataLoader[torch.Tensor]:
+            return DataLoader(
+                made,
+                batch_size=None,
+                num_workers=8,
+                persistent_workers=True,
+                pin_memory=pin_memory,
+                prefetch_factor=4,
+            )
+
+        # Two, since workers that stay go on as they were begun: pinned by PyTorch's thread, or by us.
+        self._bare, self._ours = loader(), DeviceLoader(loader(), "cuda")
+        self.ways: dict[str, Callable[[], Any]] = {
+            name: functools.partial(fed, PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
+        }
+        self.ways["torchfast"] = functools.partial(fed, iter, self._ours)
+        self.resident = [[torch.zeros(1, device="cuda")]] * len(made)
+
+    def load_ms(self, n_samples: int) -> float:
+        """Return the time of a batch that nothing is done with, not even copied."""
+        return float(
+            record.median(passes_ms(functools.partial(fed, iter, self._bare), lambda _: None, n_samples))
+        )
 
 
 def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
     for pin_memory in (False, True):
-        loader = workers_loader(80, make_s=0.03, is_jittered=True, pin_memory=pin_memory)
-        load_ms = record.median(passes_ms(functools.partial(fed, iter, loader), lambda _: None, n_samples))
+        by = ByWorkers(Made(80, 0.03, is_jittered=True), pin_memory=pin_memory)
+        load_ms = by.load_ms(n_samples)
+        limits_ms = [copy_ms(IMAGES_BYTES), load_ms]
         what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "load_ms": load_ms}
-        yield from compared_with_workers(loader, products(8.0), n_samples, load_ms, **what)
+        yield from compared(
+            by.ways, by.resident, products(8.0), n_samples=n_samples, limits_ms=limits_ms, **what
+        )
 
 
-def workers_loader(
-    n_batches: int, *, make_s: float, is_jittered: bool, pin_memory: bool
-) -> DataLoader[torch.Tensor]:
-    """Return a DataLoader whose eight workers take so long to make a batch of 9.6 MB."""
-    return DataLoader(
-        Made(n_batches, make_s, is_jittered=is_jittered),
-        batch_size=None,
-        num_workers=8,
-        persistent_workers=True,
-        pin_memory=pin_memory,
-        prefetch_factor=4,
-    )
+def loading(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time batches of eight workers that make them faster than they can be taken, in a loop without work."""
+    for n_batches, n_images, dtype in (
+        (64, 64, torch.uint8),
+        (48, 256, torch.uint8),
+        (32, 256, torch.float32),
+    ):
+        by = ByWorkers(Made(n_batches, 0.005, n_images=n_images, dtype=dtype), pin_memory=True)
+        n_bytes = n_images * IMAGES_BYTES // 64 * dtype.itemsize
+        what = {"batches": f"{n_images} images, {str(dtype).removeprefix('torch.')}", "n_bytes": n_bytes}
+        yield from compared(
+            by.ways,
+            by.resident,
+            lambda _: None,
+            n_samples=n_samples,
+            limits_ms=[copy_ms(n_bytes)],
+            **what,
+        )
 
 
-def compared_with_workers(
-    loader: DataLoader[torch.Tensor], step: Step, n_samples: int, load_ms: float, /, **what: Any
-) -> Iterator[dict[str, Any]]:
-    """Compare peers on a DataLoader with workers."""
-    made = {name: functools.partial(fed, PEERS[name], loader) for name in SWEPT if name != "torchfast"}
-    made["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader, "cuda"))
-    resident = [[torch.zeros(1, device="cuda")]] * len(loader)
-    limits_ms = [copy_ms(64 * 3 * 224 * 224), load_ms]
-    yield from compared(made, resident, step, n_samples=n_samples, limits_ms=limits_ms, **what)
+IMAGES_BYTES = 64 * 3 * 224 * 224
+"""64 images in bytes."""
 
 
 def fed(peer: Callable[[Any], Any], loader: Iterable[torch.Tensor]) -> Any:

@@ -182,6 +182,19 @@ def loader_workers(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _source(result), ""])
 
 
+def loader_loading(result: dict[str, Any]) -> str:
+    """Render how fast batches of workers get to the GPU: the fastest peer's time for one, and ours."""
+    lines = ["| batches, by 8 workers | MB | best peer | torchfast |", "|---|---:|---|---:|"]
+    for what in dict.fromkeys(row["batches"] for row in result["rows"]):
+        rows = {row["peer"]: row for row in result["rows"] if row["batches"] == what}
+        _, ours, best = _three(rows)
+        lines.append(
+            f"| {what} | {ours['n_bytes'] / 1e6:.1f} | {best['step_ms']:.3g} ms ({best['peer']}) "
+            f"| {ours['step_ms']:.3g} ms, {ours['n_bytes'] / ours['step_ms'] / 1e6:.2g} GB/s |"
+        )
+    return "\n".join([*lines, "", _source(result), ""])
+
+
 def loader_resnet50(result: dict[str, Any]) -> str:
     """Render the training step of ResNet-50, by how its images come."""
     lines = ["| images | loader | ms a step |", "|---|---|---:|"]
@@ -402,6 +415,7 @@ def _put(page: Path, text: str) -> bool:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "device_loader": device_loader,
     "loader_host_time": loader_host_time,
+    "loader_loading": loader_loading,
     "loader_reliability": loader_reliability,
     "loader_resnet50": loader_resnet50,
     "loader_sweep": loader_sweep,

@@ -28,6 +28,29 @@ def test_order_and_end(depth: int) -> None:
     assert copying_threads() == 0
 
 
+def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> None:
+    """The collector may end a pass in its thread, which cannot wait for itself: who closes it again does."""
+    is_taken, has_closed, may_end = (threading.Event() for _ in range(3))
+
+    def source() -> Iterator[int]:
+        yield 0
+        is_taken.wait()
+        feed.close()
+        has_closed.set()
+        may_end.wait()
+
+    epoch, _, feed = open_feed(source(), 1)
+    assert next(epoch) == 0
+    is_taken.set()
+    has_closed.wait()
+    waiting = threading.Thread(target=feed.close)
+    waiting.start()
+    assert feed._thread.is_alive()
+    may_end.set()
+    waiting.join()
+    assert not feed._thread.is_alive()
+
+
 def test_an_empty_source_ends_at_once() -> None:
     """A loader without batches yields none."""
     assert list(open_feed([])[0]) == []

@@ -194,8 +194,10 @@ def test_an_interrupt_leaves_a_loader_that_pins_as_it_was() -> None:
 
     def still_pins(interrupt: Interrupt) -> bool:
         loader: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
+        passes = threaded(loader)
+        passes._is_pinned_by_us = True
         with contextlib.suppress(KeyboardInterrupt):
-            begin(interrupt, threaded(loader))
+            begin(interrupt, passes)
         return loader.pin_memory
 
     for interrupt in interrupts():

@@ -350,6 +350,8 @@ def test_torchruns_one_thread_is_nobodys_choice(monkeypatch: pytest.MonkeyPatch)
     assert chosen_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert chosen_threads() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert chosen_threads() == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert chosen_threads() == 3
 

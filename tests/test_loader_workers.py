@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
-from torchfast._loader.wrapped import pins, writes_afresh
+from torchfast._loader.wrapped import begun, begun_unpinned, is_pinned_by_us, writes_afresh
 
 
 class Fragile(Dataset[int]):
@@ -129,42 +129,74 @@ def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_loader_is_not_asked_to_pin_what_goes_to_a_gpu(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its iterator is made as if it did not pin, on the way to a GPU; the loader stays as it is."""
+def test_a_loader_that_is_begun_without_pinning_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its iterator is made as if it did not pin; the loader keeps what it was told, also after an error."""
     told, make = [], DataLoader._get_iterator
 
     def make_iterator(loader: DataLoader[Any]) -> Any:
         told.append(loader.pin_memory)
+        if len(told) == 2:
+            raise MemoryError
         return make(loader)
 
     monkeypatch.setattr(DataLoader, "_get_iterator", make_iterator)
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(4)), pin_memory=True)
-    passes = threaded(loader) if device == "cuda" else DeviceLoader(loader, device)
-    assert [len(list(passes)), len(list(passes))] == [4, 4]
-    assert told == [device == "cpu"] * 2
-    assert loader.pin_memory
+    assert len(list(begun_unpinned(loader))) == 4
+    with pytest.raises(MemoryError):
+        begun_unpinned(loader)
+    assert len(list(begun(loader))) == 4
+    assert told == [False, False, True]
+    assert loader.pin_memory is True
+
+
+class OddIteration(DataLoader[Any]):
+    """Iterates in a way of its own."""
+
+    def __iter__(self) -> Any:
+        return super().__iter__()
+
+
+class OddIterator(DataLoader[Any]):
+    """Has an iterator of its own."""
+
+    def _get_iterator(self) -> Any:
+        return super()._get_iterator()
 
 
 def test_only_loaders_that_iterate_as_pytorchs_do_are_taken_at_their_word() -> None:
-    """A subclass with an iterator of its own may use its memory again, and is not told how to pin."""
-
-    class Odd(DataLoader[Any]):
-        def __iter__(self) -> Any:
-            return super().__iter__()
-
+    """A subclass with an iterator of its own may use its memory again, and pins as it likes."""
     numbers = TensorDataset(torch.arange(4))
     plain: DataLoader[Any] = DataLoader(numbers, num_workers=1, pin_memory=True)
-    odd = Odd(numbers, num_workers=1, pin_memory=True)
     alone: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
     bare: DataLoader[Any] = DataLoader(numbers)
-    afresh: dict[Any, bool] = {(): True, plain: True, odd: False, alone: False, bare: False}
-    pinning: dict[Any, bool] = {(): False, plain: True, odd: False, alone: True, bare: False}
-    assert {loader: writes_afresh(loader) for loader in afresh} == afresh
-    assert {loader: pins(loader) for loader in pinning} == pinning
-    assert writes_afresh([])
+    odd = [kind(numbers, num_workers=1, pin_memory=True) for kind in (OddIteration, OddIterator)]
+    loaders: list[Any] = [[], (), iter([]), plain, alone, bare, *odd]
+    assert [writes_afresh(loader) for loader in loaders] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert [is_pinned_by_us(loader) for loader in loaders] == [False] * 3 + [True, True] + [False] * 3
+
+
+@pytest.mark.parametrize("room_bytes", [2**26, 2 * 2**30 - 1, 2 * 2**30])
+def test_pytorch_pins_where_shared_memory_is_scarce(room_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread takes batches out of shared memory at once: with a GiB for each worker they can wait."""
+
+    class Room:
+        f_bavail, f_frsize = room_bytes, 1
+
+    monkeypatch.setattr("os.statvfs", lambda _: Room)
+    numbers = TensorDataset(torch.arange(4))
+    assert is_pinned_by_us(DataLoader(numbers, num_workers=2, pin_memory=True)) is (room_bytes >= 2 * 2**30)
+    assert is_pinned_by_us(DataLoader(numbers, pin_memory=True))
+    monkeypatch.delattr("os.statvfs")
+    assert not is_pinned_by_us(DataLoader(numbers, num_workers=2, pin_memory=True))
 
 
 class Collecting(Dataset[int]):

@@ -11,8 +11,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.loader_sources import pinned_by_pytorch
+from tests.loader_transport import until
 from torchfast import DeviceLoader
-from torchfast._loader import shared_memory, transport, wrapped
+from torchfast._loader import transport, wrapped
+from torchfast._loader.shared_memory import mapped_again
 from torchfast._loader.staging import team_size
 
 pytestmark = pytest.mark.cuda
@@ -52,25 +54,31 @@ def loader_with_workers(**options: Any) -> DataLoader[list[torch.Tensor]]:
     return DataLoader(Numbered(), batch_size=None, num_workers=2, persistent_workers=True, **options)
 
 
+def shared_mappings() -> int:
+    """Count the mappings of shared memory of PyTorch's in this process."""
+    return Path("/proc/self/maps").read_text().count("/torch_")
+
+
 @pytest.mark.parametrize("pin_memory", [False, True])
 def test_batches_of_workers_arrive_whole_and_leave_nothing(
     monkeypatch: pytest.MonkeyPatch, *, pin_memory: bool
 ) -> None:
     """All are read through second mappings, by no thread of PyTorch's, and no shared memory is left."""
-    mappings, second_mapping = [], shared_memory.second_mapping
+    is_mapped_again = []
 
     def counted(tensor: torch.Tensor) -> Any:
-        mappings.append(second_mapping(tensor))
-        return mappings[-1]
+        memory = mapped_again(tensor)
+        is_mapped_again.append(memory is not None)
+        return memory
 
-    monkeypatch.setattr(shared_memory, "second_mapping", counted)
+    monkeypatch.setattr(transport, "mapped_again", counted)
+    n_mapped = shared_mappings()
     loader = DeviceLoader(loader_with_workers(pin_memory=pin_memory), "cuda")
     for _ in range(3):
         assert wrong_batches(loader) == 0
-    assert len(mappings) == 3 * 60
-    assert None not in mappings
+    assert is_mapped_again == [True] * 3 * 60
     loader.close()
-    assert "torch_" not in Path("/proc/self/maps").read_text()  # as PyTorch names shared memory
+    until(lambda: shared_mappings() == n_mapped)
     names = {thread.name for thread in threading.enumerate()}
     assert not any(name.startswith("torchfast") or "pin_memory" in name for name in names)
     assert loader.pin_memory is pin_memory

@@ -12,11 +12,11 @@ def cpu_share() -> int:
     """Return how many CPUs this process may use, beside its equals on this machine under `torchrun`."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_cpus = min(n_cpus, _granted() or n_cpus)
-    return n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def chosen_threads() -> int:
-    """Return with how many threads this thread computes, or may: `torchrun` says 1 where nobody chose."""
+    """Return with how many threads this thread computes; where that is `torchrun`'s 1, how many it may."""
     n_threads = torch.get_num_threads()
     is_torchruns = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     return cpu_share() if n_threads == 1 and is_torchruns else n_threads

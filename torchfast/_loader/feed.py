@@ -12,7 +12,7 @@ import torch
 
 from torchfast._loader import epoch
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import Arrival, HelperThread, Sent, Stop, Transport, Work
+from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work
 
 
 class ThreadedFeed:
@@ -190,13 +190,13 @@ class ThreadedFeed:
             self._tell_to_stop()
 
     def close(self) -> None:
-        """End the thread, wait for it, and let go of everything. Once interrupted, it can be done again."""
+        """End the thread, wait for it, and let go of everything. Where it cannot, the next close does."""
         if self._is_closed or os.getpid() != self._process:
             return
-        self.is_between_passes = False
+        self.is_between_passes = has_ended = False
         try:
             self._tell_to_stop()
-            self._wait_for_thread()
+            has_ended = self._wait_for_thread()
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
@@ -209,7 +209,7 @@ class ThreadedFeed:
             # have come upon this feed within `arrive` itself.
             if self._thread is not threading.current_thread():
                 self._work.arrive(Arrival(error=epoch.closed_error()))
-        self._is_closed = True
+        self._is_closed = has_ended
 
     def __del__(self) -> None:
         # The loader is gone while its next pass loads; or an interrupt came before anybody held this.
@@ -221,11 +221,12 @@ class ThreadedFeed:
         self._work.permits.lay_down(Stop)
         self._work.permits.hurry()
 
-    def _wait_for_thread(self) -> None:
-        # The collector may run this in the very thread that it ends, or in one for which that thread waits.
-        here = threading.current_thread()
-        if self._thread.ident is None or self._thread is here or isinstance(here, HelperThread):
-            return
+    def _wait_for_thread(self) -> bool:
+        """Say whether the thread has ended; not if it is this one, in which the collector may run a close."""
+        if self._thread.ident is None:
+            return True
+        if self._thread is threading.current_thread():
+            return False
         patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []
         while True:
@@ -238,3 +239,4 @@ class ThreadedFeed:
                 told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts
         if told:
             raise told.pop()
+        return True

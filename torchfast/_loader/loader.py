@@ -133,6 +133,7 @@ class DeviceLoader(Generic[T]):
                 source.base_dataloader, self.device, depth=depth, streams=streams, poison=poison
             )
         self._transport: Any = None
+        self._is_pinned_by_us = False
         self._epoch: weakref.ref[Epoch[T]] | None = None
         self._feed: Feed | None = None
         self._n_passes = 0
@@ -307,16 +308,17 @@ class DeviceLoader(Generic[T]):
         if self._transport is None:
             from torchfast._loader.transport import CudaTransport
 
+            self._is_pinned_by_us = wrapped.is_pinned_by_us(loader)
             self._transport = CudaTransport(
                 self.device,
                 self._depth,
                 streams=self._streams,
                 borrows=not wrapped.writes_afresh(loader),
-                pins=wrapped.pins(loader),
+                pins=self._is_pinned_by_us,
                 n_workers=getattr(loader, "num_workers", 0),
                 poison=self._poison,
             )
-        begin = functools.partial(wrapped.begun_unpinned, loader)
+        begin = functools.partial(wrapped.begun_unpinned if self._is_pinned_by_us else wrapped.begun, loader)
         feed = ThreadedFeed(
             begin(),
             self._transport,

@@ -6,76 +6,24 @@ read through a second mapping of the same memory. PyTorch's own, which nobody ha
 and a thread gives back the second.
 """
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Iterator
+import weakref
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
-from torchfast._loader.plan import bytes_of
-from torchfast._loader.thread import HelperThread
 
+def mapped_again(tensor: torch.Tensor, /) -> torch.Tensor | None:
+    """Return the bytes of a dense tensor in shared memory at another address; None where that cannot be.
 
-class SharedMemoryReader:
-    """Reads the memory of workers, and has it given back by a thread, from the first one to `close`."""
-
-    def __init__(self) -> None:
-        self._read: SimpleQueue[SecondMapping | None] = SimpleQueue()
-        self._thread: HelperThread | None = None
-
-    @contextlib.contextmanager
-    def reading(self, tensor: torch.Tensor, /) -> Iterator[torch.Tensor]:
-        """Lend the bytes of a dense tensor."""
-        mapping = second_mapping(tensor)
-        if mapping is None:
-            yield bytes_of(tensor)
-            return
-        try:
-            yield mapping.memory
-        finally:
-            if self._read.empty() and self._is_running():
-                self._read.put(mapping)
-            else:  # the thread does not keep up, and shared memory may be scarce
-                mapping.unmap()
-
-    def close(self) -> None:
-        """Wait until everything is given back, and end the thread."""
-        if self._thread is not None:
-            self._read.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def _is_running(self) -> bool:
-        if self._thread is None:
-            thread = HelperThread(target=_unmap, args=(self._read,), name="torchfast-unmap", daemon=True)
-            with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
-                thread.start()
-                self._thread = thread
-        return self._thread is not None
-
-
-class SecondMapping:
-    """The memory of a tensor at another address, until `unmap`, whatever becomes of the tensor."""
-
-    def __init__(self, start: int, n_bytes: int, offset_bytes: int) -> None:
-        self._start, self._n_bytes = start, n_bytes
-        span = _span(n_bytes - offset_bytes).from_address(start + offset_bytes)
-        self.memory = torch.frombuffer(span, dtype=torch.uint8)
-        """The bytes of the tensor."""
-
-    def unmap(self) -> None:
-        """Give the memory back to the kernel, without holding the GIL."""
-        del self.memory
-        _libc().munmap(self._start, self._n_bytes)
-
-
-def second_mapping(tensor: torch.Tensor, /) -> SecondMapping | None:
-    """Map the memory of a dense tensor once more; None where that cannot be, as where it is not shared."""
+    They stay for as long as anybody holds them, whatever becomes of the tensor. Then they go back to the
+    kernel, without the GIL.
+    """
     if sys.platform != "linux" or not tensor.is_shared():
         return None
     offset_bytes = tensor.data_ptr() % mmap.PAGESIZE
@@ -84,12 +32,44 @@ def second_mapping(tensor: torch.Tensor, /) -> SecondMapping | None:
     start = _libc().mremap(tensor.data_ptr() - offset_bytes, 0, n_bytes, _MAY_MOVE)
     if start == _FAILED:
         return None
+    view = _memory_view(start, n_bytes, _WRITABLE)
+    weakref.finalize(view, _libc().munmap, start, n_bytes).atexit = False
     _libc().madvise(start, n_bytes, _DONT_FORK)
-    return SecondMapping(start, n_bytes, offset_bytes)
+    return torch.frombuffer(view, dtype=torch.uint8)[offset_bytes:]  # whose storage holds the view
+
+
+class Dropper:
+    """Drops what would take the one who holds it long, in a thread that it starts for the first."""
+
+    def __init__(self) -> None:
+        self._to_drop: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        self._is_running = False
+
+    def take(self, memory: torch.Tensor, /) -> None:
+        """Hold memory until the thread drops it; not at all if that is busy: shared memory is scarce."""
+        if not self._is_running:
+            with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
+                # Not a `Thread`: to start one is to wait for it, and the collector may come upon a pass in it
+                # and wait for ours.
+                _thread.start_new_thread(_drop, (self._to_drop,))
+                self._is_running = True
+        if self._is_running and self._to_drop.empty():
+            self._to_drop.put(memory)
+
+    def close(self) -> None:
+        """End the thread, once it has dropped what there is; it is not waited for."""
+        if self._is_running:
+            self._to_drop.put(None)
+
+
+def _drop(to_drop: "SimpleQueue[torch.Tensor | None]") -> None:
+    while to_drop.get() is not None:
+        pass
 
 
 _MAY_MOVE = 1  # MREMAP_MAYMOVE
 _DONT_FORK = 10  # MADV_DONTFORK: a worker forked meanwhile would keep the memory for as long as it lives
+_WRITABLE = 0x200  # PyBUF_WRITE: PyTorch warns of memory that is not
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -103,11 +83,8 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-@functools.lru_cache(maxsize=64)  # a class for each length, which only the collector could take
-def _span(n_bytes: int) -> Any:
-    return ctypes.c_uint8 * n_bytes
-
-
-def _unmap(read: "SimpleQueue[SecondMapping | None]") -> None:
-    while (mapping := read.get()) is not None:
-        mapping.unmap()
+def _memory_view(start: int, n_bytes: int, flags: int) -> memoryview:
+    make = ctypes.pythonapi.PyMemoryView_FromMemory
+    make.argtypes, make.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
+    view: memoryview = make(start, n_bytes, flags)
+    return view

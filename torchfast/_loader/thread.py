@@ -6,7 +6,6 @@ its feed, and that ends the thread.
 
 import contextlib
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,10 +33,6 @@ class Transport(Protocol):
     def send(self, batch: Any, blank: Any) -> Any: ...
     def is_sent_here(self) -> bool: ...
     def send_here(self, batch: Any, blank: Any) -> Any: ...
-
-
-class HelperThread(threading.Thread):
-    """A thread that the loading one waits for: if the collector ends a pass in it, it must wait for none."""
 
 
 class Stop:

@@ -30,7 +30,7 @@ from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
-from torchfast._loader.shared_memory import SharedMemoryReader
+from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
 from torchfast._loader.staging import SMALL_TEAM, PinnedRing, piece_bytes, team_size
 from torchfast._loader.stats import Moment, Span, Tally
@@ -95,7 +95,7 @@ class CudaTransport:
         self._team_size = team_size(n_workers)
         self._has_workers = n_workers > 0
         self._n_threads = 1
-        self._reader = SharedMemoryReader()
+        self._dropper = Dropper()
         self._streams = tuple(streams)
         self._borrows = borrows
         self._pins = pins
@@ -121,7 +121,7 @@ class CudaTransport:
         self._tally = tally
         tally.idle_events = self._idle_events
         self._turns.begin()
-        # Without workers the copying thread runs the loader's code too, whose sums must come out as bare.
+        # Without workers the copying thread runs the loader's own code too, with no more threads than bare.
         self._n_threads = chosen_threads() if self._has_workers else torch.get_num_threads()
         self.follow()
 
@@ -236,10 +236,11 @@ class CudaTransport:
         # The first question in a thread gives it the process's number; asked later it would undo what is set.
         torch.get_num_threads()
         torch.set_num_threads(min(team, self._n_threads))
+        self._dropper = Dropper()
 
     def leave_thread(self) -> None:
         """Let go of what the thread has beside it."""
-        self._reader.close()
+        self._dropper.close()
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
@@ -269,7 +270,7 @@ class CudaTransport:
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
         elif not leaves and self._pins:
-            batch = pinned(batch)  # an object that only pins itself, as a DataLoader would have asked it to
+            batch = pinned(batch)  # an object of the user's own that is all of the batch
         if not plan.molds:
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
@@ -345,13 +346,15 @@ class CudaTransport:
     def _stage(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
         """Copy a large pageable tensor piece by piece, one flying while the next is staged."""
         n_bytes = piece_bytes(self._team_size)
-        reading = self._reader.reading(source) if self._has_workers else nullcontext(bytes_of(source))
-        with reading as memory:
-            for piece, there in zip(memory.split(n_bytes), bytes_of(target).split(n_bytes), strict=True):
-                staged = self._ring.take(piece.nbytes)
-                staged.memory[: piece.nbytes].copy_(piece)
-                shipment.add_staged(there, staged)
-                shipment.enqueue()
+        again = mapped_again(source) if self._has_workers else None
+        memory = bytes_of(source) if again is None else again
+        for piece, there in zip(memory.split(n_bytes), bytes_of(target).split(n_bytes), strict=True):
+            staged = self._ring.take(piece.nbytes)
+            staged.memory[: piece.nbytes].copy_(piece)
+            shipment.add_staged(there, staged)
+            shipment.enqueue()
+        if again is not None:
+            self._dropper.take(again)
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         self._expect(plan)

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from torchfast._bytes import GIB
 from torchfast._loader.cpus import cpu_share
 from torchfast._loader.thread import no_state
 
@@ -35,6 +37,9 @@ FORWARDED = frozenset({
 MAX_WORKERS = 8
 """`from_dataset` starts no more by itself: each worker costs the memory of an interpreter and its batches."""
 
+ROOM_OF_A_WORKER_BYTES = GIB
+"""Shared memory that must be free for each worker whose batches wait there: six of 154 MB, say."""
+
 
 def snapshot_of(loader: object) -> Callable[[], Any]:
     """Return the loader's `state_dict`, copied at once since it may go on changing, or `no_state`."""
@@ -47,28 +52,44 @@ def writes_afresh(loader: object) -> bool:
     return type(loader) in (list, tuple) or (_is_plain(loader) and loader.num_workers > 0)
 
 
-def pins(loader: object) -> bool:
-    """Say whether a `DataLoader` was told to pin its batches."""
-    return _is_plain(loader) and loader.pin_memory
+def is_pinned_by_us(loader: object) -> bool:
+    """Say whether a `DataLoader` was told to pin its batches, and can be spared it.
+
+    PyTorch's thread for that takes batches out of shared memory at once. Without it they wait there, so there
+    must be room for those that the workers make ahead.
+    """
+    if not _is_plain(loader) or not loader.pin_memory:
+        return False
+    return loader.num_workers == 0 or _shared_room_bytes() >= loader.num_workers * ROOM_OF_A_WORKER_BYTES
+
+
+def _shared_room_bytes() -> int:
+    try:
+        where = os.statvfs("/dev/shm")  # noqa: S108 - no file of ours: where Linux keeps shared memory
+    except (AttributeError, OSError):
+        return 0
+    return where.f_bavail * where.f_frsize
 
 
 def begun_unpinned(loader: Iterable[Any]) -> Iterator[Any]:
-    """Return the loader's iterator, which leaves pinning to us: PyTorch's would do it in one slow thread."""
-    if not pins(loader):
-        return begun(loader)
+    """Return the iterator of a `DataLoader` that leaves pinning to us."""
     attributes = vars(loader)
+    pin_memory = attributes["pin_memory"]
     try:
         attributes["pin_memory"] = False
         return begun(loader)
     finally:
-        attributes["pin_memory"] = True  # no call, which an interrupt could follow
+        attributes["pin_memory"] = pin_memory  # no call, which an interrupt could follow
 
 
 def _is_plain(loader: object) -> "TypeGuard[DataLoader[Any]]":
-    """Say whether a loader iterates as PyTorch's own does."""
+    """Say whether a loader is iterated over as PyTorch's own."""
     from torch.utils.data import DataLoader
 
-    return isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+    if not isinstance(loader, DataLoader):
+        return False
+    kind = type(loader)
+    return kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
 
 
 _FROZEN_BY_PYTHON = gc.get_freeze_count()
