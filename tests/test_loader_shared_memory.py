@@ -132,8 +132,9 @@ def test_a_process_forked_meanwhile_does_not_inherit_a_mapping() -> None:
 def test_a_thread_drops_what_was_read_and_ends() -> None:
     """All that a dropper took is unmapped soon, and its thread has ended; the next one has its own."""
     n_threads = _thread._count()
+    dropper = Dropper()
     for _ in range(2):
-        tensor, dropper, addresses = shared(), Dropper(), []
+        tensor, addresses = shared(), []
         for _ in range(20):
             memory = again(tensor)
             addresses.append(memory.data_ptr())

@@ -35,12 +35,12 @@ class Numbered(Dataset[list[torch.Tensor]]):
         return [torch.full(LARGE, float(index)), torch.full((5,), float(index))]
 
 
-def wrong_batches(batches: Iterable[list[torch.Tensor]]) -> int:
+def wrong_batches(batches: Iterable[list[torch.Tensor]], *, sleep: int = 2 * MS) -> int:
     """Count, on the GPU and with the host running ahead, the batches that do not hold their own number."""
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     numbers = itertools.count()
     for batch in batches:
-        torch.cuda._sleep(2 * MS)
+        torch.cuda._sleep(sleep)
         number = next(numbers)
         for leaf in batch:
             wrong += (leaf != number).any()
@@ -110,7 +110,7 @@ def test_a_collate_function_may_fill_one_pinned_buffer(
     if is_trusted:
         monkeypatch.setattr(wrapped, "writes_afresh", lambda _: True)
     loader = DataLoader(Numbered(), batch_size=None, collate_fn=IntoOneBuffer(), pin_memory=True)
-    assert (wrong_batches(DeviceLoader(loader, "cuda")) > 0) is is_trusted
+    assert (wrong_batches(DeviceLoader(loader, "cuda"), sleep=20 * MS) > 0) is is_trusted
 
 
 class Handle:

@@ -39,27 +39,28 @@ def mapped_again(tensor: torch.Tensor, /) -> torch.Tensor | None:
 
 
 class Dropper:
-    """Drops what would take the one who holds it long, in a thread that it starts for the first."""
+    """Drops memory, which takes long, in a thread that it starts for the first and that ends with `close`."""
 
     def __init__(self) -> None:
         self._to_drop: SimpleQueue[torch.Tensor | None] = SimpleQueue()
         self._is_running = False
 
     def take(self, memory: torch.Tensor, /) -> None:
-        """Hold memory until the thread drops it; not at all if that is busy: shared memory is scarce."""
+        """Hold memory until the thread drops it; not where that lags behind: shared memory is scarce."""
         if not self._is_running:
             with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
-                # Not a `Thread`: to start one is to wait for it, and the collector may come upon a pass in it
-                # and wait for ours.
+                # Not a `Thread`: who starts one waits for it, and the collector, which may end our pass in
+                # it, waits for us.
                 _thread.start_new_thread(_drop, (self._to_drop,))
                 self._is_running = True
         if self._is_running and self._to_drop.empty():
             self._to_drop.put(memory)
 
     def close(self) -> None:
-        """End the thread, once it has dropped what there is; it is not waited for."""
+        """Let the thread end, once it has dropped what there is. It is not waited for."""
         if self._is_running:
             self._to_drop.put(None)
+            self._to_drop, self._is_running = SimpleQueue(), False
 
 
 def _drop(to_drop: "SimpleQueue[torch.Tensor | None]") -> None:

@@ -236,7 +236,6 @@ class CudaTransport:
         # The first question in a thread gives it the process's number; asked later it would undo what is set.
         torch.get_num_threads()
         torch.set_num_threads(min(team, self._n_threads))
-        self._dropper = Dropper()
 
     def leave_thread(self) -> None:
         """Let go of what the thread has beside it."""
