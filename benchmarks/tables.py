@@ -169,13 +169,13 @@ def device_loader(result: dict[str, Any]) -> str:
 
 def loader_workers(result: dict[str, Any]) -> str:
     """Render loaders with workers: each peer's step, and the longest of its parts by itself."""
-    lines = ["| batches pinned by | work | loading | best peer | torchfast | ideal / torchfast |"]
+    lines = ["| `pin_memory` | work | loading | best peer | torchfast | ideal / torchfast |"]
     lines.append("|---|---:|---:|---|---:|---:|")
     for is_pinned in dict.fromkeys(row["pin_memory"] for row in result["rows"]):
         rows = {row["peer"]: row for row in result["rows"] if row["pin_memory"] == is_pinned}
         resident, ours, best = _three(rows)
         lines.append(
-            f"| {'DataLoader' if is_pinned else 'DeviceLoader'} | {resident['step_ms']:.4g} ms "
+            f"| {is_pinned} | {resident['step_ms']:.4g} ms "
             f"| {ours['load_ms']:.4g} ms | {best['step_ms']:.4g} ms ({best['peer']}) "
             f"| {ours['step_ms']:.4g} ms | {ours['ideal_share']:.3f} |"
         )
