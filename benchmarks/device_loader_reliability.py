@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--n-breaks", type=int, default=1000)
     parser.add_argument("--n-faults", type=int, default=120, help="in each place")
     parser.add_argument("--n-kills", type=int, default=40)
-    parser.add_argument("--n-exits", type=int, default=25)
+    parser.add_argument("--n-exits", type=int, default=35)
     parser.add_argument("--limit-s", type=float, default=3600, help="begin nothing new after this")
     options = parser.parse_args()
     jobs = [job for part in options.parts for job in jobs_of(part, options)]

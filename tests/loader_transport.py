@@ -30,6 +30,7 @@ class HostTransport:
         self.sending_here_is_interrupted_once = False
         self.takes_here = True
         self.n_sent_here = 0
+        self.n_left = 0
 
     def begin(self, tally: Tally) -> None:
         """Begin a pass."""
@@ -44,7 +45,8 @@ class HostTransport:
         """Nothing to set."""
 
     def leave_thread(self) -> None:
-        """Nothing to let go of."""
+        """Count."""
+        self.n_left += 1
 
     def settle(self) -> None:
         """Nothing to wait for."""

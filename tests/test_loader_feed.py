@@ -1,5 +1,6 @@
 """The thread that loads and copies ahead, shown on the CPU with a transport that only hands batches over."""
 
+import contextlib
 import gc
 import subprocess
 import sys
@@ -45,10 +46,38 @@ def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> N
     has_closed.wait()
     waiting = threading.Thread(target=feed.close)
     waiting.start()
-    assert feed._thread.is_alive()
+    waiting.join(0.05)
+    assert waiting.is_alive()
     may_end.set()
     waiting.join()
     assert not feed._thread.is_alive()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_thread_lets_go_before_it_is_taken_for_ended(*, fails: bool) -> None:
+    """Whether the pass ends well or badly, the transport is told once, and before anybody goes on."""
+    may_end = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        may_end.wait()
+        if fails:
+            raise SystemExit
+
+    epoch, transport, feed = open_feed(source())
+    seen, let_go = [], transport.leave_thread
+
+    def watched() -> None:
+        seen.append(feed._work.left.wait(0))
+        let_go()
+
+    transport.leave_thread = watched  # type: ignore[method-assign]
+    may_end.set()
+    with contextlib.suppress(SystemExit):
+        list(epoch)
+    epoch.close()
+    assert seen == [False]
+    assert transport.n_left == 1
 
 
 def test_an_empty_source_ends_at_once() -> None:

@@ -2,7 +2,9 @@
 
 import _thread
 import gc
+import os
 import re
+import subprocess
 import sys
 import threading
 import traceback
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.loader_transport import until
+from torchfast._loader import shared_memory
 from torchfast._loader.plan import bytes_of
 from torchfast._loader.shared_memory import Dropper, mapped_again
 
@@ -35,10 +38,21 @@ def _strategy(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def again(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor's bytes through another mapping, which there must be."""
-    memory = mapped_again(tensor)
-    assert isinstance(memory, torch.Tensor)
+    memory = torch.frombuffer(view_of(tensor), dtype=torch.uint8)
     assert memory.data_ptr() != tensor.data_ptr()
     return memory
+
+
+def view_of(tensor: torch.Tensor) -> memoryview:
+    """Return the view that holds such a mapping."""
+    view = mapped_again(tensor)
+    assert view is not None
+    return view
+
+
+def address_of(view: memoryview) -> int:
+    """Return where its memory begins."""
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
 
 
 def shared() -> torch.Tensor:
@@ -129,6 +143,27 @@ def test_a_process_forked_meanwhile_does_not_inherit_a_mapping() -> None:
     assert "dc" in flags(memory.data_ptr()).split()
 
 
+def test_a_tensor_that_goes_in_a_child_unmaps_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory was, the child may have its own by then."""
+    memory = again(shared())
+    address, process = memory.data_ptr(), os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)
+    del memory
+    assert flags(address)
+    monkeypatch.undo()
+    shared_memory._unmap(address, MIB, process)
+    assert not flags(address)
+
+
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    """Let threads of earlier tests end first, and those of this one before the next."""
+    until(lambda: _thread._count() == threading.active_count() - 1)
+    yield
+    until(lambda: _thread._count() == threading.active_count() - 1)
+
+
+@pytest.mark.usefixtures("_quiet")
 def test_a_thread_drops_what_was_read_and_ends() -> None:
     """All that a dropper took is unmapped soon, and its thread has ended; the next one has its own."""
     n_threads = _thread._count()
@@ -136,10 +171,10 @@ def test_a_thread_drops_what_was_read_and_ends() -> None:
     for _ in range(2):
         tensor, addresses = shared(), []
         for _ in range(20):
-            memory = again(tensor)
-            addresses.append(memory.data_ptr())
-            dropper.take(memory)
-            del memory
+            view = view_of(tensor)
+            addresses.append(address_of(view))
+            dropper.take(view)
+            del view
         until(lambda: _thread._count() == n_threads + 1)
         dropper.close()
         until(lambda: _thread._count() == n_threads)
@@ -151,10 +186,10 @@ def test_at_most_one_mapping_waits_for_the_thread() -> None:
     dropper, addresses = Dropper(), []
     dropper._is_running = True  # by a thread that never comes
     for _ in range(5):
-        memory = again(shared())
-        addresses.append(memory.data_ptr())
-        dropper.take(memory)
-        del memory
+        view = view_of(shared())
+        addresses.append(address_of(view))
+        dropper.take(view)
+        del view
         assert flags(addresses[0])
     assert dropper._to_drop.qsize() == 1
     del dropper
@@ -168,17 +203,35 @@ def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.Monk
         raise RuntimeError("can't start new thread at interpreter shutdown")
 
     monkeypatch.setattr(_thread, "start_new_thread", refused)
-    dropper, memory = Dropper(), again(shared())
-    address = memory.data_ptr()
-    dropper.take(memory)
-    del memory
+    dropper, view = Dropper(), view_of(shared())
+    address = address_of(view)
+    dropper.take(view)
+    del view
     assert not flags(address)
     dropper.close()
 
 
+@pytest.mark.usefixtures("_quiet")
 def test_the_thread_is_not_one_that_is_waited_for() -> None:
     """The collector may end a pass in it, which waits for the copying thread: that must not wait for it."""
-    dropper = Dropper()
-    dropper.take(again(shared()))
-    assert all("drop" not in thread.name for thread in threading.enumerate())
+    dropper, n_threads = Dropper(), threading.active_count()
+    dropper.take(view_of(shared()))
+    until(lambda: _thread._count() == n_threads)
+    assert threading.active_count() == n_threads
     dropper.close()
+
+
+def test_the_interpreter_may_end_while_memory_goes_back() -> None:
+    """An exit in the midst of an unmapping that takes some 100 ms is clean, again and again."""
+    code = """
+import torch
+from torchfast._loader.shared_memory import Dropper, mapped_again
+tensor = torch.ones(400 * 2**20, dtype=torch.uint8).share_memory_()
+view = mapped_again(tensor)
+torch.frombuffer(view, dtype=torch.uint8).sum()
+dropper = Dropper()
+dropper.take(view)
+del view, tensor
+"""
+    ends = [subprocess.run([sys.executable, "-c", code], check=False).returncode for _ in range(3)]
+    assert ends == [0, 0, 0]

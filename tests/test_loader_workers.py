@@ -156,6 +156,12 @@ class OddIteration(DataLoader[Any]):
         return super().__iter__()
 
 
+class OddAttribute(DataLoader[Any]):
+    """Says by itself whether it pins."""
+
+    pin_memory = property(lambda _: True, lambda *_: None)
+
+
 class OddIterator(DataLoader[Any]):
     """Has an iterator of its own."""
 
@@ -169,32 +175,30 @@ def test_only_loaders_that_iterate_as_pytorchs_do_are_taken_at_their_word() -> N
     plain: DataLoader[Any] = DataLoader(numbers, num_workers=1, pin_memory=True)
     alone: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
     bare: DataLoader[Any] = DataLoader(numbers)
-    odd = [kind(numbers, num_workers=1, pin_memory=True) for kind in (OddIteration, OddIterator)]
-    loaders: list[Any] = [[], (), iter([]), plain, alone, bare, *odd]
-    assert [writes_afresh(loader) for loader in loaders] == [
-        True,
-        True,
-        False,
-        True,
-        False,
-        False,
-        False,
-        False,
+    odd = [
+        kind(numbers, num_workers=1, pin_memory=True) for kind in (OddIteration, OddIterator, OddAttribute)
     ]
-    assert [is_pinned_by_us(loader) for loader in loaders] == [False] * 3 + [True, True] + [False] * 3
+    fresh: list[Any] = [[], (), plain, odd[2]]
+    reused: list[Any] = [iter([]), alone, bare, *odd[:2]]
+    assert [writes_afresh(loader) for loader in fresh + reused] == [True] * 4 + [False] * 5
+    unpinned: list[Any] = [[], (), iter([]), bare, *odd]
+    assert [is_pinned_by_us(loader) for loader in [plain, alone, *unpinned]] == [True] * 2 + [False] * 7
 
 
 @pytest.mark.parametrize("room_bytes", [2**26, 2 * 2**30 - 1, 2 * 2**30])
 def test_pytorch_pins_where_shared_memory_is_scarce(room_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its thread takes batches out of shared memory at once: with a GiB for each worker they can wait."""
+    """Its thread takes batches out of shared memory at once: with 256 MiB for each they can wait there."""
 
     class Room:
         f_bavail, f_frsize = room_bytes, 1
 
     monkeypatch.setattr("os.statvfs", lambda _: Room)
     numbers = TensorDataset(torch.arange(4))
-    assert is_pinned_by_us(DataLoader(numbers, num_workers=2, pin_memory=True)) is (room_bytes >= 2 * 2**30)
+    loader: DataLoader[Any] = DataLoader(numbers, num_workers=2, prefetch_factor=4, pin_memory=True)
+    assert is_pinned_by_us(loader) is (room_bytes >= 2 * 2**30)
     assert is_pinned_by_us(DataLoader(numbers, pin_memory=True))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not is_pinned_by_us(loader)
     monkeypatch.delattr("os.statvfs")
     assert not is_pinned_by_us(DataLoader(numbers, num_workers=2, pin_memory=True))
 

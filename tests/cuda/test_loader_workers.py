@@ -1,5 +1,6 @@
 """DeviceLoader on a GPU around a DataLoader: whose batches are pinned by us, and read from shared memory."""
 
+import _thread
 import itertools
 import threading
 from collections.abc import Callable, Iterable
@@ -79,6 +80,7 @@ def test_batches_of_workers_arrive_whole_and_leave_nothing(
     assert is_mapped_again == [True] * 3 * 60
     loader.close()
     until(lambda: shared_mappings() == n_mapped)
+    until(lambda: _thread._count() == threading.active_count() - 1)  # no thread but those that have names
     names = {thread.name for thread in threading.enumerate()}
     assert not any(name.startswith("torchfast") or "pin_memory" in name for name in names)
     assert loader.pin_memory is pin_memory

@@ -193,10 +193,10 @@ class ThreadedFeed:
         """End the thread, wait for it, and let go of everything. Where it cannot, the next close does."""
         if self._is_closed or os.getpid() != self._process:
             return
-        self.is_between_passes = has_ended = False
+        self.is_between_passes = has_waited = False
         try:
             self._tell_to_stop()
-            has_ended = self._wait_for_thread()
+            has_waited = self._wait_for_thread()
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
@@ -207,14 +207,17 @@ class ThreadedFeed:
             self._tell_to_stop()
             # For a take() that another thread waits in; not from the copying thread, where the collector may
             # have come upon this feed within `arrive` itself.
-            if self._thread is not threading.current_thread():
+            if not self._is_this_thread():
                 self._work.arrive(Arrival(error=epoch.closed_error()))
-        self._is_closed = has_ended
+        self._is_closed = has_waited
 
     def __del__(self) -> None:
         # The loader is gone while its next pass loads; or an interrupt came before anybody held this.
         if not getattr(self, "_is_closed", True):
             self.close()
+
+    def _is_this_thread(self) -> bool:
+        return self._thread.ident == threading.get_ident()
 
     def _tell_to_stop(self) -> None:
         self._work.stopped = True
@@ -222,10 +225,10 @@ class ThreadedFeed:
         self._work.permits.hurry()
 
     def _wait_for_thread(self) -> bool:
-        """Say whether the thread has ended; not if it is this one, in which the collector may run a close."""
+        """Say whether that could be done: not in that thread, in which the collector may run a close."""
         if self._thread.ident is None:
             return True
-        if self._thread is threading.current_thread():
+        if self._is_this_thread():
             return False
         patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []

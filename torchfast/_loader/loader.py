@@ -85,9 +85,9 @@ class DeviceLoader(Generic[T]):
         ValueError: no such device, a depth below 1, means and stds that cannot be, `into` not on the
             device, or, from `next`, a batch that does not fit `into` or has nothing to normalise.
 
-    What it does not do: it does not need `pin_memory=True` of a `DataLoader`, and spares it that work. It runs
-    one pass at a time. A second `iter` closes the first, with a warning, and a
-    bare iterator that is left early has already given up the batches that were loaded ahead.
+    What it does not do: it runs one pass at a time. A second `iter` closes the first, with a warning, and a
+    bare iterator that is left early has already given up the batches that were loaded ahead. A `DataLoader`
+    with `pin_memory=True` is spared pinning, which is done here.
     """
 
     def __init__(  # noqa: PLR0913 - options, all of them keyword-only

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import mmap
+import os
 import sys
 import weakref
 from queue import SimpleQueue
@@ -18,11 +19,12 @@ from queue import SimpleQueue
 import torch
 
 
-def mapped_again(tensor: torch.Tensor, /) -> torch.Tensor | None:
+def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
     """Return the bytes of a dense tensor in shared memory at another address; None where that cannot be.
 
-    They stay for as long as anybody holds them, whatever becomes of the tensor. Then they go back to the
-    kernel, without the GIL.
+    They stay for as long as this very view is held, by `torch.frombuffer` too, whatever becomes of the
+    tensor. Then they go back to the kernel, without the GIL. Let the view go last: an interpreter that ends
+    while C++ destroys a tensor, and the GIL is away, aborts.
     """
     if sys.platform != "linux" or not tensor.is_shared():
         return None
@@ -32,20 +34,20 @@ def mapped_again(tensor: torch.Tensor, /) -> torch.Tensor | None:
     start = _libc().mremap(tensor.data_ptr() - offset_bytes, 0, n_bytes, _MAY_MOVE)
     if start == _FAILED:
         return None
-    view = _memory_view(start, n_bytes, _WRITABLE)
-    weakref.finalize(view, _libc().munmap, start, n_bytes).atexit = False
+    view = _memory_view(start + offset_bytes, tensor.nbytes, _WRITABLE)
+    weakref.finalize(view, _unmap, start, n_bytes, os.getpid()).atexit = False
     _libc().madvise(start, n_bytes, _DONT_FORK)
-    return torch.frombuffer(view, dtype=torch.uint8)[offset_bytes:]  # whose storage holds the view
+    return view
 
 
 class Dropper:
     """Drops memory, which takes long, in a thread that it starts for the first and that ends with `close`."""
 
     def __init__(self) -> None:
-        self._to_drop: SimpleQueue[torch.Tensor | None] = SimpleQueue()
+        self._to_drop: SimpleQueue[memoryview | None] = SimpleQueue()
         self._is_running = False
 
-    def take(self, memory: torch.Tensor, /) -> None:
+    def take(self, memory: memoryview, /) -> None:
         """Hold memory until the thread drops it; not where that lags behind: shared memory is scarce."""
         if not self._is_running:
             with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
@@ -63,7 +65,7 @@ class Dropper:
             self._to_drop, self._is_running = SimpleQueue(), False
 
 
-def _drop(to_drop: "SimpleQueue[torch.Tensor | None]") -> None:
+def _drop(to_drop: "SimpleQueue[memoryview | None]") -> None:
     while to_drop.get() is not None:
         pass
 
@@ -82,6 +84,11 @@ def _libc() -> ctypes.CDLL:
     libc.madvise.argtypes = [address, size, ctypes.c_int]
     libc.munmap.argtypes = [address, size]
     return libc
+
+
+def _unmap(start: int, n_bytes: int, process: int) -> None:
+    if os.getpid() == process:  # in a child other memory may be there
+        _libc().munmap(start, n_bytes)
 
 
 def _memory_view(start: int, n_bytes: int, flags: int) -> memoryview:

@@ -104,15 +104,16 @@ class Work:
             self.arrive(Arrival(is_end=True))
         finally:
             self.entered.set()
-            with contextlib.ExitStack() as last:
-                last.callback(self.left.set)
-                last.callback(self.transport.leave_thread)
+            try:
+                self.transport.leave_thread()
                 if self.stopped:
                     # By the collector, in this very thread: what was sent since has nobody to wait for it.
                     self.transport.fence()
                 self.loaded.clear()
                 self._spare.clear()
                 del self.source
+            finally:
+                self.left.set()
 
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""

@@ -344,16 +344,20 @@ class CudaTransport:
 
     def _stage(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
         """Copy a large pageable tensor piece by piece, one flying while the next is staged."""
-        n_bytes = piece_bytes(self._team_size)
         again = mapped_again(source) if self._has_workers else None
-        memory = bytes_of(source) if again is None else again
-        for piece, there in zip(memory.split(n_bytes), bytes_of(target).split(n_bytes), strict=True):
+        if again is None:
+            self._stage_bytes(bytes_of(source), bytes_of(target), shipment)
+        else:
+            self._stage_bytes(torch.frombuffer(again, dtype=torch.uint8), bytes_of(target), shipment)
+            self._dropper.take(again)
+
+    def _stage_bytes(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
+        n_bytes = piece_bytes(self._team_size)
+        for piece, there in zip(source.split(n_bytes), target.split(n_bytes), strict=True):
             staged = self._ring.take(piece.nbytes)
             staged.memory[: piece.nbytes].copy_(piece)
             shipment.add_staged(there, staged)
             shipment.enqueue()
-        if again is not None:
-            self._dropper.take(again)
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         self._expect(plan)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from torchfast._bytes import GIB
+from torchfast._bytes import MIB
 from torchfast._loader.cpus import cpu_share
 from torchfast._loader.thread import no_state
 
@@ -37,8 +37,8 @@ FORWARDED = frozenset({
 MAX_WORKERS = 8
 """`from_dataset` starts no more by itself: each worker costs the memory of an interpreter and its batches."""
 
-ROOM_OF_A_WORKER_BYTES = GIB
-"""Shared memory that must be free for each worker whose batches wait there: six of 154 MB, say."""
+ROOM_OF_A_BATCH_BYTES = 256 * MIB
+"""Shared memory that must be free for each batch that workers may make ahead; 256 float images are 154 MB."""
 
 
 def snapshot_of(loader: object) -> Callable[[], Any]:
@@ -58,9 +58,10 @@ def is_pinned_by_us(loader: object) -> bool:
     PyTorch's thread for that takes batches out of shared memory at once. Without it they wait there, so there
     must be room for those that the workers make ahead.
     """
-    if not _is_plain(loader) or not loader.pin_memory:
+    if not _is_plain(loader) or not vars(loader).get("pin_memory"):
         return False
-    return loader.num_workers == 0 or _shared_room_bytes() >= loader.num_workers * ROOM_OF_A_WORKER_BYTES
+    n_waiting = loader.num_workers * (loader.prefetch_factor or 0)
+    return n_waiting == 0 or _shared_room_bytes() >= n_waiting * ROOM_OF_A_BATCH_BYTES
 
 
 def _shared_room_bytes() -> int:
@@ -68,18 +69,17 @@ def _shared_room_bytes() -> int:
         where = os.statvfs("/dev/shm")  # noqa: S108 - no file of ours: where Linux keeps shared memory
     except (AttributeError, OSError):
         return 0
-    return where.f_bavail * where.f_frsize
+    return where.f_bavail * where.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def begun_unpinned(loader: Iterable[Any]) -> Iterator[Any]:
-    """Return the iterator of a `DataLoader` that leaves pinning to us."""
+    """Return the iterator of a `DataLoader` that was told to pin; it leaves that to us."""
     attributes = vars(loader)
-    pin_memory = attributes["pin_memory"]
     try:
         attributes["pin_memory"] = False
         return begun(loader)
     finally:
-        attributes["pin_memory"] = pin_memory  # no call, which an interrupt could follow
+        attributes["pin_memory"] = True  # no call, which an interrupt could follow
 
 
 def _is_plain(loader: object) -> "TypeGuard[DataLoader[Any]]":
