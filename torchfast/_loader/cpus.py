@@ -12,7 +12,12 @@ def cpu_share() -> int:
     """Return how many CPUs this process may use, beside its equals on this machine under `torchrun`."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_cpus = min(n_cpus, _granted() or n_cpus)
-    return max(1, n_cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, n_cpus // ranks_here())
+
+
+def ranks_here() -> int:
+    """Return how many ranks `torchrun` started on this machine, which share what it has; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def chosen_threads() -> int:

@@ -34,7 +34,7 @@ def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
     start = _libc().mremap(tensor.data_ptr() - offset_bytes, 0, n_bytes, _MAY_MOVE)
     if start == _FAILED:
         return None
-    view = _memory_view(start + offset_bytes, tensor.nbytes, _WRITABLE)
+    view = _writable_view(start + offset_bytes, tensor.nbytes)
     weakref.finalize(view, _unmap, start, n_bytes, os.getpid()).atexit = False
     _libc().madvise(start, n_bytes, _DONT_FORK)
     return view
@@ -91,8 +91,8 @@ def _unmap(start: int, n_bytes: int, process: int) -> None:
         _libc().munmap(start, n_bytes)
 
 
-def _memory_view(start: int, n_bytes: int, flags: int) -> memoryview:
+def _writable_view(start: int, n_bytes: int) -> memoryview:
     make = ctypes.pythonapi.PyMemoryView_FromMemory
     make.argtypes, make.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
-    view: memoryview = make(start, n_bytes, flags)
+    view: memoryview = make(start, n_bytes, _WRITABLE)
     return view

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torchfast._bytes import MIB
-from torchfast._loader.cpus import cpu_share
+from torchfast._loader.cpus import cpu_share, ranks_here
 from torchfast._loader.thread import no_state
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _shared_room_bytes() -> int:
         where = os.statvfs("/dev/shm")  # noqa: S108 - no file of ours: where Linux keeps shared memory
     except (AttributeError, OSError):
         return 0
-    return where.f_bavail * where.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return where.f_bavail * where.f_frsize // ranks_here()
 
 
 def begun_unpinned(loader: Iterable[Any]) -> Iterator[Any]:
