@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.loader_sources import pinned_by_pytorch
 from tests.loader_transport import until
 from torchfast import DeviceLoader
-from torchfast._loader import transport, wrapped
+from torchfast._loader import staging, wrapped
 from torchfast._loader.shared_memory import mapped_again
 from torchfast._loader.staging import team_size
 
@@ -72,7 +72,7 @@ def test_batches_of_workers_arrive_whole_and_leave_nothing(
         is_mapped_again.append(memory is not None)
         return memory
 
-    monkeypatch.setattr(transport, "mapped_again", counted)
+    monkeypatch.setattr(staging, "mapped_again", counted)
     n_mapped = shared_mappings()
     loader = DeviceLoader(loader_with_workers(pin_memory=pin_memory), "cuda")
     for _ in range(3):
@@ -190,13 +190,13 @@ def test_batches_of_workers_are_staged_by_a_team(
     if is_torchruns:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    seen, stage = [], transport.CudaTransport._stage
+    seen, stage = [], staging.Staging.stage
 
     def staged(*arguments: Any) -> None:
         stage(*arguments)
         seen.append(torch.get_num_threads())
 
-    monkeypatch.setattr(transport.CudaTransport, "_stage", staged)
+    monkeypatch.setattr(staging.Staging, "stage", staged)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

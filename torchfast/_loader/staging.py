@@ -1,18 +1,85 @@
-"""The ring of pinned buffers through which pageable memory travels, and the team that fills them."""
+"""How pageable memory travels: through a ring of pinned buffers, which a team of threads fills."""
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._loader.cpus import cpu_share
-from torchfast._loader.plan import CHUNK_BYTES, Group
+from torchfast._loader.cpus import chosen_threads, cpu_share
+from torchfast._loader.plan import CHUNK_BYTES, Group, bytes_of
+from torchfast._loader.shared_memory import Dropper, mapped_again
+
+if TYPE_CHECKING:
+    from torchfast._loader.shipment import Shipment
 
 MAX_TEAM = 16
 """Threads of one host copy. On one H200's host: 4 threads 23 GB/s, 8 40, 16 60, for a link of 55."""
 
 SMALL_TEAM = 2
 """Threads for tensors below 1 MiB: each of them wakes the whole team, and 16 take 1.5 times as long as 2."""
+
+
+class Staging:
+    """Copies what is not pinned into pinned buffers, and adds these to a shipment."""
+
+    def __init__(self, depth: int, n_workers: int) -> None:
+        self._ring = PinnedRing(max(8, depth + 2))
+        self._team_size = team_size(n_workers)
+        self._n_threads = 1
+        self._has_workers = n_workers > 0
+        self._has_staged_large = True
+        self._dropper = Dropper()
+
+    @property
+    def waited_s(self) -> float:
+        """How long it has waited for buffers in all."""
+        return self._ring.waited_s
+
+    def begin(self) -> None:
+        """Begin a pass, in the consumer's thread."""
+        # Without workers the copying thread runs the loader's own code too, with no more threads than bare.
+        self._n_threads = chosen_threads() if self._has_workers else torch.get_num_threads()
+
+    def enter_thread(self) -> None:
+        """Give the copying thread its team."""
+        team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
+        # The first question in a thread gives it the process's number; asked later it would undo what is set.
+        torch.get_num_threads()
+        torch.set_num_threads(min(team, self._n_threads))
+
+    def leave_thread(self) -> None:
+        """Let go of what the copying thread has beside it."""
+        self._dropper.close()
+
+    def pack(
+        self, group: Group, sources: list[torch.Tensor], target: torch.Tensor, shipment: "Shipment"
+    ) -> None:
+        """Copy small tensors side by side into one buffer; `target` is where the first of them goes."""
+        staged = self._ring.take(group.n_bytes)
+        torch._foreach_copy_(staged.packed(group), sources)
+        shipment.add_staged(bytes_of(target, group.n_bytes), staged)
+        if group.n_bytes >= MIB:
+            shipment.enqueue()  # it flies while the next is staged
+
+    def stage(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], shipment: "Shipment") -> None:
+        """Copy the large tensors of a batch piece by piece, one flying while the next is staged."""
+        self._has_staged_large = bool(pairs)
+        for source, target in pairs:
+            again = mapped_again(source) if self._has_workers else None
+            if again is None:
+                self._stage_bytes(bytes_of(source), bytes_of(target), shipment)
+            else:
+                self._stage_bytes(torch.frombuffer(again, dtype=torch.uint8), bytes_of(target), shipment)
+                self._dropper.take(again)
+
+    def _stage_bytes(self, source: torch.Tensor, target: torch.Tensor, shipment: "Shipment") -> None:
+        n_bytes = piece_bytes(self._team_size)
+        for piece, there in zip(source.split(n_bytes), target.split(n_bytes), strict=True):
+            staged = self._ring.take(piece.nbytes)
+            staged.memory[: piece.nbytes].copy_(piece)
+            shipment.add_staged(there, staged)
+            shipment.enqueue()
 
 
 class PinnedBuffer:

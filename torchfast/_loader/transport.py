@@ -25,14 +25,12 @@ from typing import Any, NamedTuple
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._loader.cpus import chosen_threads
 from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
-from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
-from torchfast._loader.staging import SMALL_TEAM, PinnedRing, piece_bytes, team_size
+from torchfast._loader.staging import Staging
 from torchfast._loader.stats import Moment, Span, Tally
 from torchfast._loader.turns import Turns
 from torchfast._tree import Structure, flatten
@@ -92,10 +90,7 @@ class CudaTransport:
         self._device = device
         self._poison = poison
         self._resting: deque[Blank] = deque()
-        self._team_size = team_size(n_workers)
-        self._has_workers = n_workers > 0
-        self._n_threads = 1
-        self._dropper = Dropper()
+        self._staging = Staging(depth, n_workers)
         self._streams = tuple(streams)
         self._borrows = borrows
         self._pins = pins
@@ -107,11 +102,9 @@ class CudaTransport:
         self._recent: deque[Plan] = deque(maxlen=8)
         self._expected: tuple[Layout, ...] = ()
         self._plans = Plans()
-        self._ring = PinnedRing(max(8, depth + 2))
         self._borrowed: torch.cuda.Event | None = None
         self._idle_events: list[torch.cuda.Event] = []
         self._is_light = False
-        self._has_staged_large = True
         self._turns = Turns()
 
     # In the consumer's thread.
@@ -121,8 +114,7 @@ class CudaTransport:
         self._tally = tally
         tally.idle_events = self._idle_events
         self._turns.begin()
-        # Without workers the copying thread runs the loader's own code too, with no more threads than bare.
-        self._n_threads = chosen_threads() if self._has_workers else torch.get_num_threads()
+        self._staging.begin()
         self.follow()
 
     def follow(self) -> None:
@@ -232,14 +224,11 @@ class CudaTransport:
         torch.cuda.set_device(self._device)
         self._loading = self._consumer
         torch.cuda.set_stream(self._loading)
-        team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
-        # The first question in a thread gives it the process's number; asked later it would undo what is set.
-        torch.get_num_threads()
-        torch.set_num_threads(min(team, self._n_threads))
+        self._staging.enter_thread()
 
     def leave_thread(self) -> None:
         """Let go of what the thread has beside it."""
-        self._dropper.close()
+        self._staging.leave_thread()
 
     def settle(self) -> None:
         """Wait until the loader's own memory has been read: its next batch may go to the same place."""
@@ -251,9 +240,9 @@ class CudaTransport:
 
     def send(self, batch: Any, blank: Blank | None) -> Parcel:
         """Start the copies of one batch, into `blank` if it fits."""
-        began_s, waited_s = time.perf_counter(), self._ring.waited_s
+        began_s, waited_s = time.perf_counter(), self._staging.waited_s
         parcel = self._send(self._unpacked(batch), blank)
-        self._tally.stage_s += time.perf_counter() - began_s - (self._ring.waited_s - waited_s)
+        self._tally.stage_s += time.perf_counter() - began_s - (self._staging.waited_s - waited_s)
         return parcel
 
     def _unpacked(self, batch: Any) -> Unpacked:
@@ -322,9 +311,7 @@ class CudaTransport:
         if self._borrows and shipment.reads_directly:
             self._borrowed = self._borrowed or torch.cuda.Event(blocking=True)
             self._borrowed.record(self._copy_stream)
-        self._has_staged_large = bool(pageable)
-        for source, target in pageable:
-            self._stage(source, target, shipment)
+        self._staging.stage(pageable, shipment)
         return shipment
 
     def _copy_group(
@@ -334,30 +321,9 @@ class CudaTransport:
         if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
             shipment.add(copies, originals)
         elif group.n_bytes:
-            staged = self._ring.take(group.n_bytes)
-            torch._foreach_copy_(staged.packed(group), originals)
-            shipment.add_staged(bytes_of(copies[0], group.n_bytes), staged)
-            if group.n_bytes >= MIB:
-                shipment.enqueue()  # it flies while the next is staged
+            self._staging.pack(group, originals, copies[0], shipment)
         for index, copy in zip(group.indexes, copies, strict=True):
             leaves[index] = copy
-
-    def _stage(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
-        """Copy a large pageable tensor piece by piece, one flying while the next is staged."""
-        again = mapped_again(source) if self._has_workers else None
-        if again is None:
-            self._stage_bytes(bytes_of(source), bytes_of(target), shipment)
-        else:
-            self._stage_bytes(torch.frombuffer(again, dtype=torch.uint8), bytes_of(target), shipment)
-            self._dropper.take(again)
-
-    def _stage_bytes(self, source: torch.Tensor, target: torch.Tensor, shipment: Shipment) -> None:
-        n_bytes = piece_bytes(self._team_size)
-        for piece, there in zip(source.split(n_bytes), target.split(n_bytes), strict=True):
-            staged = self._ring.take(piece.nbytes)
-            staged.memory[: piece.nbytes].copy_(piece)
-            shipment.add_staged(there, staged)
-            shipment.enqueue()
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         self._expect(plan)
