@@ -18,14 +18,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tests import strategies
-from tests.loader_sources import pinned_by_pytorch
+from tests.loader_sources import MS, pinned_by_pytorch
 from torchfast import DeviceLoader, _holders
 from torchfast._tree import flatten
 
 pytestmark = pytest.mark.cuda
-
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
 
 SMALL = (64, 1024)  # 256 KiB of float32: packed
 LARGE = (64, 8192)  # 2 MiB: travels by itself

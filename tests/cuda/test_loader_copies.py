@@ -8,36 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
-from tests.loader_sources import pinned_by_pytorch
+from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from torchfast import DeviceLoader
 from torchfast._loader import driver, shipment, transport
 
 pytestmark = pytest.mark.cuda
 
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
-
+N_BATCHES = 100
 Shapes = list[tuple[int, ...]]
 SHAPES: Shapes = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
 """Leaves of a batch: two that are staged, two that are packed and copied straight, one that travels alone."""
 
 ALIKE: Shapes = [(64, 1024)] * 3
 """Leaves that are packed as the rows of one tensor."""
-
-
-class Numbered(Dataset[list[torch.Tensor]]):
-    """Batches that hold their own number everywhere."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self._shapes = shapes
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return [torch.full(shape, float(index)) for shape in self._shapes]
 
 
 class Reused:
@@ -48,17 +32,17 @@ class Reused:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         leaves = [torch.empty(shape, pin_memory=True) for shape in self._shapes]
-        for number in range(100):
+        for number in range(N_BATCHES):
             yield [leaf.fill_(float(number)) for leaf in leaves]
 
 
 def numbered(shapes: Shapes) -> list[list[torch.Tensor]]:
     """Return the same batches as a list."""
-    return [Numbered(shapes)[number] for number in range(100)]
+    return [Numbered(shapes, N_BATCHES)[number] for number in range(N_BATCHES)]
 
 
 SOURCES: dict[str, Any] = {
-    "pinned, dropped at once": lambda s: pinned_by_pytorch(Numbered(s)),
+    "pinned, dropped at once": lambda s: pinned_by_pytorch(Numbered(s, N_BATCHES)),
     "pinned, kept": lambda s: [[leaf.pin_memory() for leaf in batch] for batch in numbered(s)],
     "pageable": numbered,
     "reused": Reused,
@@ -78,16 +62,9 @@ def test_no_leaf_is_wrong(
     n_here = count_calls(monkeypatch, "send_here")
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
-    wrong = torch.zeros((), dtype=torch.long, device="cuda")
-    for _ in range(3):
-        numbers = itertools.count()
-        for batch in DeviceLoader(SOURCES[source](shapes), "cuda"):
-            torch.cuda._sleep(MS)
-            number = next(numbers)
-            for leaf in batch:
-                wrong += (leaf != number).any()
-            del batch, leaf
-        assert next(numbers) == 100
+    wrong = sum(
+        wrong_leaves(DeviceLoader(SOURCES[source](shapes), "cuda"), N_BATCHES, sleep=MS) for _ in range(3)
+    )
     assert int(wrong) == 0
     assert source == "pageable" or (n_here() > 200) is (is_sent_here and source == "pinned, kept")
 

@@ -10,12 +10,10 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
+from tests.loader_sources import MS
 from torchfast import DeviceLoader
 
 pytestmark = pytest.mark.cuda
-
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
 
 N_BATCHES, N_ROWS = 60, 2**18
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.loader_sources import MS
 from torchfast import DeviceLoader
 
 pytestmark = pytest.mark.cuda
-
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
 
 SMALL, LARGE = (64, 1024), (64, 8192)
 

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.loader_sources import MS
 from torchfast import DeviceLoader
 from torchfast._loader.transport import CudaTransport
 
 pytestmark = pytest.mark.cuda
-
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
 
 N_BATCHES = 60
 Batch = list[torch.Tensor]

@@ -1,9 +1,8 @@
 """DeviceLoader on a GPU around a DataLoader: whose batches are pinned by us, and read from shared memory."""
 
 import _thread
-import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.loader_sources import pinned_by_pytorch
+from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from tests.loader_transport import until
 from torchfast import DeviceLoader
 from torchfast._loader import staging, wrapped
@@ -20,39 +19,21 @@ from torchfast._loader.staging import team_size
 
 pytestmark = pytest.mark.cuda
 
-MS = 1_000_000
-"""About half a millisecond of `torch.cuda._sleep` cycles on a GPU of 1.7 to 2 GHz."""
-
 LARGE = (64, 8192)  # 2 MiB: travels by itself
 
 
-class Numbered(Dataset[list[torch.Tensor]]):
-    """Batches of a large and a small tensor that hold their own number everywhere."""
-
-    def __len__(self) -> int:
-        return 60
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return [torch.full(LARGE, float(index)), torch.full((5,), float(index))]
+BATCHES = Numbered([LARGE, (5,)], 60)
+"""Each of a large and a small tensor."""
 
 
-def wrong_batches(batches: Iterable[list[torch.Tensor]], *, sleep: int = 2 * MS) -> int:
-    """Count, on the GPU and with the host running ahead, the batches that do not hold their own number."""
-    wrong = torch.zeros((), dtype=torch.long, device="cuda")
-    numbers = itertools.count()
-    for batch in batches:
-        torch.cuda._sleep(sleep)
-        number = next(numbers)
-        for leaf in batch:
-            wrong += (leaf != number).any()
-        del batch, leaf
-    assert next(numbers) == 60
-    return int(wrong)
+def wrong_of(loader: DeviceLoader[Any], sleep: int = 2 * MS) -> int:
+    """Count the wrong tensors of a pass."""
+    return int(wrong_leaves(loader, len(BATCHES), sleep=sleep))
 
 
 def loader_with_workers(**options: Any) -> DataLoader[list[torch.Tensor]]:
     """Return a DataLoader with two workers, whose items are batches."""
-    return DataLoader(Numbered(), batch_size=None, num_workers=2, persistent_workers=True, **options)
+    return DataLoader(BATCHES, batch_size=None, num_workers=2, persistent_workers=True, **options)
 
 
 def shared_mappings() -> int:
@@ -76,7 +57,7 @@ def test_batches_of_workers_arrive_whole_and_leave_nothing(
     n_mapped = shared_mappings()
     loader = DeviceLoader(loader_with_workers(pin_memory=pin_memory), "cuda")
     for _ in range(3):
-        assert wrong_batches(loader) == 0
+        assert wrong_of(loader) == 0
     assert is_mapped_again == [True] * 3 * 60
     loader.close()
     until(lambda: shared_mappings() == n_mapped)
@@ -88,9 +69,9 @@ def test_batches_of_workers_arrive_whole_and_leave_nothing(
 
 def test_batches_that_pytorch_goes_on_pinning_arrive_whole() -> None:
     """A loader that was iterated over bare keeps its thread that pins; its batches are whole too."""
-    loader = DeviceLoader(pinned_by_pytorch(Numbered()), "cuda")
+    loader = DeviceLoader(pinned_by_pytorch(BATCHES), "cuda")
     for _ in range(3):
-        assert wrong_batches(loader) == 0
+        assert wrong_of(loader) == 0
 
 
 class IntoOneBuffer:
@@ -111,8 +92,8 @@ def test_a_collate_function_may_fill_one_pinned_buffer(
     """To pin such a batch changes nothing, so it is copied in time; without that, batches are wrong."""
     if is_trusted:
         monkeypatch.setattr(wrapped, "writes_afresh", lambda _: True)
-    loader = DataLoader(Numbered(), batch_size=None, collate_fn=IntoOneBuffer(), pin_memory=True)
-    assert (wrong_batches(DeviceLoader(loader, "cuda"), sleep=20 * MS) > 0) is is_trusted
+    loader = DataLoader(BATCHES, batch_size=None, collate_fn=IntoOneBuffer(), pin_memory=True)
+    assert (wrong_of(DeviceLoader(loader, "cuda"), sleep=20 * MS) > 0) is is_trusted
 
 
 class Handle:
@@ -200,7 +181,7 @@ def test_batches_of_workers_are_staged_by_a_team(
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert wrong_batches(DeviceLoader(loader_with_workers(), "cuda")) == 0
+        assert wrong_of(DeviceLoader(loader_with_workers(), "cuda")) == 0
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(n_threads)
