@@ -140,18 +140,8 @@ def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
         for ratio in (0.25, 1, 2, 4):
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
-            yield from compared(
-                by.ways,
-                by.resident,
-                step,
-                n_samples=n_samples,
-                limits_ms=[copy_ms(IMAGES_BYTES), load_ms],
-                budget_s=LOADING_CELL_S,
-                ratio=ratio,
-                n_leaves=1,
-                source=source,
-                consumer=consumer,
-            )
+            what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
+            yield from by.compared(step, n_samples, load_ms, budget_s=LOADING_CELL_S, **what)
 
 
 CONSUMERS: dict[str, Callable[[Step], Step]] = {"free-running": lambda step: step, "item": with_item}
@@ -202,7 +192,7 @@ class Made(Dataset[torch.Tensor]):
         dtype: torch.dtype = torch.uint8,
         is_jittered: bool = False,
     ) -> None:
-        self.n_batches = n_batches
+        self._n_batches = n_batches
         self._make_s = make_s
         self._n_images = n_images
         self._dtype = dtype
@@ -210,7 +200,7 @@ class Made(Dataset[torch.Tensor]):
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return self.n_batches
+        return self._n_batches
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """Make a batch."""
@@ -233,12 +223,11 @@ class ByWorkers:
             )
 
         # Two, since workers that stay go on as they were begun: pinned by PyTorch's thread, or by us.
-        self._bare, self._ours = loader(), DeviceLoader(loader(), "cuda")
+        self._bare = loader()
         self.ways: dict[str, Callable[[], Any]] = {
             name: functools.partial(fed, PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
         }
-        self.ways["torchfast"] = functools.partial(fed, iter, self._ours)
-        self.resident = [[torch.zeros(1, device="cuda")]] * len(made)
+        self.ways["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader(), "cuda"))
 
     def load_ms(self, n_samples: int) -> float:
         """Return the time of a batch that nothing is done with, not even copied."""
@@ -246,17 +235,22 @@ class ByWorkers:
             record.median(passes_ms(functools.partial(fed, iter, self._bare), lambda _: None, n_samples))
         )
 
+    def compared(
+        self, step: Step, n_samples: int, load_ms: float, /, **what: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Compare the ways with each other, for batches of 64 images in bytes."""
+        resident = [[torch.zeros(1, device="cuda")]] * len(self._bare)
+        limits_ms = [copy_ms(IMAGES_BYTES), load_ms]
+        yield from compared(self.ways, resident, step, n_samples=n_samples, limits_ms=limits_ms, **what)
+
 
 def workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with eight workers, one batch in ten five times late."""
     for pin_memory in (False, True):
         by = ByWorkers(Made(80, 0.03, is_jittered=True), pin_memory=pin_memory)
         load_ms = by.load_ms(n_samples)
-        limits_ms = [copy_ms(IMAGES_BYTES), load_ms]
         what = {"loader": "8 workers, one in ten 5 x late", "pin_memory": pin_memory, "load_ms": load_ms}
-        yield from compared(
-            by.ways, by.resident, products(8.0), n_samples=n_samples, limits_ms=limits_ms, **what
-        )
+        yield from by.compared(products(8.0), n_samples, load_ms, **what)
 
 
 LOADING_PROTOCOL = (
