@@ -26,16 +26,19 @@ LONG_SLEEP_CYCLES = 2_000_000
 SHAPES = {
     "packed": (3, (5_000,)),
     "rows": (16, (5_120,)),
+    "many": (32, (40_000,)),
     "large": (1, (300_000,)),
     "images": (1, (2, 3, 224, 224)),
 }
 """Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may
-be sent by the loop; 1 of 1.2 MB; images, 1.2 MB too.
+be sent by the loop; 32 of 160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB
+too.
 """
 
 KINDS = [
     *itertools.product(("packed", "large"), ("pinned", "fresh", "pageable", "reused")),
     *itertools.product(("rows",), ("pinned", "fresh", "reused")),
+    ("many", "pageable"),
 ]
 """Sources: a list of pinned batches, a `DataLoader` that pins each anew and drops it, a generator of pageable
 ones, and one that fills the same pinned memory again and again.
@@ -63,7 +66,8 @@ def count_peer(report: Report, *, peer: str, n_left: Any, limit_s: float) -> Non
 def _count(  # noqa: PLR0913, PLR0917 - what a row says
     name: str, peer: Peer, report: Report, shape: str, source: str, n_left: Any, limit_s: float
 ) -> None:
-    torch.set_num_threads(1)  # many processes share the cores
+    # Many processes share the cores; but helpers come only to a loop that computes with several threads.
+    torch.set_num_threads(4 if shape == "many" else 1)
     batches = peer(_source(shape, source))
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     lag = Lag()

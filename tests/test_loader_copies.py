@@ -67,7 +67,8 @@ def ship(device: Device, sources: list[torch.Tensor], buffers: list[PinnedBuffer
         return event
 
     one: Any = Shipment(Stream(), mark)  # type: ignore[arg-type]  # a stream of the imagination
-    one.add([torch.empty_like(source) for source in sources], sources)
+    for source in sources:
+        one.add(torch.empty_like(source), source)
     for buffer in buffers:
         one.add_staged(torch.empty(4, dtype=torch.uint8), buffer)
     one.enqueue()

@@ -51,10 +51,9 @@ class Structure:
 
 def flatten(tree: Any, /) -> tuple[list[Leaf], Structure]:
     """Take a batch apart into its distinct leaves and the structure around them."""
-    if type(tree) in (list, tuple) and set(map(type, tree)) == {torch.Tensor}:
-        distinct = {id(leaf) for leaf in tree}
-        if len(distinct) == len(tree):  # the plainest of batches, in a fifth of the time
-            return list(tree), Structure(len(tree), type(tree))
+    is_row = type(tree) in (list, tuple) and set(map(type, tree)) == {torch.Tensor}
+    if is_row and len(set(map(id, tree))) == len(tree):  # the plainest of batches, in a fifth of the time
+        return list(tree), Structure(len(tree), type(tree))
     leaves: list[Leaf] = []
     part = _take_apart(tree, leaves, {}, [])
     return leaves, Structure(len(leaves), _constant(tree) if part is None else _rebuilding(part))

@@ -11,7 +11,7 @@ import torch
 
 from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from torchfast import DeviceLoader
-from torchfast._loader import driver, shipment, transport
+from torchfast._loader import driver, helpers, shipment, transport
 
 pytestmark = pytest.mark.cuda
 
@@ -22,6 +22,9 @@ SHAPES: Shapes = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
 
 ALIKE: Shapes = [(64, 1024)] * 3
 """Leaves that are packed as the rows of one tensor."""
+
+MANY: Shapes = [(64, 1024)] * 12
+"""Leaves that are worth helpers if they are pageable: 3 MiB, in small ones."""
 
 
 class Reused:
@@ -49,7 +52,7 @@ SOURCES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, ALIKE], ids=["of all kinds", "alike"])
+@pytest.mark.parametrize("shapes", [SHAPES, ALIKE, MANY], ids=["of all kinds", "alike", "many"])
 @pytest.mark.parametrize("is_batched", [True, False])
 @pytest.mark.parametrize("is_sent_here", [True, False])
 @pytest.mark.parametrize("source", SOURCES)
@@ -59,7 +62,8 @@ def test_no_leaf_is_wrong(
     """Under a lagging GPU every leaf holds its batch's number, whoever enqueues the copies, and how."""
     monkeypatch.setattr(transport, "HERE_FROM_LEAVES", 1)
     monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
-    n_here = count_calls(monkeypatch, "send_here")
+    n_here = count_calls(monkeypatch, transport.CudaTransport, "send_here")
+    n_helped = count_calls(monkeypatch, helpers.Share, "copied")
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
     wrong = sum(
@@ -67,17 +71,18 @@ def test_no_leaf_is_wrong(
     )
     assert int(wrong) == 0
     assert source == "pageable" or (n_here() > 200) is (is_sent_here and source == "pinned, kept")
+    assert (n_helped() > 0) is (source == "pageable" and shapes is MANY)
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> Callable[[], int]:
-    """Return what tells how often a method of the transport has been called from now on."""
-    original, calls = getattr(transport.CudaTransport, name), itertools.count()
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:
+    """Return what tells how often a method has been called from now on."""
+    original, calls = getattr(owner, name), itertools.count()
 
     def counted(*arguments: Any) -> Any:
         next(calls)
         return original(*arguments)
 
-    monkeypatch.setattr(transport.CudaTransport, name, counted)
+    monkeypatch.setattr(owner, name, counted)
     return lambda: next(calls)
 
 
@@ -114,11 +119,12 @@ def test_the_driver_copies_many_tensors_in_one_call() -> None:
     targets = [torch.zeros(source.shape, device="cuda") for source in sources]
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    assert batched(targets, sources, stream.cuda_stream)
+    to, of = ([tensor.data_ptr() for tensor in tensors] for tensors in (targets, sources))
+    assert batched(to, of, [source.nbytes for source in sources], stream.cuda_stream)
     stream.synchronize()
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target.cpu())
-    assert not batched([targets[0]], [torch._efficientzerotensor((1000,))], stream.cuda_stream)
+    assert not batched(to[:1], [torch._efficientzerotensor((1000,)).data_ptr()], [4000], stream.cuda_stream)
 
 
 def test_the_current_stream_is_found_with_and_without_the_private_call(

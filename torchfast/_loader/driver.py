@@ -32,7 +32,7 @@ _IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: sources are read when
 
 
 class BatchedCopy:
-    """Enqueues copies between addresses."""
+    """Enqueues many copies in one call."""
 
     def __init__(self, function: "ctypes._NamedFuncPointer", *, tells_failure: bool) -> None:
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
@@ -45,14 +45,13 @@ class BatchedCopy:
         self._fail_index = (ctypes.c_size_t * 1)(0)
         self._more = (ctypes.addressof(self._fail_index),) if tells_failure else ()
 
-    def __call__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], stream: int) -> bool:
-        """Enqueue dense copies on a stream, in any order; say whether the driver took them."""
-        addresses = [source.data_ptr() for source in sources]
-        if 0 in addresses:  # a tensor without memory, whose zeros only PyTorch knows of
+    def __call__(
+        self, targets: Sequence[int], sources: Sequence[int], sizes_bytes: Sequence[int], stream: int
+    ) -> bool:
+        """Enqueue copies between addresses on a stream, in any order; say whether the driver took them."""
+        if 0 in sources:  # a tensor without memory, whose zeros only PyTorch knows of
             return False
-        addresses += [target.data_ptr() for target in targets]
-        sizes = [source.nbytes for source in sources]
-        numbers = array("Q", addresses + sizes)  # the three lists of the call, one behind the other
+        numbers = array("Q", [*sources, *targets, *sizes_bytes])  # the three lists, one behind the other
         first, _ = numbers.buffer_info()
         list_bytes = numbers.itemsize * len(sources)
         error: int = self._function(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchfast._loader import epoch
+from torchfast._loader.helpers import helped_thread
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work
 
@@ -217,7 +218,7 @@ class ThreadedFeed:
             self.close()
 
     def _is_this_thread(self) -> bool:
-        return self._thread.ident == threading.get_ident()
+        return self._thread.ident in (threading.get_ident(), helped_thread())
 
     def _tell_to_stop(self) -> None:
         self._work.stopped = True

@@ -56,9 +56,13 @@ class Group:
         self.may_go_straight = may_go_straight
         """Whether its leaves are copied straight into their places if they are pinned."""
         self.runs: list[Run] = []
+        self.offsets_bytes: list[int] = []
+        """Where each of its leaves lies, counted from the first."""
+        self.sizes_bytes = [layouts[index].n_bytes for index in indexes]
         end_bytes = 0
         for index in indexes:
             layout = layouts[index]
+            self.offsets_bytes.append(end_bytes)
             step_bytes = _aligned(layout.n_bytes)
             if self.runs and self.runs[-1].layout == layout:
                 self.runs[-1] = self.runs[-1]._replace(n_leaves=self.runs[-1].n_leaves + 1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchfast._loader.driver import batched_copy
+from torchfast._loader.plan import Group
 from torchfast._loader.staging import PinnedBuffer
 
 if TYPE_CHECKING:
@@ -39,26 +40,39 @@ class Shipment:
     ) -> None:
         self._stream = stream
         self._mark = mark
-        self._targets: list[torch.Tensor] = []
-        self._sources: list[torch.Tensor] = []
-        self._staged: list[PinnedBuffer] = []
+        self._begin()
         self.spans: list[Span] = []
         self.reads_directly = False
         """Whether the loader's own memory is read once the device gets there."""
         self.staged_bytes = 0
 
-    def add(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Add copies from pinned memory of the loader's."""
-        self._targets.extend(targets)
-        self._sources.extend(sources)
+    def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Add a copy from pinned memory of the loader's."""
+        self._add(target, source)
+        self.reads_directly = True
+
+    def add_group(
+        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], group: Group
+    ) -> None:
+        """Add copies from pinned memory of the loader's to the places of a group's leaves."""
+        first = targets[0].data_ptr()
+        self._targets += targets
+        self._addresses += [first + offset_bytes for offset_bytes in group.offsets_bytes]
+        self._sources += sources
+        self._sizes_bytes += group.sizes_bytes
         self.reads_directly = True
 
     def add_staged(self, target: torch.Tensor, buffer: PinnedBuffer) -> None:
         """Add a copy of as many bytes as the target has, from the beginning of a staging buffer."""
-        self._targets.append(target)
-        self._sources.append(buffer.memory[: target.nbytes])
+        self._add(target, buffer.memory[: target.nbytes])
         self._staged.append(buffer)
         self.staged_bytes += target.nbytes
+
+    def _add(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._targets.append(target)
+        self._addresses.append(target.data_ptr())
+        self._sources.append(source)
+        self._sizes_bytes.append(source.nbytes)
 
     def enqueue(self) -> None:
         """Enqueue what was added since the last time."""
@@ -66,8 +80,7 @@ class Shipment:
         if not targets:
             return
         began = self._mark(self._stream)
-        batched = batched_copy()
-        if batched is None or not batched(targets, sources, self._stream.cuda_stream):
+        if not self._is_taken_by_the_driver():
             with torch.cuda.stream(self._stream):
                 torch._foreach_copy_(targets, sources, non_blocking=True)
         ended = torch.cuda.Event(enable_timing=True)
@@ -76,4 +89,19 @@ class Shipment:
         self.spans.append((began, ended))
         for buffer in self._staged:
             buffer.being_read(self._stream)
-        self._targets, self._sources, self._staged = [], [], []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._targets: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        """Where the targets are: asking hundreds of tensors takes longer than adding up."""
+        self._sources: list[torch.Tensor] = []
+        self._sizes_bytes: list[int] = []
+        self._staged: list[PinnedBuffer] = []
+
+    def _is_taken_by_the_driver(self) -> bool:
+        batched = batched_copy()
+        if batched is None:
+            return False
+        sources = [*map(torch.Tensor.data_ptr, self._sources)]
+        return batched(self._addresses, sources, self._sizes_bytes, self._stream.cuda_stream)

@@ -7,6 +7,7 @@ import torch
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import chosen_threads, cpu_share
+from torchfast._loader.helpers import Helpers
 from torchfast._loader.plan import CHUNK_BYTES, Group, bytes_of
 from torchfast._loader.shared_memory import Dropper, mapped_again
 
@@ -26,10 +27,11 @@ class Staging:
     def __init__(self, depth: int, n_workers: int) -> None:
         self._ring = PinnedRing(max(8, depth + 2))
         self._team_size = team_size(n_workers)
-        self._n_threads = 1
+        self._n_threads = self._usual_threads = 1
         self._has_workers = n_workers > 0
         self._has_staged_large = True
         self._dropper = Dropper()
+        self._helpers = Helpers(0, usual_threads=1)
 
     @property
     def waited_s(self) -> float:
@@ -38,18 +40,21 @@ class Staging:
 
     def begin(self) -> None:
         """Begin a pass, in the consumer's thread."""
+        self._usual_threads = torch.get_num_threads()
         # Without workers the copying thread runs the loader's own code too, with no more threads than bare.
-        self._n_threads = chosen_threads() if self._has_workers else torch.get_num_threads()
+        self._n_threads = chosen_threads() if self._has_workers else self._usual_threads
 
     def enter_thread(self) -> None:
-        """Give the copying thread its team."""
+        """Give the copying thread its team and its helpers."""
         team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
         # The first question in a thread gives it the process's number; asked later it would undo what is set.
         torch.get_num_threads()
         torch.set_num_threads(min(team, self._n_threads))
+        self._helpers = Helpers(min(self._team_size, self._n_threads), usual_threads=self._usual_threads)
 
     def leave_thread(self) -> None:
         """Let go of what the copying thread has beside it."""
+        self._helpers.close()
         self._dropper.close()
 
     def pack(
@@ -57,7 +62,7 @@ class Staging:
     ) -> None:
         """Copy small tensors side by side into one buffer; `target` is where the first of them goes."""
         staged = self._ring.take(group.n_bytes)
-        torch._foreach_copy_(staged.packed(group), sources)
+        self._helpers.copy(staged.packed(group), sources, group.n_bytes)
         shipment.add_staged(bytes_of(target, group.n_bytes), staged)
         if group.n_bytes >= MIB:
             shipment.enqueue()  # it flies while the next is staged

@@ -304,7 +304,7 @@ class CudaTransport:
             # A pageable leaf among others that are pinned is slow to copy, not wrong.
             is_pinned = source.is_pinned() if index in plan.speakers else is_pinned
             if is_pinned:
-                shipment.add([target], [source])
+                shipment.add(target, source)
             else:
                 pageable.append((source, target))
         shipment.enqueue()
@@ -319,7 +319,7 @@ class CudaTransport:
     ) -> None:
         originals = [leaves[index] for index in group.indexes]
         if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
-            shipment.add(copies, originals)
+            shipment.add_group(copies, originals, group)
         elif group.n_bytes:
             self._staging.pack(group, originals, copies[0], shipment)
         for index, copy in zip(group.indexes, copies, strict=True):

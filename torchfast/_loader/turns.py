@@ -6,6 +6,7 @@ the time from batch to batch decides.
 """
 
 import itertools
+import math
 import statistics
 from typing import NamedTuple
 
@@ -18,11 +19,16 @@ class Trial(NamedTuple):
     is_timed: bool
 
 
-TRIALS = (Trial(False, 4, False), Trial(False, 6, True), Trial(True, 2, False), Trial(True, 6, True))
-"""Each way once, after a few batches in which the pipeline gets used to it."""
+_ONCE = (Trial(False, 6, True), Trial(True, 2, False), Trial(True, 6, True))
+
+TRIALS = (Trial(False, 4, False), *_ONCE, Trial(False, 2, False), *_ONCE)
+"""Each way twice, after a few batches in which the pipeline gets used to it: machines have moods."""
 
 N_BATCHES_DECIDED = 1000
 """Batches for which a decision holds before it is tested anew."""
+
+N_BATCHES_IN_DOUBT = 100
+"""Those for which it holds where noise may have hidden what is to be saved."""
 
 WORTH_IT_S = 50e-6
 """The consumer sends if that saves so much a batch, beyond noise: `next` is the longer for it."""
@@ -34,7 +40,7 @@ class Turns:
     def __init__(self) -> None:
         self._n_trials = 0
         self._trial = TRIALS[0]
-        self._found_s: dict[bool, tuple[float, float]] = {}
+        self._found_s: dict[int, list[float]] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -52,20 +58,29 @@ class Turns:
         """Note what was found and go on to the next trial; the same again after an interrupt."""
         trial, times_s = self._trial, self._times_s
         if trial.is_timed:
-            steps_s = [later - then for then, later in itertools.pairwise(times_s)]
-            self._found_s[trial.is_here] = _middle(steps_s)
+            self._found_s[self._n_trials] = [later - then for then, later in itertools.pairwise(times_s)]
         n_trials = (self._n_trials + 1) % (len(TRIALS) + 1)
         trial = TRIALS[n_trials] if n_trials < len(TRIALS) else self._decision()
         self._n_trials, self._trial, self._times_s = n_trials, trial, times_s[-1:]
 
     def _decision(self) -> Trial:
-        there_s, noise_there_s = self._found_s[False]
-        here_s, noise_here_s = self._found_s[True]
-        is_here = there_s - here_s > max(WORTH_IT_S, noise_there_s + noise_here_s)
-        return Trial(is_here, N_BATCHES_DECIDED, is_timed=False)
+        there_s, doubt_there_s = _middle(self._steps_s(is_here=False))
+        here_s, doubt_here_s = _middle(self._steps_s(is_here=True))
+        saved_s, doubt_s = there_s - here_s, math.hypot(doubt_there_s, doubt_here_s)
+        is_sure = saved_s > doubt_s or saved_s <= WORTH_IT_S
+        n_batches = N_BATCHES_DECIDED if is_sure else N_BATCHES_IN_DOUBT
+        return Trial(saved_s > max(WORTH_IT_S, doubt_s), n_batches, is_timed=False)
+
+    def _steps_s(self, *, is_here: bool) -> list[float]:
+        found_s = [steps_s for number, steps_s in self._found_s.items() if TRIALS[number].is_here is is_here]
+        return [*itertools.chain.from_iterable(found_s)]
 
 
 def _middle(steps_s: list[float]) -> tuple[float, float]:
-    """Return the median, and how far from it half of the steps are at least."""
+    """Return the median, and two standard errors of it, taken from how far half of the steps are from it.
+
+    Of normal noise: 1.25 sigma / sqrt(n), and sigma is 1.48 times that distance.
+    """
     median_s = statistics.median(steps_s)
-    return median_s, statistics.median(abs(step_s - median_s) for step_s in steps_s)
+    distance_s = statistics.median(abs(step_s - median_s) for step_s in steps_s)
+    return median_s, 2 * 1.25 * 1.48 * distance_s / math.sqrt(len(steps_s))

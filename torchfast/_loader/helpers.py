@@ -1,0 +1,102 @@
+"""Threads that copy many tensors side by side, from host memory to host memory.
+
+One thread copies 5 to 10 GB/s, and PyTorch's own team is woken anew for each tensor. On one H200's host 512
+tensors of 75 KiB took 8 to 11 ms, with four helpers 2.0 and with eight 1.5; 64 of 256 KiB 1.5, 0.76 and 0.6.
+"""
+
+import _thread
+import contextlib
+import threading
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
+
+from torchfast._bytes import MIB
+
+MAX_HELPERS = 8
+"""More of them copy hardly faster, and each wakes in the middle of the loop."""
+
+_ours = threading.local()
+
+
+def helped_thread() -> int:
+    """Return the number of the thread that waits for the calling one; 0 unless that is a helper."""
+    return getattr(_ours, "helped", 0)
+
+
+class Helpers:
+    """Helps the thread that makes it with copies, in threads started for the first that is worth it."""
+
+    def __init__(self, n_threads: int, /, *, usual_threads: int) -> None:
+        self._n_threads = min(MAX_HELPERS, n_threads)
+        self._usual_threads = usual_threads
+        self._helped = threading.get_ident()
+        self._shares: SimpleQueue[Share | None] = SimpleQueue()
+        self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._n_running = 0
+
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], n_bytes: int, /) -> None:
+        """Copy tensors of so many bytes in all, by a helper for each MiB; without any if that is no gain."""
+        n_shares = min(self._n_threads, n_bytes // MIB, len(sources))
+        is_helped = threading.get_ident() == self._helped
+        if n_shares < 2 or not is_helped or not self._are_running():
+            torch._foreach_copy_(targets, sources)
+            return
+        for number in range(n_shares):
+            self._shares.put(Share(targets[number::n_shares], sources[number::n_shares]))
+        outcomes = [self._outcomes.get() for _ in range(n_shares)]
+        for error in filter(None, outcomes):
+            raise error
+
+    def close(self) -> None:
+        """Let the threads end. They are not waited for."""
+        for _ in range(self._n_running):
+            self._shares.put(None)
+        self._n_threads = self._n_running = 0
+
+    def _are_running(self) -> bool:
+        if not self._n_running:
+            with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
+                for _ in range(self._n_threads):
+                    # Not a `Thread`, which is waited for: the collector may end our pass as it starts.
+                    _thread.start_new_thread(self._help, ())
+                    self._n_running += 1
+        # Of two, one is out of the collector, and does all the work if need be.
+        return self._n_running > 1
+
+    def _help(self) -> None:
+        _ours.helped = self._helped
+        # The first question in a thread gives it the process's number; asked later it would undo what is set.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        with contextlib.suppress(RuntimeError):
+            # PyTorch also took that as the default of threads yet to be started. This one puts it back.
+            _thread.start_new_thread(torch.set_num_threads, (self._usual_threads,))
+        while self._help_once():
+            pass
+
+    def _help_once(self) -> bool:
+        share = self._shares.get()
+        if share is None:
+            return False
+        outcome = share.copied()
+        # Before it is told: nothing of a batch should go in a thread that the pass does not wait for.
+        del share
+        self._outcomes.put(outcome)
+        return True
+
+
+class Share(NamedTuple):
+    """What one helper copies."""
+
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+
+    def copied(self) -> BaseException | None:
+        """Copy, and return the error if there was one."""
+        try:
+            torch._foreach_copy_(self.targets, self.sources)
+        except BaseException as error:  # noqa: BLE001 - it is raised in the thread that is helped
+            return error.with_traceback(None)  # whose frames hold the tensors
+        return None
