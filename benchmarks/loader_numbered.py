@@ -26,12 +26,12 @@ LONG_SLEEP_CYCLES = 2_000_000
 SHAPES = {
     "packed": (3, (5_000,)),
     "rows": (16, (5_120,)),
-    "many": (32, (40_000,)),
+    "many": (40, (40_000,)),
     "large": (1, (300_000,)),
     "images": (1, (2, 3, 224, 224)),
 }
 """Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may
-be sent by the loop; 32 of 160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB
+be sent by the loop; 40 of 160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB
 too.
 """
 

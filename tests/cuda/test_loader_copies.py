@@ -23,8 +23,8 @@ SHAPES: Shapes = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
 ALIKE: Shapes = [(64, 1024)] * 3
 """Leaves that are packed as the rows of one tensor."""
 
-MANY: Shapes = [(64, 1024)] * 12
-"""Leaves that are worth helpers if they are pageable: 3 MiB, in small ones."""
+MANY: Shapes = [(64, 1024)] * 24
+"""Leaves that are worth helpers if they are pageable: 6 MiB, in small ones."""
 
 
 class Reused:
@@ -52,6 +52,16 @@ SOURCES: dict[str, Any] = {
 }
 
 
+@pytest.fixture
+def _four_threads() -> Iterator[None]:
+    """Compute with several threads: a loop that does not gets no helpers."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(usual)
+
+
+@pytest.mark.usefixtures("_four_threads")
 @pytest.mark.parametrize("shapes", [SHAPES, ALIKE, MANY], ids=["of all kinds", "alike", "many"])
 @pytest.mark.parametrize("is_batched", [True, False])
 @pytest.mark.parametrize("is_sent_here", [True, False])
