@@ -1,14 +1,18 @@
-"""How long the host memory that copies read is held; how they are made is in cuda/test_loader_copies.py."""
+"""What copies consist of, and what they hold; whether they are right is in cuda/test_loader_copies.py."""
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchfast._loader import shipment
+from torchfast._loader.plan import Plan, tensor_on
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
 from torchfast._loader.staging import PinnedBuffer
 
@@ -90,6 +94,50 @@ def test_what_the_device_is_to_read_is_held_though_nobody_else_holds_it(device: 
             number >= n_read for number in range(3)
         ]
         device.n_done = device.n_enqueued * (n_read + 1) // 3
+
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "bare": (),
+    "none": (0, 3),
+    "4 KiB": (1024,),
+    "84 KB": (3, 7000),
+    "1 MB": (250_000,),
+}
+DTYPES = (torch.float32, torch.bool, torch.bfloat16, torch.complex128)
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it is": lambda leaf: leaf,
+    "transposed": lambda leaf: leaf.mT if leaf.dim() > 1 else leaf,
+    "from an offset on": lambda leaf: torch.cat([leaf.view(-1), leaf.view(-1)])[leaf.numel() :].view(
+        leaf.shape
+    ),
+    "every other": lambda leaf: leaf[..., ::2] if leaf.dim() else leaf,
+}
+LEAVES = st.builds(
+    lambda shape, dtype, layout: LAYOUTS[layout](torch.zeros(SHAPES[shape], dtype=dtype)),
+    st.sampled_from([*SHAPES]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([*LAYOUTS]),
+)
+
+
+@given(st.lists(st.tuples(LEAVES, st.integers(1, 20)), min_size=1, max_size=8))
+def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor, int]]) -> None:
+    """Addresses that are added up, and sizes that are remembered, are those of the tensors."""
+    leaves = [leaf.clone() if leaf.is_contiguous() else leaf for leaf, n in kinds for _ in range(n)]
+    plan = Plan(leaves)
+    if not plan.groups:
+        return
+    buffer = torch.empty(plan.molds[0].n_bytes, dtype=torch.uint8)
+    target = buffer if plan.molds[0].dtype is torch.uint8 else tensor_on(buffer, plan.molds[0])
+    one: Any = Shipment(Stream(), lambda _: None)  # type: ignore[arg-type, return-value]  # of the imagination
+    for group, copies in zip(plan.groups, plan.packed_on(target), strict=True):
+        if group.may_go_straight:
+            one.add_group(copies, [leaves[index] for index in group.indexes], group)
+    assert one._addresses == [copy.data_ptr() for copy in one._targets]
+    assert (
+        one._sizes_bytes == [copy.nbytes for copy in one._targets] == [leaf.nbytes for leaf in one._sources]
+    )
+    assert one.reads_directly is any(group.may_go_straight for group in plan.groups)
 
 
 def test_another_device_that_lags_keeps_nothing_of_this_one(device: Device) -> None:

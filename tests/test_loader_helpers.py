@@ -1,21 +1,27 @@
 """Many tensors copied side by side: whole whoever copies, with nothing held, changed or waited for after."""
 
 import _thread
+import gc
+import itertools
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.loader_transport import HostTransport, until
-from torchfast._loader import helpers
+from torchfast._loader import helpers, staging
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.helpers import Helpers, Share
+from torchfast._loader.plan import Plan
+from torchfast._loader.shipment import Shipment
+from torchfast._loader.staging import PinnedBuffer, Staging
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
 
@@ -32,135 +38,185 @@ def four() -> Iterator[Helpers]:
 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the numbers of tensors that helpers were given, as they come to copy them."""
+    """Return the sizes of what helpers were given, in bytes, as they come to copy it."""
     shares, copied = list[int](), Share.copied
 
     def counted(share: Share) -> BaseException | None:
-        shares.append(len(share.sources))
+        shares.append(sum(source.nbytes for source in share.sources))
         return copied(share)
 
     monkeypatch.setattr(Share, "copied", counted)
     return shares
 
 
-def copied(by: Helpers, n_tensors: int, n_bytes: int = 16 * MIB) -> bool:
-    """Copy some tensors, said to have so many bytes; say whether they arrived."""
-    sources = [torch.full((50 + number,), float(number)) for number in range(n_tensors)]
-    targets = [torch.zeros_like(source) for source in sources]
-    by.copy(targets, sources, n_bytes)
+def tensors(sizes_bytes: Sequence[int]) -> list[torch.Tensor]:
+    """Return tensors of such sizes, each filled with its own number."""
+    return [
+        torch.full((n_bytes,), number % 256, dtype=torch.uint8) for number, n_bytes in enumerate(sizes_bytes)
+    ]
+
+
+def copied(by: Helpers, sizes_bytes: Sequence[int] = (MIB // 2,) * 32) -> bool:
+    """Copy some tensors, by default 16 MiB in all; say whether they arrived."""
+    sources = tensors(sizes_bytes)
+    targets = [torch.full_like(source, 255) for source in sources]
+    for group in Plan(sources).groups:
+        by.copy([targets[i] for i in group.indexes], [sources[i] for i in group.indexes], group)
     return all(map(torch.equal, targets, sources))
 
 
-@given(
-    sizes=st.lists(st.integers(0, 60_000), min_size=1, max_size=30),
-    n_threads=st.integers(0, 12),
-    n_mib=st.integers(0, 16),
-)
-def test_every_tensor_arrives(sizes: list[int], n_threads: int, n_mib: int) -> None:
+@settings(max_examples=60)
+@given(sizes_bytes=st.lists(st.integers(0, MIB - 1), min_size=1, max_size=40), n_threads=st.integers(0, 12))
+def test_every_tensor_arrives(sizes_bytes: list[int], n_threads: int) -> None:
     """However many tensors, bytes and helpers there are, each tensor is copied to its own place."""
     some = Helpers(n_threads, usual_threads=torch.get_num_threads())
-    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
-    targets = [torch.zeros_like(source) for source in sources]
-    some.copy(targets, sources, n_mib * MIB)
+    assert copied(some, sizes_bytes)
     some.close()
-    assert all(map(torch.equal, targets, sources))
 
 
 @pytest.mark.parametrize(
-    ("n_tensors", "n_bytes", "expected"),
-    [
-        (10, 16 * MIB, [2, 2, 3, 3]),
-        (10, 7 * MIB, [3, 3, 4]),
-        (3, 16 * MIB, [1, 1, 1]),
-        (10, 6 * MIB - 1, []),
-        (2, 16 * MIB, []),
-    ],
+    ("n_mib", "n_shares"), [(16, 4), (7, 3), (6, 3), (5, 0)], ids=["most", "three", "fewest", "none"]
 )
-def test_two_mib_are_worth_a_helper(
-    four: Helpers, shares: list[int], n_tensors: int, n_bytes: int, expected: list[int]
-) -> None:
-    """Work is shared out evenly, among as many as it is worth waking, and no fewer than three."""
-    assert copied(four, n_tensors, n_bytes)
-    assert sorted(shares) == expected
+def test_two_mib_are_worth_a_helper(four: Helpers, shares: list[int], n_mib: int, n_shares: int) -> None:
+    """As many are woken as it is worth, and no fewer than three."""
+    assert copied(four, [MIB // 2] * 2 * n_mib)
+    assert len(shares) == n_shares
+
+
+@pytest.mark.parametrize(
+    "kib",
+    [[600, 20] * 24, [600, 20, 20] * 24, [1000] * 9 + [20] * 300, [20] * 300 + [1000] * 9, [512] * 31],
+    ids=["in turn", "one of three", "large first", "small first", "alike"],
+)
+def test_work_is_shared_out_evenly(four: Helpers, shares: list[int], kib: list[int]) -> None:
+    """Whatever sizes come in a batch and in which order, no helper has more than a MiB beyond its part."""
+    sizes_bytes = [n * 1024 for n in kib]
+    assert copied(four, sizes_bytes)
+    assert len(shares) == 4
+    assert max(shares) <= sum(sizes_bytes) / 4 + MIB
 
 
 def test_there_are_never_more_than_six(shares: list[int]) -> None:
     """A machine of a hundred CPUs does not get a hundred threads."""
     many = Helpers(100, usual_threads=torch.get_num_threads())
-    assert copied(many, 100, 16 * MIB)
+    assert copied(many)
     assert len(shares) == 6
     many.close()
 
 
-def test_another_thread_is_not_helped(four: Helpers, shares: list[int]) -> None:
-    """The loop's own thread, which an interrupt could take from its waiting, copies by itself."""
-    arrived = list[bool]()
-    other = threading.Thread(target=lambda: arrived.append(copied(four, 10)))
-    other.start()
-    other.join()
-    assert arrived == [True]
-    assert shares == []
+def number_of_a_new_thread() -> int:
+    """Return with how many threads one that is begun now computes."""
+    found = list[int]()
+    one = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    one.start()
+    one.join()
+    return found[0]
 
 
-def test_nobody_else_computes_with_fewer_threads() -> None:
+def test_nobody_else_computes_with_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers have one thread each; this thread, and those begun later, have as many as before."""
-    usual, found = torch.get_num_threads(), list[int]()
+    usual, of_helpers = torch.get_num_threads(), set[int]()
+    share_copied = Share.copied
 
-    def ask() -> None:
-        found.append(torch.get_num_threads())
+    def asked(share: Share) -> BaseException | None:
+        of_helpers.add(torch.get_num_threads())
+        return share_copied(share)
 
+    monkeypatch.setattr(Share, "copied", asked)
     torch.set_num_threads(3)
     try:
         three = Helpers(3, usual_threads=3)
-        assert copied(three, 10)
-
-        def is_put_back() -> bool:
-            one = threading.Thread(target=ask)
-            one.start()
-            one.join()
-            return found[-1] == 3
-
-        until(is_put_back)
+        assert copied(three)
+        until(lambda: number_of_a_new_thread() == 3)
         assert torch.get_num_threads() == 3
+        assert of_helpers == {1}
         three.close()
     finally:
         torch.set_num_threads(usual)
 
 
-class Observed(SimpleQueue[BaseException | None]):
-    """Outcomes, and how often each of some tensors is held when they are told."""
+class Observed(SimpleQueue[Share | None]):
+    """What helpers are given, with outcomes that note how often each of some tensors is held by then."""
 
     def __init__(self, sources: list[torch.Tensor]) -> None:
         super().__init__()
-        self.sources = sources
-        self.held = list[list[int]]()
+        self._sources = sources
+        self.held = [self._count()]
+
+    def _count(self) -> list[int]:
+        return [sys.getrefcount(source) for source in self._sources]
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Share | None:  # noqa: FBT001, FBT002 -- as it is declared
+        """Hand out a share whose outcome is observed."""
+        share = super().get(block, timeout)
+        return None if share is None else share._replace(outcomes=Telling(share.outcomes, self))
+
+    def tell(self) -> None:
+        """Note it."""
+        self.held.append(self._count())
+
+
+class Telling(SimpleQueue[BaseException | None]):
+    """Where an outcome is told, and before it that it is."""
+
+    def __init__(self, outcomes: SimpleQueue[BaseException | None], observed: Observed) -> None:
+        super().__init__()
+        self._outcomes, self._observed = outcomes, observed
 
     def put(self, item: BaseException | None, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002 -- as it is declared
         """Look, and put."""
-        self.held.append([sys.getrefcount(source) for source in self.sources])
-        super().put(item, block, timeout)
+        self._observed.tell()
+        self._outcomes.put(item, block, timeout)
 
 
 def test_nothing_of_a_batch_is_held() -> None:
     """Helpers let go of tensors before they tell that these are copied."""
     three = Helpers(3, usual_threads=torch.get_num_threads())
-    sources = [torch.ones(9) for _ in range(3)]
-    three._outcomes = seen = Observed(sources)
-    seen.put(None)
-    seen.get()
-    three.copy([torch.zeros(9) for _ in sources], sources, 16 * MIB)
+    sources = tensors([MIB - 512] * 7)
+    (group,) = Plan(sources).groups
+    three._shares = seen = Observed(sources)
+    three.copy([torch.empty_like(source) for source in sources], sources, group)
     three.close()
+    assert len(seen.held) == 4
     assert seen.held[0] == seen.held[-1]
 
 
-def test_an_error_comes_to_who_is_helped_once_all_are_done(four: Helpers) -> None:
-    """What cannot be copied is told of, nothing is copied later, and the next copy is as any other."""
-    sources = [torch.ones(5) for _ in range(8)]
-    targets = [torch.zeros(5) for _ in range(7)] + [torch.zeros(4)]
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        four.copy(targets, sources, 16 * MIB)
-    assert all(bool(target.all()) for target in targets[:3])
-    assert copied(four, 10)
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_an_error_comes_to_who_is_helped_once_all_are_done(
+    four: Helpers, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be copied is told of when nobody copies any more, holds nothing, and is over then."""
+    copy, n_done, has_failed = torch._foreach_copy_, itertools.count(), threading.Event()
+
+    def copy_or_fail(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        if sources[0][0] == 0:
+            has_failed.set()
+            raise error
+        has_failed.wait()
+        threading.Event().wait(0.05)  # who does not wait for all is gone by then
+        copy(targets, sources)
+        next(n_done)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy_or_fail)
+    gc.collect()
+    gc.disable()
+    try:
+        alive = fail(four, error)
+        assert next(n_done) == 3
+        assert [one() for one in alive] == [None] * 32
+    finally:
+        gc.enable()
+    monkeypatch.undo()
+    assert copied(four)
+
+
+def fail(by: Helpers, error: type[BaseException]) -> list["weakref.ref[torch.Tensor]"]:
+    """Copy in vain; return references to the tensors."""
+    sources = tensors([MIB // 2] * 32)
+    with pytest.raises(error) as raised:
+        by.copy([torch.empty_like(source) for source in sources], sources, Plan(sources).groups[0])
+    del raised
+    return [weakref.ref(source) for source in sources]
 
 
 @pytest.mark.parametrize("n_allowed", [0, 1])
@@ -179,21 +235,79 @@ def test_where_threads_are_refused_there_is_no_help(
 
     monkeypatch.setattr(_thread, "start_new_thread", refusing)
     some = Helpers(4, usual_threads=torch.get_num_threads())
-    assert copied(some, 10)
-    assert copied(some, 10)
+    assert copied(some)
+    assert copied(some)
     assert shares == []
     some.close()
 
 
-def test_threads_end_with_close() -> None:
-    """A moment after `close` no thread is left, used or not, and closing again does nothing."""
+def test_threads_end_with_close(shares: list[int]) -> None:
+    """A moment after `close` no thread is left, used or not; closing again, and copying, starts none."""
     before = _thread._count()
     for is_used in (True, False):
         some = Helpers(4, usual_threads=torch.get_num_threads())
-        assert not is_used or copied(some, 10)
+        assert not is_used or copied(some)
         some.close()
         some.close()
         until(lambda: _thread._count() == before)
+        shares.clear()
+        assert copied(some)
+        assert shares == []
+
+
+def packed(staging: Staging) -> bool:
+    """Stage 16 MiB of small tensors; say whether they are in the buffer that is to be copied."""
+    sources = tensors([MIB // 2] * 32)
+    (group,) = Plan(sources).groups
+    shipment = Shipment(None, lambda _: None)  # type: ignore[arg-type, return-value]  # on no stream
+    shipment.enqueue = lambda: None  # type: ignore[method-assign]  # nor is it sent
+    staging.pack(group, sources, torch.empty(group.n_bytes, dtype=torch.uint8), shipment)
+    (memory,) = shipment._sources
+    return all(map(torch.equal, memory.split(MIB // 2), sources))
+
+
+def test_the_copying_thread_is_helped_and_no_other(
+    shares: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that has entered has helpers until it leaves; another, as the loop's own, copies by itself."""
+    monkeypatch.setattr(staging, "team_size", lambda _: 4)
+    monkeypatch.setattr(PinnedBuffer, "grow", grow_unpinned)
+    usual, before = torch.get_num_threads(), _thread._count()
+    has_entered, may_pack, has_packed, may_leave = (threading.Event() for _ in range(4))
+    arrived, shares_then = list[bool](), list[int]()
+    torch.set_num_threads(5)
+    one = Staging(2, 0)
+    one.begin()
+
+    def be_the_copying_thread() -> None:
+        one.enter_thread()
+        has_entered.set()
+        may_pack.wait()
+        arrived.append(packed(one))
+        shares_then.extend(shares)
+        has_packed.set()
+        may_leave.wait()
+        one.leave_thread()
+
+    copying = threading.Thread(target=be_the_copying_thread)
+    copying.start()
+    has_entered.wait()
+    torch.set_num_threads(5)  # as a pass says again once its thread has entered
+    may_pack.set()
+    has_packed.wait()
+    arrived.append(packed(one))
+    until(lambda: number_of_a_new_thread() == 5)
+    may_leave.set()
+    copying.join()
+    torch.set_num_threads(usual)
+    assert arrived == [True, True]
+    assert shares == shares_then == [4 * MIB] * 4
+    until(lambda: _thread._count() == before)
+
+
+def grow_unpinned(buffer: PinnedBuffer, n_bytes: int) -> None:
+    """Make room without a GPU."""
+    buffer.memory = torch.empty(n_bytes, dtype=torch.uint8)
 
 
 class HelpedTransport(HostTransport):
@@ -209,7 +323,7 @@ class HelpedTransport(HostTransport):
 
     def send(self, batch: Any, blank: object) -> Any:
         """Be helped, and send."""
-        assert copied(self.helpers, 4)
+        assert copied(self.helpers)
         return super().send(batch, blank)
 
 

@@ -136,10 +136,29 @@ def test_what_noise_hides_is_found_later() -> None:
     assert sum(decided) > 800
 
 
-def test_a_mood_of_the_machine_is_no_saving() -> None:
-    """A machine that gets faster for good while the first way is tried does not speak for the second."""
-    times_s = itertools.chain([2e-3] * 10, itertools.repeat(1e-3))
-    assert not decisions(lambda _: next(times_s), N_TRIED + 1)[-1]
+@pytest.mark.parametrize("later_us", [-10, -5, 5, 10])
+def test_a_loop_that_gets_faster_or_slower_is_no_saving(later_us: float) -> None:
+    """A drift from batch to batch speaks for neither way."""
+    chance = random.Random(0)  # noqa: S311 -- noise
+
+    def decided() -> bool:
+        steps_s = (chance.gauss(2e-3 + number * later_us / 1e6, 5e-5) for number in itertools.count())
+        return decisions(lambda _: next(steps_s), N_TRIED + 1)[-1]
+
+    assert sum(decided() for _ in range(200)) < 10
+
+
+@pytest.mark.parametrize("n_batches", [7, 50, 99])
+def test_short_passes_are_tried_as_often(n_batches: int) -> None:
+    """A decision ends after so many batches, in however many passes: a loop that changes is found out."""
+    turns, now_s, decided = Turns(), 0.0, list[bool]()
+    for number in range(6000):
+        if number % n_batches == 0:
+            turns.begin()
+        decided.append(turns.is_here(now_s))
+        now_s += 1e-3 - 3e-4 * (decided[-1] is (number < 1000))
+    assert sum(decided[200:1000]) > 700
+    assert sum(decided[3000:]) < 300
 
 
 def test_a_decision_is_tested_anew() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from torchfast import DeviceLoader
-from torchfast._loader import driver, helpers, shipment, transport
+from torchfast._loader import driver, helpers, shipment, staging, transport
 
 pytestmark = pytest.mark.cuda
 
@@ -74,6 +74,7 @@ def test_no_leaf_is_wrong(
     monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
     n_here = count_calls(monkeypatch, transport.CudaTransport, "send_here")
     n_helped = count_calls(monkeypatch, helpers.Share, "copied")
+    monkeypatch.setattr(staging, "team_size", lambda _: 4)
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
     wrong = sum(

@@ -6,13 +6,16 @@ tensors of 75 KiB took 8 to 11 ms, with four helpers 2.0 and with six 1.7; 64 of
 
 import _thread
 import contextlib
+import itertools
 import threading
+from bisect import bisect_left
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._loader.plan import Group
 
 MAX_HELPERS = 6
 """More of them copy hardly faster, and each wakes in the middle of the loop."""
@@ -39,21 +42,25 @@ class Helpers:
         self._usual_threads = usual_threads
         self._helped = threading.get_ident()
         self._shares: SimpleQueue[Share | None] = SimpleQueue()
-        self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
         self._n_running = 0
 
-    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], n_bytes: int, /) -> None:
-        """Copy tensors of so many bytes in all, by as many helpers as they are worth."""
-        n_shares = min(self._n_threads, n_bytes // SHARE_BYTES, len(sources))
-        is_helped = threading.get_ident() == self._helped
-        if n_shares < MIN_HELPERS or not is_helped or not self._are_running():
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor], group: Group, /) -> None:
+        """Copy the tensors of a group, by as many helpers as they are worth."""
+        n_shares = min(self._n_threads, group.n_bytes // SHARE_BYTES)
+        if n_shares < MIN_HELPERS or not self._are_running():
             torch._foreach_copy_(targets, sources)
             return
-        for number in range(n_shares):
-            self._shares.put(Share(targets[number::n_shares], sources[number::n_shares]))
-        outcomes = [self._outcomes.get() for _ in range(n_shares)]
-        for error in filter(None, outcomes):
-            raise error
+        ends_bytes = [group.n_bytes * number // n_shares for number in range(n_shares)]
+        cuts = [*(bisect_left(group.offsets_bytes, end_bytes) for end_bytes in ends_bytes), len(sources)]
+        outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+        for start, stop in itertools.pairwise(cuts):
+            self._shares.put(Share(targets[start:stop], sources[start:stop], outcomes))
+        error = next(filter(None, [outcomes.get() for _ in range(n_shares)]), None)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # whose traceback holds this frame
 
     def close(self) -> None:
         """Let the threads end. They are not waited for."""
@@ -86,18 +93,19 @@ class Helpers:
         share = self._shares.get()
         if share is None:
             return False
-        outcome = share.copied()
+        outcomes, outcome = share.outcomes, share.copied()
         # Before it is told: nothing of a batch should go in a thread that the pass does not wait for.
         del share
-        self._outcomes.put(outcome)
+        outcomes.put(outcome)
         return True
 
 
 class Share(NamedTuple):
-    """What one helper copies."""
+    """What one helper copies, and where it tells that it has."""
 
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
+    outcomes: "SimpleQueue[BaseException | None]"
 
     def copied(self) -> BaseException | None:
         """Copy, and return the error if there was one."""

@@ -57,7 +57,7 @@ class Group:
         """Whether its leaves are copied straight into their places if they are pinned."""
         self.runs: list[Run] = []
         self.offsets_bytes: list[int] = []
-        """Where each of its leaves lies, counted from the first."""
+        """Where each of its leaves lies, counted from the first; ascending."""
         self.sizes_bytes = [layouts[index].n_bytes for index in indexes]
         end_bytes = 0
         for index in indexes:

@@ -1,5 +1,6 @@
 """How pageable memory travels: through a ring of pinned buffers, which a team of threads fills."""
 
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ MAX_TEAM = 16
 SMALL_TEAM = 2
 """Threads for tensors below 1 MiB: each of them wakes the whole team, and 16 take 1.5 times as long as 2."""
 
+NOBODY = Helpers(0, usual_threads=1)
+
 
 class Staging:
     """Copies what is not pinned into pinned buffers, and adds these to a shipment."""
@@ -31,7 +34,7 @@ class Staging:
         self._has_workers = n_workers > 0
         self._has_staged_large = True
         self._dropper = Dropper()
-        self._helpers = Helpers(0, usual_threads=1)
+        self._of_thread = threading.local()
 
     @property
     def waited_s(self) -> float:
@@ -50,11 +53,12 @@ class Staging:
         # The first question in a thread gives it the process's number; asked later it would undo what is set.
         torch.get_num_threads()
         torch.set_num_threads(min(team, self._n_threads))
-        self._helpers = Helpers(min(self._team_size, self._n_threads), usual_threads=self._usual_threads)
+        n_helpers = min(self._team_size, self._n_threads)
+        self._of_thread.helpers = Helpers(n_helpers, usual_threads=self._usual_threads)
 
     def leave_thread(self) -> None:
         """Let go of what the copying thread has beside it."""
-        self._helpers.close()
+        getattr(self._of_thread, "helpers", NOBODY).close()
         self._dropper.close()
 
     def pack(
@@ -62,7 +66,8 @@ class Staging:
     ) -> None:
         """Copy small tensors side by side into one buffer; `target` is where the first of them goes."""
         staged = self._ring.take(group.n_bytes)
-        self._helpers.copy(staged.packed(group), sources, group.n_bytes)
+        # The loop's own thread is not helped: an interrupt could end its waiting while others write.
+        getattr(self._of_thread, "helpers", NOBODY).copy(staged.packed(group), sources, group)
         shipment.add_staged(bytes_of(target, group.n_bytes), staged)
         if group.n_bytes >= MIB:
             shipment.enqueue()  # it flies while the next is staged

@@ -19,16 +19,25 @@ class Trial(NamedTuple):
     is_timed: bool
 
 
-_ONCE = (Trial(False, 6, True), Trial(True, 2, False), Trial(True, 6, True))
+TRIALS = (
+    Trial(False, 4, False),
+    Trial(False, 6, True),
+    Trial(True, 2, False),
+    Trial(True, 6, True),
+    Trial(True, 6, True),
+    Trial(False, 2, False),
+    Trial(False, 6, True),
+)
+"""After a few batches in which the pipeline gets used to it: one way in the midst of the other.
 
-TRIALS = (Trial(False, 4, False), *_ONCE, Trial(False, 2, False), *_ONCE)
-"""Each way twice, after a few batches in which the pipeline gets used to it: machines have moods."""
+A loop that gets faster or slower all the while then speaks for neither.
+"""
 
 N_BATCHES_DECIDED = 1000
 """Batches for which a decision holds before it is tested anew."""
 
 N_BATCHES_IN_DOUBT = 100
-"""Those for which it holds where noise may have hidden what is to be saved."""
+"""Those for which it holds where noise may hide what is to be saved."""
 
 WORTH_IT_S = 50e-6
 """The consumer sends if that saves so much a batch, beyond noise: `next` is the longer for it."""
@@ -41,11 +50,13 @@ class Turns:
         self._n_trials = 0
         self._trial = TRIALS[0]
         self._found_s: dict[int, list[float]] = {}
-        self.begin()
+        """The steps of each of the trials that were timed, by its place among them."""
+        self._times_s: list[float] = []
 
     def begin(self) -> None:
-        """Begin a pass: the time since the last batch means nothing, and a trial under way begins again."""
-        self._times_s: list[float] = []
+        """Begin a pass: the time since the last batch means nothing, and what is being timed begins again."""
+        if self._trial.is_timed:
+            self._times_s = []
 
     def is_here(self, now_s: float, /) -> bool:
         """Say whether the consumer's thread sends the batch of this moment."""
@@ -67,9 +78,9 @@ class Turns:
         there_s, doubt_there_s = _middle(self._steps_s(is_here=False))
         here_s, doubt_here_s = _middle(self._steps_s(is_here=True))
         saved_s, doubt_s = there_s - here_s, math.hypot(doubt_there_s, doubt_here_s)
-        is_sure = saved_s > doubt_s or saved_s <= WORTH_IT_S
-        n_batches = N_BATCHES_DECIDED if is_sure else N_BATCHES_IN_DOUBT
-        return Trial(saved_s > max(WORTH_IT_S, doubt_s), n_batches, is_timed=False)
+        is_here = saved_s > max(WORTH_IT_S, doubt_s)
+        is_sure = is_here or saved_s + doubt_s <= WORTH_IT_S
+        return Trial(is_here, N_BATCHES_DECIDED if is_sure else N_BATCHES_IN_DOUBT, is_timed=False)
 
     def _steps_s(self, *, is_here: bool) -> list[float]:
         found_s = [steps_s for number, steps_s in self._found_s.items() if TRIALS[number].is_here is is_here]
