@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -232,8 +231,10 @@ def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
         pass  # it was just being asked for a batch's memory; the bare loop gets the same
     else:
         return f"{n_taken}: no error"
-    with suppress(RuntimeError):  # PyTorch's signal handler raises it anywhere, maybe outside of the pass
+    try:  # noqa: SIM105 - PyTorch's signal handler raises it anywhere, in the call of `suppress` too
         del epoch, loader
+    except RuntimeError:
+        pass
     if _has_thread():
         return f"{n_taken}: a thread is left"
     n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))

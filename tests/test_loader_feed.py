@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import itertools
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
@@ -51,6 +53,58 @@ def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> N
     may_end.set()
     waiting.join()
     assert not feed._thread.is_alive()
+
+
+class Memory:
+    """Device memory, or a batch in it."""
+
+
+class MemoryTransport(HostTransport):
+    """Hands out batches in memory of the consumer's, and knows which of it is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: WeakSet[Memory] = WeakSet()
+
+    def blank(self) -> Any:
+        """Set memory aside."""
+        self.held.add(blank := Memory())
+        return blank
+
+    def send(self, batch: Any, blank: Any) -> Any:
+        """Put a batch there."""
+        return [(batch, blank)]
+
+
+def test_a_batch_is_held_by_who_took_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a batch is in line the copying thread may stand still: its memory goes with its last user."""
+    may_go_on, n_words = threading.Event(), itertools.count()
+
+    class StandsStill(SimpleQueue[None]):
+        def put(self, item: None, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002 -- as it is declared
+            super().put(item, block, timeout)
+            if next(n_words) == 3:
+                may_go_on.wait()
+
+    def source() -> Iterator[Memory]:
+        is_made.wait()
+        for _ in range(6):
+            until(lambda: feed._work._is_awaited)
+            yield Memory()
+
+    monkeypatch.setattr("torchfast._loader.thread.SimpleQueue", StandsStill)
+    is_made, transport = threading.Event(), MemoryTransport()
+    feed = ThreadedFeed(source(), transport, Tally(), depth=1, snapshot=no_state)
+    is_made.set()
+    for _ in range(3):
+        feed.take()
+    batch, blank = feed.take()
+    assert blank in transport.held
+    gone = weakref.ref(batch), weakref.ref(blank)
+    del batch, blank
+    assert [one() for one in gone] == [None, None]
+    may_go_on.set()
+    feed.close()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -118,6 +118,9 @@ class Work:
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""
         self.ready.append(arrival)
+        self._tell_consumer()
+
+    def _tell_consumer(self) -> None:
         if self._is_awaited:
             self._arrivals.put(None)
 
@@ -158,7 +161,9 @@ class Work:
                 except IndexError:
                     self._spare.append(permit)
                 else:
-                    return self._send(batch, state, permit)
+                    parts = [batch, permit]
+                    del batch, permit
+                    return self._send(parts, state)
             # In C, of both at once: the consumer, which sends the batch, moves it from one to the other.
             if not any((self.loaded, self.here)):
                 return True
@@ -175,12 +180,18 @@ class Work:
         self.source = begin_again()
         return True
 
-    def _send(self, batch: Any, state: Any, permit: Any) -> bool:
+    def _send(self, parts: list[Any], state: Any) -> bool:
+        """Send a batch, by its permit. Once it is in line nothing in this thread holds it, nor its memory.
+
+        The consumer may be done with it before this thread gets on, and would then need memory for one more.
+        """
         try:
-            parcel = self.transport.send(batch, permit)
+            sent = deque([Arrival(self.transport.send(*parts), state=state)])
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed(error)
-        self.arrive(Arrival(parcel, state=state))
+        parts.clear()
+        _move_first(sent, self.ready)
+        self._tell_consumer()
         return True
 
     # In the consumer's thread, for a loader that never keeps it waiting.
