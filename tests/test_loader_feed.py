@@ -55,6 +55,27 @@ def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> N
     assert not feed._thread.is_alive()
 
 
+def test_the_collector_may_end_a_pass_in_the_thread_that_feeds_it() -> None:
+    """Where a loader is fed by another, the inner thread does not wait for the outer, which waits for it."""
+    inner_may_go_on = threading.Event()
+    feeds = list[ThreadedFeed]()
+
+    def inner() -> Iterator[int]:
+        yield 0
+        inner_may_go_on.wait()
+        feeds[1].close()  # as the collector would, if nobody held the outer pass; the inner one is held by it
+        yield 1
+
+    first, _, inner_feed = open_feed(inner())
+    outer, _, outer_feed = open_feed(batch for batch in first)
+    feeds += [inner_feed, outer_feed]
+    assert next(outer) == 0
+    inner_may_go_on.set()
+    for feed in feeds:
+        feed._thread.join(30)
+        assert not feed._thread.is_alive()
+
+
 class Memory:
     """Device memory, or a batch in it."""
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,24 @@ def test_memory_may_be_released_between_turns() -> None:
         assert next(epoch) == number
         epoch.release_memory()
     assert list(epoch) == []
+
+
+def test_a_pass_that_another_thread_closes_while_the_consumer_sends_says_so() -> None:
+    """The batch that was being sent is gone with the pass, which the consumer is told."""
+    epoch, transport, feed = open_feed(range(9), turns=itertools.repeat(True))
+    until_one_waits(feed)
+    send_here = transport.send_here
+
+    def close_meanwhile(batch: Any, blank: object) -> Any:
+        closing = threading.Thread(target=feed.close)
+        closing.start()
+        closing.join()
+        return send_here(batch, blank)
+
+    transport.send_here = close_meanwhile  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(epoch)
+    assert not feed._thread.is_alive()
 
 
 def test_a_pass_that_is_closed_between_turns_leaves_nothing() -> None:

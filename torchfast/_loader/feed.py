@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from torchfast._loader import epoch
-from torchfast._loader.helpers import helped_thread
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work
+from torchfast._loader.thread import Arrival, Sent, Stop, Transport, Work, served_threads
 
 
 class ThreadedFeed:
@@ -53,7 +52,6 @@ class ThreadedFeed:
             name="torchfast-loader",
             daemon=True,
         )
-        self._consumer = threading.get_ident()
         self._is_closed = False
         self._patience_s: float | None = None
         try:
@@ -78,17 +76,20 @@ class ThreadedFeed:
                 "this pass over a DeviceLoader was begun in another process, and its thread did not survive "
                 "the fork. Begin a new pass in this process."
             )
-        self._consumer = threading.get_ident()
         work = self._work
+        work.consumer = threading.get_ident()
         work.permits.keep_pace(time.perf_counter())
         self._transport.follow()
-        if work.here:
-            work.go_on_here()  # where an interrupt came
-        # First of all: nothing that this step enqueues should delay the copy that goes there.
-        blank = self._transport.blank() if work.n_owed else None
-        # Before the delivery: an interrupt then loses nothing.
-        if not (self._may_send_here() and work.send_here(blank)):
-            self._grant(blank)
+        try:
+            if work.here:
+                work.go_on_here()  # where an interrupt came
+            # First of all: nothing that this step enqueues should delay the copy that goes there.
+            blank = self._transport.blank() if work.n_owed else None
+            # Before the delivery: an interrupt then loses nothing.
+            if not (self._may_send_here() and work.send_here(blank)):
+                self._grant(blank)
+        except IndexError:  # closed by another thread, which has taken what was to be sent here
+            raise epoch.closed_error() from None
         began_s = time.perf_counter()
         work.wait_for_arrival()
         return self._delivered(time.perf_counter() - began_s)
@@ -166,7 +167,7 @@ class ThreadedFeed:
 
         In the consumer's thread: anywhere else it does nothing.
         """
-        if os.getpid() != self._process or threading.get_ident() != self._consumer:
+        if os.getpid() != self._process or threading.get_ident() != self._work.consumer:
             return  # memory ran out elsewhere, and the batch at the head may be on its way to the consumer
         self._transport.fence()
         for arrival in [*self._work.here, *self._work.ready]:
@@ -208,7 +209,7 @@ class ThreadedFeed:
             self._tell_to_stop()
             # For a take() that another thread waits in; not from the copying thread, where the collector may
             # have come upon this feed within `arrive` itself.
-            if not self._is_this_thread():
+            if not self._is_served_here():
                 self._work.arrive(Arrival(error=epoch.closed_error()))
         self._is_closed = has_waited
 
@@ -217,8 +218,9 @@ class ThreadedFeed:
         if not getattr(self, "_is_closed", True):
             self.close()
 
-    def _is_this_thread(self) -> bool:
-        return self._thread.ident in (threading.get_ident(), helped_thread())
+    def _is_served_here(self) -> bool:
+        """Say whether the copying thread is this one, or may wait for it: the collector runs anywhere."""
+        return self._thread.ident in served_threads()
 
     def _tell_to_stop(self) -> None:
         self._work.stopped = True
@@ -226,10 +228,10 @@ class ThreadedFeed:
         self._work.permits.hurry()
 
     def _wait_for_thread(self) -> bool:
-        """Say whether that could be done: not in that thread, in which the collector may run a close."""
+        """Say whether that could be done: not in a thread for which that one may wait itself."""
         if self._thread.ident is None:
             return True
-        if self._is_this_thread():
+        if self._is_served_here():
             return False
         patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []

@@ -6,6 +6,7 @@ its feed, and that ends the thread.
 
 import contextlib
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from torchfast._loader.flag import Flag
+from torchfast._loader.helpers import helped_thread
 from torchfast._loader.modes import Modes
 from torchfast._loader.permits import Permits
 from torchfast._loader.stats import Tally
@@ -90,9 +92,12 @@ class Work:
         self._is_empty = True
         """Whether the loader has not had a batch in this pass."""
         self.modes = Modes()
+        self.consumer = threading.get_ident()
+        """The thread that takes the batches."""
 
     def run(self) -> None:
         """Load and send until told to stop, or until the loader ends."""
+        _at_work[threading.get_ident()] = self
         try:
             self.modes.enter_thread()
             self.transport.enter_thread()
@@ -113,6 +118,7 @@ class Work:
                 self._spare.clear()
                 del self.source
             finally:
+                del _at_work[threading.get_ident()]
                 self.left.set()
 
     def arrive(self, arrival: Arrival) -> None:
@@ -253,6 +259,23 @@ class Work:
         unknot(error)
         self.arrive(Arrival(error=error))
         return True
+
+
+_at_work: dict[int, Work] = {}
+"""What each copying thread works at."""
+
+
+def served_threads() -> list[int]:
+    """Return the calling thread and those that may wait for it: the one it helps, and who takes its batches.
+
+    And who takes theirs, where a loader is fed by another.
+    """
+    served = [threading.get_ident()]
+    if helped_thread():
+        served.append(helped_thread())
+    while (work := _at_work.get(served[-1])) is not None and work.consumer not in served:
+        served.append(work.consumer)
+    return served
 
 
 def _move_first(source: "deque[Any]", target: "deque[Any]") -> None:
