@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.loader_transport import HostTransport, copying_threads, open_feed, until
+from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
@@ -74,6 +75,41 @@ def test_the_collector_may_end_a_pass_in_the_thread_that_feeds_it() -> None:
     for feed in feeds:
         feed._thread.join(30)
         assert not feed._thread.is_alive()
+
+
+def test_a_loader_that_closes_its_own_pass_wakes_who_waits_for_its_batch() -> None:
+    """The consumer is told that the pass was closed, and nothing is left of its thread."""
+    is_taken = threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        is_taken.wait()
+        until(lambda: feed._work._is_awaited)
+        feed.close()
+        yield 1
+
+    epoch, _, feed = open_feed(source(), 1)
+    assert next(epoch) == 0
+    is_taken.set()
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(epoch)
+    feed.close()
+    assert not feed._thread.is_alive()
+    assert feed._thread.ident not in thread._at_work
+
+
+def test_an_index_error_of_the_transport_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a pass that was closed says that it was."""
+    epoch, transport, _ = open_feed(range(3))
+
+    def fail() -> None:
+        raise IndexError("mine")
+
+    monkeypatch.setattr(transport, "blank", fail)
+    with pytest.raises(IndexError, match="mine"):
+        next(epoch)
+    monkeypatch.undo()
+    assert list(epoch) == [0, 1, 2]
 
 
 class Memory:

@@ -88,7 +88,10 @@ class ThreadedFeed:
             # Before the delivery: an interrupt then loses nothing.
             if not (self._may_send_here() and work.send_here(blank)):
                 self._grant(blank)
-        except IndexError:  # closed by another thread, which has taken what was to be sent here
+        except IndexError:
+            if not work.stopped:
+                raise
+            # Closed by another thread, which has taken what was to be sent here.
             raise epoch.closed_error() from None
         began_s = time.perf_counter()
         work.wait_for_arrival()
@@ -207,10 +210,8 @@ class ThreadedFeed:
             self._work.loaded.clear()
             self._work.permits.let_go()
             self._tell_to_stop()
-            # For a take() that another thread waits in; not from the copying thread, where the collector may
-            # have come upon this feed within `arrive` itself.
-            if not self._is_served_here():
-                self._work.arrive(Arrival(error=epoch.closed_error()))
+            # For a take() that another thread waits in.
+            self._work.arrive(Arrival(error=epoch.closed_error()))
         self._is_closed = has_waited
 
     def __del__(self) -> None:

@@ -35,7 +35,7 @@ def helped_thread() -> int:
 
 
 class Helpers:
-    """Helps the thread that makes it with copies, in threads started for the first that is worth it."""
+    """Helps the thread that makes it, and no other, with copies: by threads started when first worth it."""
 
     def __init__(self, n_threads: int, /, *, usual_threads: int) -> None:
         self._n_threads = min(MAX_HELPERS, n_threads)
@@ -50,8 +50,9 @@ class Helpers:
         if n_shares < MIN_HELPERS or not self._are_running():
             torch._foreach_copy_(targets, sources)
             return
-        ends_bytes = [group.n_bytes * number // n_shares for number in range(n_shares)]
-        cuts = [*(bisect_left(group.offsets_bytes, end_bytes) for end_bytes in ends_bytes), len(sources)]
+        starts_bytes = [group.n_bytes * number // n_shares for number in range(n_shares)]
+        # None is empty: a share is of 2 MiB at least, a small tensor below one.
+        cuts = [*(bisect_left(group.offsets_bytes, start) for start in starts_bytes), len(sources)]
         outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
         for start, stop in itertools.pairwise(cuts):
             self._shares.put(Share(targets[start:stop], sources[start:stop], outcomes))
@@ -93,10 +94,11 @@ class Helpers:
         share = self._shares.get()
         if share is None:
             return False
-        outcomes, outcome = share.outcomes, share.copied()
-        # Before it is told: nothing of a batch should go in a thread that the pass does not wait for.
+        outcomes, told = share.outcomes, [share.copied()]
+        # Before it is told: nothing of a batch should go in a thread that the pass does not wait for. Nor is
+        # the error kept, whose traceback will hold the batch.
         del share
-        outcomes.put(outcome)
+        outcomes.put(told.pop())
         return True
 
 

@@ -93,7 +93,7 @@ class Work:
         """Whether the loader has not had a batch in this pass."""
         self.modes = Modes()
         self.consumer = threading.get_ident()
-        """The thread that takes the batches."""
+        """The thread that took the last batch."""
 
     def run(self) -> None:
         """Load and send until told to stop, or until the loader ends."""
@@ -167,9 +167,9 @@ class Work:
                 except IndexError:
                     self._spare.append(permit)
                 else:
-                    parts = [batch, permit]
+                    batch_and_permit = [batch, permit]
                     del batch, permit
-                    return self._send(parts, state)
+                    return self._send(batch_and_permit, state)
             # In C, of both at once: the consumer, which sends the batch, moves it from one to the other.
             if not any((self.loaded, self.here)):
                 return True
@@ -186,16 +186,16 @@ class Work:
         self.source = begin_again()
         return True
 
-    def _send(self, parts: list[Any], state: Any) -> bool:
+    def _send(self, batch_and_permit: list[Any], state: Any) -> bool:
         """Send a batch, by its permit. Once it is in line nothing in this thread holds it, nor its memory.
 
         The consumer may be done with it before this thread gets on, and would then need memory for one more.
         """
         try:
-            sent = deque([Arrival(self.transport.send(*parts), state=state)])
+            sent = deque([Arrival(self.transport.send(*batch_and_permit), state=state)])
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed(error)
-        parts.clear()
+        batch_and_permit.clear()
         _move_first(sent, self.ready)
         self._tell_consumer()
         return True
@@ -266,9 +266,10 @@ _at_work: dict[int, Work] = {}
 
 
 def served_threads() -> list[int]:
-    """Return the calling thread and those that may wait for it: the one it helps, and who takes its batches.
+    """Return the calling thread and those that may wait for it.
 
-    And who takes theirs, where a loader is fed by another.
+    That is the thread that it helps, or that took its last batch, and where a loader is fed by another, the
+    thread that took that one's.
     """
     served = [threading.get_ident()]
     if helped_thread():

@@ -23,8 +23,7 @@ TRIALS = (
     Trial(False, 4, False),
     Trial(False, 6, True),
     Trial(True, 2, False),
-    Trial(True, 6, True),
-    Trial(True, 6, True),
+    Trial(True, 12, True),
     Trial(False, 2, False),
     Trial(False, 6, True),
 )
@@ -51,38 +50,40 @@ class Turns:
         self._trial = TRIALS[0]
         self._found_s: dict[int, list[float]] = {}
         """The steps of each of the trials that were timed, by its place among them."""
-        self._times_s: list[float] = []
+        self._steps_s: list[float] = []
+        """Those of the trial under way."""
+        self._last_s: float | None = None
 
     def begin(self) -> None:
-        """Begin a pass: the time since the last batch means nothing, and what is being timed begins again."""
-        if self._trial.is_timed:
-            self._times_s = []
+        """Begin a pass: the time since the last batch is no step."""
+        self._last_s = None
 
     def is_here(self, now_s: float, /) -> bool:
         """Say whether the consumer's thread sends the batch of this moment."""
-        self._times_s.append(now_s)
-        if len(self._times_s) > self._trial.n_batches:
+        if self._last_s is not None:
+            self._steps_s.append(now_s - self._last_s)
+        self._last_s = now_s
+        if len(self._steps_s) >= self._trial.n_batches:
             self._conclude()
         return self._trial.is_here
 
     def _conclude(self) -> None:
         """Note what was found and go on to the next trial; the same again after an interrupt."""
-        trial, times_s = self._trial, self._times_s
-        if trial.is_timed:
-            self._found_s[self._n_trials] = [later - then for then, later in itertools.pairwise(times_s)]
+        if self._trial.is_timed:
+            self._found_s[self._n_trials] = self._steps_s
         n_trials = (self._n_trials + 1) % (len(TRIALS) + 1)
         trial = TRIALS[n_trials] if n_trials < len(TRIALS) else self._decision()
-        self._n_trials, self._trial, self._times_s = n_trials, trial, times_s[-1:]
+        self._n_trials, self._trial, self._steps_s = n_trials, trial, []
 
     def _decision(self) -> Trial:
-        there_s, doubt_there_s = _middle(self._steps_s(is_here=False))
-        here_s, doubt_here_s = _middle(self._steps_s(is_here=True))
+        there_s, doubt_there_s = _middle(self._found(is_here=False))
+        here_s, doubt_here_s = _middle(self._found(is_here=True))
         saved_s, doubt_s = there_s - here_s, math.hypot(doubt_there_s, doubt_here_s)
         is_here = saved_s > max(WORTH_IT_S, doubt_s)
         is_sure = is_here or saved_s + doubt_s <= WORTH_IT_S
         return Trial(is_here, N_BATCHES_DECIDED if is_sure else N_BATCHES_IN_DOUBT, is_timed=False)
 
-    def _steps_s(self, *, is_here: bool) -> list[float]:
+    def _found(self, *, is_here: bool) -> list[float]:
         found_s = [steps_s for number, steps_s in self._found_s.items() if TRIALS[number].is_here is is_here]
         return [*itertools.chain.from_iterable(found_s)]
 
