@@ -1,5 +1,6 @@
 """A transport for tests, which hands batches over as they are, and passes that a thread feeds through it."""
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -120,6 +121,26 @@ def until(condition: Callable[[], bool]) -> None:
     """Wait for another thread to get somewhere; a hang is ended by the test's timeout."""
     while not condition():
         threading.Event().wait(0.001)
+
+
+def number_of_a_new_thread() -> int:
+    """Return with how many threads one that is begun now computes."""
+    found = list[int]()
+    one = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    one.start()
+    one.join()
+    return found[0]
+
+
+@contextlib.contextmanager
+def computing_with(n_threads: int) -> Iterator[None]:
+    """Compute with so many threads for a while."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def copying_threads() -> int:

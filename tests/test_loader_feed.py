@@ -15,7 +15,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
-from tests.loader_transport import HostTransport, copying_threads, open_feed, until
+from tests.loader_transport import HostTransport, copying_threads, number_of_a_new_thread, open_feed, until
 from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
@@ -535,13 +535,9 @@ def test_the_thread_works_under_the_consumers_autocast_and_device() -> None:
 
 def test_the_number_of_threads_is_left_alone() -> None:
     """The cap on the copying thread's team reaches neither the caller nor threads started later."""
-    seen: list[int] = []
     before = torch.get_num_threads()
     list(open_feed(range(3))[0])
-    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert [torch.get_num_threads(), *seen] == [before, before]
+    assert [torch.get_num_threads(), number_of_a_new_thread()] == [before, before]
 
 
 def test_a_close_while_memory_is_released_comes_to_its_end() -> None:

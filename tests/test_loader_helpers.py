@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.loader_transport import HostTransport, until
+from tests.loader_transport import HostTransport, computing_with, number_of_a_new_thread, until
 from torchfast._loader import helpers, staging
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.helpers import Helpers, Share
@@ -104,35 +104,22 @@ def test_there_are_never_more_than_six(shares: list[int]) -> None:
     many.close()
 
 
-def number_of_a_new_thread() -> int:
-    """Return with how many threads one that is begun now computes."""
-    found = list[int]()
-    one = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    one.start()
-    one.join()
-    return found[0]
-
-
 def test_nobody_else_computes_with_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers have one thread each; this thread, and those begun later, have as many as before."""
-    usual, of_helpers = torch.get_num_threads(), set[int]()
-    share_copied = Share.copied
+    of_helpers, share_copied = set[int](), Share.copied
 
     def asked(share: Share) -> BaseException | None:
         of_helpers.add(torch.get_num_threads())
         return share_copied(share)
 
     monkeypatch.setattr(Share, "copied", asked)
-    torch.set_num_threads(3)
-    try:
+    with computing_with(3):
         three = Helpers(3, usual_threads=3)
         assert copied(three)
         until(lambda: number_of_a_new_thread() == 3)
         assert torch.get_num_threads() == 3
         assert of_helpers == {1}
         three.close()
-    finally:
-        torch.set_num_threads(usual)
 
 
 class Observed(SimpleQueue[Share | None]):
@@ -272,12 +259,10 @@ def test_the_copying_thread_is_helped_and_no_other(
     """A thread that has entered has helpers until it leaves; another, as the loop's own, copies by itself."""
     monkeypatch.setattr(staging, "team_size", lambda _: 4)
     monkeypatch.setattr(PinnedBuffer, "grow", grow_unpinned)
-    usual, before = torch.get_num_threads(), _thread._count()
+    before = _thread._count()
     has_entered, may_pack, has_packed, may_leave = (threading.Event() for _ in range(4))
     arrived, shares_then = list[bool](), list[int]()
-    torch.set_num_threads(5)
     one = Staging(2, 0)
-    one.begin()
 
     def be_the_copying_thread() -> None:
         one.enter_thread()
@@ -289,17 +274,18 @@ def test_the_copying_thread_is_helped_and_no_other(
         may_leave.wait()
         one.leave_thread()
 
-    copying = threading.Thread(target=be_the_copying_thread)
-    copying.start()
-    has_entered.wait()
-    torch.set_num_threads(5)  # as a pass says again once its thread has entered
-    may_pack.set()
-    has_packed.wait()
-    arrived.append(packed(one))
-    until(lambda: number_of_a_new_thread() == 5)
-    may_leave.set()
-    copying.join()
-    torch.set_num_threads(usual)
+    with computing_with(5):
+        one.begin()
+        copying = threading.Thread(target=be_the_copying_thread)
+        copying.start()
+        has_entered.wait()
+        torch.set_num_threads(5)  # as a pass says again once its thread has entered
+        may_pack.set()
+        has_packed.wait()
+        arrived.append(packed(one))
+        until(lambda: number_of_a_new_thread() == 5)
+        may_leave.set()
+        copying.join()
     assert arrived == [True, True]
     assert shares == shares_then == [4 * MIB] * 4
     until(lambda: _thread._count() <= before)

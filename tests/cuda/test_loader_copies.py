@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
+from tests.loader_transport import computing_with
 from torchfast import DeviceLoader
 from torchfast._loader import driver, helpers, shipment, staging, transport
 
@@ -55,10 +56,8 @@ SOURCES: dict[str, Any] = {
 @pytest.fixture
 def _four_threads() -> Iterator[None]:
     """Compute with several threads: a loop that does not gets no helpers."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(usual)
+    with computing_with(4):
+        yield
 
 
 @pytest.mark.usefixtures("_four_threads")

@@ -16,4 +16,6 @@
 - `plans.py`      which batches are built alike, and so travel by the same plan
 - `shipment.py`   the copies of one batch; `driver.py` enqueues many in one call
 - `staging.py`    the ring of pinned buffers through which pageable memory travels
+- `helpers.py`    copies many small tensors there side by side; `shared_memory.py` reads what workers send
+- `unwaited.py`   threads that nobody waits for; `flag.py` an event that no interrupt can break
 """

@@ -27,6 +27,13 @@ def chosen_threads() -> int:
     return cpu_share() if n_threads == 1 and is_torchruns else n_threads
 
 
+def compute_with(n_threads: int, /) -> None:
+    """Let the calling thread compute with so many threads; it is the default of new ones then, too."""
+    # The first question in a thread gives it the process's number; asked later it would undo what is set.
+    torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+
+
 def _granted() -> int | None:
     """Return how many CPUs' time the container has, as `docker run --cpus` sets it; None without a limit.
 

@@ -4,8 +4,6 @@ One thread copies 5 to 10 GB/s, and PyTorch's own team is woken anew for each te
 tensors of 75 KiB took 8 to 11 ms, with four helpers 2.0 and with six 1.7; 64 of 256 KiB 1.5, 0.76 and 0.65.
 """
 
-import _thread
-import contextlib
 import itertools
 import threading
 from bisect import bisect_left
@@ -15,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._loader.cpus import compute_with
 from torchfast._loader.plan import Group
+from torchfast._loader.unwaited import start_unwaited
 
 MAX_HELPERS = 6
 """More of them copy hardly faster, and each wakes in the middle of the loop."""
@@ -71,22 +71,14 @@ class Helpers:
 
     def _are_running(self) -> bool:
         if not self._n_running:
-            with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
-                for _ in range(self._n_threads):
-                    # Not a `Thread`, which is waited for: the collector may end our pass as it starts.
-                    _thread.start_new_thread(self._help, ())
-                    self._n_running += 1
+            self._n_running = sum(start_unwaited(self._help) for _ in range(self._n_threads))
         # Of two, one is out of the collector, and does all the work if need be.
         return self._n_running > 1
 
     def _help(self) -> None:
         _ours.helped = self._helped
-        # The first question in a thread gives it the process's number; asked later it would undo what is set.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        with contextlib.suppress(RuntimeError):
-            # PyTorch also took that as the default of threads yet to be started. This one puts it back.
-            _thread.start_new_thread(torch.set_num_threads, (self._usual_threads,))
+        compute_with(1)
+        start_unwaited(torch.set_num_threads, self._usual_threads)  # puts the default of new threads back
         while self._help_once():
             pass
 

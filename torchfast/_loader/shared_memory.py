@@ -6,8 +6,6 @@ read through a second mapping of the same memory. PyTorch's own, which nobody ha
 and a thread gives back the second.
 """
 
-import _thread
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -17,6 +15,8 @@ import weakref
 from queue import SimpleQueue
 
 import torch
+
+from torchfast._loader.unwaited import start_unwaited
 
 
 def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
@@ -49,12 +49,7 @@ class Dropper:
 
     def take(self, memory: memoryview, /) -> None:
         """Hold memory until the thread drops it; not where that lags behind: shared memory is scarce."""
-        if not self._is_running:
-            with contextlib.suppress(RuntimeError):  # at the end of the interpreter no thread can be started
-                # Not a `Thread`: who starts one waits for it, and the collector, which may end our pass in
-                # it, waits for us.
-                _thread.start_new_thread(_drop, (self._to_drop,))
-                self._is_running = True
+        self._is_running = self._is_running or start_unwaited(_drop, self._to_drop)
         if self._is_running and self._to_drop.empty():
             self._to_drop.put(memory)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._loader.cpus import chosen_threads, cpu_share
+from torchfast._loader.cpus import chosen_threads, compute_with, cpu_share
 from torchfast._loader.helpers import Helpers
 from torchfast._loader.plan import CHUNK_BYTES, Group, bytes_of
 from torchfast._loader.shared_memory import Dropper, mapped_again
@@ -21,7 +21,14 @@ MAX_TEAM = 16
 SMALL_TEAM = 2
 """Threads for tensors below 1 MiB: each of them wakes the whole team, and 16 take 1.5 times as long as 2."""
 
-NOBODY = Helpers(0, usual_threads=1)
+
+class OfThread(threading.local):
+    """What each thread has for itself: only one that enters has helpers.
+
+    The loop's own has none: an interrupt could end its waiting while others write.
+    """
+
+    helpers = Helpers(0, usual_threads=1)
 
 
 class Staging:
@@ -34,7 +41,7 @@ class Staging:
         self._has_workers = n_workers > 0
         self._has_staged_large = True
         self._dropper = Dropper()
-        self._of_thread = threading.local()
+        self._of_thread = OfThread()
 
     @property
     def waited_s(self) -> float:
@@ -50,15 +57,13 @@ class Staging:
     def enter_thread(self) -> None:
         """Give the copying thread its team and its helpers."""
         team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
-        # The first question in a thread gives it the process's number; asked later it would undo what is set.
-        torch.get_num_threads()
-        torch.set_num_threads(min(team, self._n_threads))
+        compute_with(min(team, self._n_threads))
         n_helpers = min(self._team_size, self._n_threads)
         self._of_thread.helpers = Helpers(n_helpers, usual_threads=self._usual_threads)
 
     def leave_thread(self) -> None:
         """Let go of what the copying thread has beside it."""
-        getattr(self._of_thread, "helpers", NOBODY).close()
+        self._of_thread.helpers.close()
         self._dropper.close()
 
     def pack(
@@ -66,8 +71,7 @@ class Staging:
     ) -> None:
         """Copy small tensors side by side into one buffer; `target` is where the first of them goes."""
         staged = self._ring.take(group.n_bytes)
-        # The loop's own thread is not helped: an interrupt could end its waiting while others write.
-        getattr(self._of_thread, "helpers", NOBODY).copy(staged.packed(group), sources, group)
+        self._of_thread.helpers.copy(staged.packed(group), sources, group)
         shipment.add_staged(bytes_of(target, group.n_bytes), staged)
         if group.n_bytes >= MIB:
             shipment.enqueue()  # it flies while the next is staged
