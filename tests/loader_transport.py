@@ -11,6 +11,7 @@ import torch
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.staging import PinnedBuffer
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
 
@@ -97,6 +98,12 @@ class HostTransport:
     def fence(self) -> None:
         """Count."""
         self.n_fences += 1
+
+
+def grow_unpinned(buffer: PinnedBuffer, n_bytes: int) -> None:
+    """Make room in a staging buffer without a GPU."""
+    if buffer.memory.nbytes < n_bytes:
+        buffer.memory = torch.empty(n_bytes, dtype=torch.uint8)
 
 
 def open_feed(

@@ -15,7 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.loader_transport import HostTransport, computing_with, number_of_a_new_thread, until
+from tests.loader_transport import (
+    HostTransport,
+    computing_with,
+    grow_unpinned,
+    number_of_a_new_thread,
+    until,
+)
 from torchfast._loader import helpers, staging
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.helpers import Helpers, Share
@@ -289,11 +295,6 @@ def test_the_copying_thread_is_helped_and_no_other(
     assert arrived == [True, True]
     assert shares == shares_then == [4 * MIB] * 4
     until(lambda: _thread._count() <= before)
-
-
-def grow_unpinned(buffer: PinnedBuffer, n_bytes: int) -> None:
-    """Make room without a GPU."""
-    buffer.memory = torch.empty(n_bytes, dtype=torch.uint8)
 
 
 class HelpedTransport(HostTransport):

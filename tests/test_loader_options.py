@@ -19,9 +19,9 @@ from torchfast._loader.cpus import chosen_threads
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.late import copied, pinned
-from torchfast._loader.plan import CHUNK_BYTES, empty, separated
+from torchfast._loader.plan import empty, separated
 from torchfast._loader.plans import Plans
-from torchfast._loader.staging import piece_bytes, team_size
+from torchfast._loader.staging import team_size
 from torchfast._loader.stats import LoaderStats, Tally
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -305,7 +305,7 @@ def test_packed_leaves_arrive_whole(data: st.DataObject) -> None:
             leaf.transpose(0, -1)[..., ::2] if len(shape) > 1 and data.draw(st.booleans()) else leaf
         )
     plan = Plans().plan(leaves)
-    copies = list(itertools.chain(*plan.packed_on(empty(plan.molds[0], torch.device("cpu")))))
+    copies = list(itertools.chain(*plan.packed_on(*empty(plan.molds[:1], torch.device("cpu")))))
     places = [index for group in plan.groups for index in group.indexes]
     assert sorted(places) == list(range(len(leaves)))
     for index, copy in zip(places, copies, strict=True):
@@ -354,13 +354,6 @@ def test_torchruns_one_thread_is_nobodys_choice(monkeypatch: pytest.MonkeyPatch)
     assert chosen_threads() == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert chosen_threads() == 3
-
-
-@given(st.integers(1, 16))
-def test_pieces_divide_among_a_team(team: int) -> None:
-    """Each thread of a team copies whole MiB of a piece, which is as long as fits the ring."""
-    assert piece_bytes(team) % (team * 2**20) == 0
-    assert CHUNK_BYTES / 2 < piece_bytes(team) <= CHUNK_BYTES
 
 
 def test_a_transform_may_take_further_batches() -> None:

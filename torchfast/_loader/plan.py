@@ -5,12 +5,13 @@ their own: who keeps the labels of every batch must not keep its images too.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._loader.driver import allocating
 
 PACK_BELOW_BYTES = MIB
 """Leaves smaller than this share one allocation on the device, and one transfer if they are staged."""
@@ -63,7 +64,7 @@ class Group:
         for index in indexes:
             layout = layouts[index]
             self.offsets_bytes.append(end_bytes)
-            step_bytes = _aligned(layout.n_bytes)
+            step_bytes = aligned(layout.n_bytes)
             if self.runs and self.runs[-1].layout == layout:
                 self.runs[-1] = self.runs[-1]._replace(n_leaves=self.runs[-1].n_leaves + 1)
             else:
@@ -152,7 +153,7 @@ class Plan:
     ) -> int:
         """Group leaves into pieces that fit the ring of pinned buffers; return where the last one ends."""
         start = end_bytes = 0
-        ends_bytes = list(itertools.accumulate(_aligned(layouts[index].n_bytes) for index in indexes))
+        ends_bytes = list(itertools.accumulate(aligned(layouts[index].n_bytes) for index in indexes))
         for stop, after_bytes in enumerate(ends_bytes, 1):
             is_last = stop == len(indexes)
             if is_last or ends_bytes[stop] - end_bytes > CHUNK_BYTES:
@@ -168,7 +169,8 @@ class Plan:
         return offset_bytes + end_bytes
 
 
-def _aligned(n_bytes: int) -> int:
+def aligned(n_bytes: int, /) -> int:
+    """Return so many bytes rounded up to where the next tensor may begin."""
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
@@ -210,7 +212,7 @@ def _is_dense(leaf: torch.Tensor) -> bool:
 def _arrival(leaf: torch.Tensor) -> Layout:
     """Keep the strides of dense tensors, as `.to` does; others become contiguous."""
     stride = leaf.stride() if _is_dense(leaf) else torch.empty(leaf.shape, device="meta").stride()
-    return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())
+    return Layout(leaf.dtype, tuple(leaf.shape), stride, leaf.numel() * leaf.element_size())
 
 
 def separated(stacked: torch.Tensor, /) -> Sequence[torch.Tensor]:
@@ -226,14 +228,18 @@ def separated(stacked: torch.Tensor, /) -> Sequence[torch.Tensor]:
         return stacked.unbind()
 
 
-def empty(layout: Layout, device: torch.device, /) -> torch.Tensor:
-    """Return memory of a layout, with nothing in it."""
-    dtype, shape, stride, n_bytes = layout
+def empty(layouts: Iterable[Layout], device: torch.device, /) -> list[torch.Tensor]:
+    """Return memory of each layout, with nothing in it."""
     if not torch.are_deterministic_algorithms_enabled():
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        make = allocating(device)
+        return [make(shape, stride, dtype) for dtype, shape, stride, _ in layouts]
     # PyTorch would fill it: a kernel for memory that the copy fills anyway.
-    storage = torch.UntypedStorage(n_bytes, device=device)
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
+    return [
+        torch.empty(0, dtype=dtype, device=device).set_(
+            torch.UntypedStorage(n_bytes, device=device), 0, shape, stride
+        )
+        for dtype, shape, stride, n_bytes in layouts
+    ]
 
 
 def tensor_on(buffer: torch.Tensor, layout: Layout, /) -> torch.Tensor:

@@ -62,10 +62,10 @@ class Shipment:
         self._sizes_bytes += group.sizes_bytes
         self.reads_directly = True
 
-    def add_staged(self, target: torch.Tensor, buffer: PinnedBuffer) -> None:
-        """Add a copy of as many bytes as the target has, from the beginning of a staging buffer."""
-        self._add(target, buffer.memory[: target.nbytes])
-        self._staged.append(buffer)
+    def add_staged(self, target: torch.Tensor, buffer: PinnedBuffer, offset_bytes: int = 0, /) -> None:
+        """Add a copy of as many bytes as the target has, from somewhere in a staging buffer."""
+        self._add(target, buffer.memory[offset_bytes : offset_bytes + target.nbytes])
+        self._staged.add(buffer)
         self.staged_bytes += target.nbytes
 
     def _add(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ class Shipment:
         """Where the targets are: asking hundreds of tensors takes longer than adding up."""
         self._sources: list[torch.Tensor] = []
         self._sizes_bytes: list[int] = []
-        self._staged: list[PinnedBuffer] = []
+        self._staged: set[PinnedBuffer] = set()
 
     def _is_taken_by_the_driver(self) -> bool:
         batched = batched_copy()

@@ -363,7 +363,7 @@ class CudaTransport:
         """Allocate on the consumer's stream, which is current, and set the gate there."""
         # Tensors made in inference mode could never be saved for a backward.
         with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
-            buffers = [empty(mold, self._device) for mold in molds]
+            buffers = empty(molds, self._device)
         # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
         gate = torch.cuda.Event(enable_timing=True)
         gate.record(self._consumer)
