@@ -101,7 +101,9 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
 
 RATIOS = (0.25, 0.5, 1, 2, 4, 16)
 SWEPT = [
-    name for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "torchfast") if name in PEERS
+    name
+    for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "SPDL", "torchfast")
+    if name in PEERS
 ]
 
 

@@ -190,6 +190,16 @@ def test_a_failed_or_dropped_pass_is_closed_quietly() -> None:
         next(iter(loader))
 
 
+def test_a_pass_whose_transform_failed_is_closed_quietly() -> None:
+    """So is one that ended in an error of the loop's own transform, though somebody holds its iterator."""
+    loader: DeviceLoader[Any] = DeviceLoader(["3", "four"], "cpu", transform=int)
+    batches = iter(loader)
+    assert next(batches) == 3
+    with pytest.raises(ValueError, match="four"):
+        next(batches)
+    assert next(iter(loader)) == 3
+
+
 def test_attributes_are_forwarded_by_a_stated_list() -> None:
     """What is in FORWARDED comes from the loader; anything else is refused with the way to it."""
     bare = numbers(num_workers=0, drop_last=True)

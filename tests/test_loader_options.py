@@ -3,6 +3,7 @@
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from tests.loader_transport import threaded
 from torchfast import DeviceLoader
+from torchfast._loader import normalize
 from torchfast._loader.cpus import chosen_threads
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
@@ -364,6 +366,67 @@ def test_a_transform_may_take_further_batches() -> None:
 
     batches = iter(threaded(range(6), transform=pair))
     assert list(batches) == [(0, 1), (2, 3), (4, 5)]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+@pytest.mark.parametrize("is_late", [False, True], ids=["before it takes more", "after it took more"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_transform_that_takes_further_batches_loses_none(
+    error: type[BaseException], fails_at: int, *, is_late: bool
+) -> None:
+    """Where one that was called inside another, or the outer one, cannot finish, all come again, in order."""
+    to_fail = [fails_at]
+
+    def group(number: int) -> Any:
+        if [number] == to_fail and not is_late:
+            raise error(to_fail.pop())
+        taken = (number, next(batches), next(batches)) if number % 3 == 0 else number
+        if [number] == to_fail:
+            raise error(to_fail.pop())
+        return taken
+
+    batches = iter(threaded(range(9), transform=group))
+    groups = list[Any]()
+    while len(groups) < 3:
+        try:
+            groups.append(next(batches))
+        except error:
+            assert to_fail == []
+    assert groups == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_streams_and_numbers_may_come_from_anywhere() -> None:
+    """Options that are read once are kept: a generator, a number of numpy's."""
+    numpy = pytest.importorskip("numpy")
+    loader: DeviceLoader[Any] = DeviceLoader(
+        [],
+        "cpu",
+        depth=numpy.int64(3),
+        normalize=((0.5,) for _ in range(2)),  # type: ignore[arg-type]  # not a tuple
+        streams=iter(()),  # type: ignore[arg-type]  # nor a sequence
+    )
+    assert repr(loader) == (
+        "DeviceLoader(list, device='cpu', depth=3, normalize=((0.5,), (0.5,)), image_dtype=torch.float32)"
+    )
+
+
+def test_a_kernel_that_cannot_be_built_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it failed is remembered for the life of the process: not with the batch, nor the loop's frame."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
+    monkeypatch.setattr(normalize, "_failed", [])
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    alive = weakref.ref(images)
+    with pytest.warns(RuntimeWarning, match="Triton"):
+        assert not normalize._in_one_kernel(images, torch.empty(1, 3, 4, 4), torch.empty(3, 256))
+    assert normalize._failed
+    del images
+    assert alive() is None
 
 
 def test_an_error_of_a_transform_that_closed_its_pass_is_its_own() -> None:

@@ -335,6 +335,18 @@ def test_loader_that_is_no_iterable() -> None:
     )
 
 
+def test_loader_that_is_a_dataset() -> None:
+    """A dataset of samples could be iterated over, some of them for ever: the ways to batches are named."""
+    with pytest.raises(TypeError, match="is a dataset") as error:
+        DeviceLoader(TensorDataset(torch.zeros(4)))  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        "DeviceLoader wraps an iterable of batches, and TensorDataset is a dataset, of samples: each would "
+        "be yielded by itself, without end if it raises no IndexError. Use "
+        "DeviceLoader.from_dataset(dataset, batch_size=...), or DataLoader(dataset, batch_size=None) if "
+        "its items are batches."
+    )
+
+
 def test_loader_of_a_dataset_that_is_none() -> None:
     """A generator is no dataset; there is a way for one of batches and one for one of samples."""
     with pytest.raises(TypeError, match="from_dataset") as error:
@@ -346,7 +358,7 @@ def test_loader_of_a_dataset_that_is_none() -> None:
     )
 
 
-@pytest.mark.parametrize("depth", [0, -1, 1.5, True])
+@pytest.mark.parametrize("depth", [0, -1, 1.5, True, "2"])
 def test_loader_depth_below_one(depth: object) -> None:
     """A depth that is no positive whole number is answered with what depth means."""
     with pytest.raises(ValueError, match="depth=") as error:
@@ -456,7 +468,12 @@ def test_loader_image_dtype_that_cannot_be(image_dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((4, 8, 8, 3), torch.uint8), ((4, 1, 8, 8), torch.uint8), ((4, 3, 8, 8), torch.float32)],
+    [
+        ((4, 8, 8, 3), torch.uint8),
+        ((4, 1, 8, 8), torch.uint8),
+        ((4, 3, 8, 8), torch.float32),
+        ((4, 3, 8, 2), torch.uint8),
+    ],
 )
 def test_loader_batch_with_nothing_to_normalise(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Images of another layout, number of channels or type would come through raw: that is said instead."""
@@ -464,19 +481,20 @@ def test_loader_batch_with_nothing_to_normalise(shape: tuple[int, ...], dtype: t
     with pytest.raises(ValueError, match="normalize=") as error:
         next(iter(loader))
     assert text_of(error) == (
-        "normalize= has numbers for 3 channels, but this batch has no uint8 images (N, 3, H, W), and would "
-        f"come through as it is. It holds {shape} {dtype}. Let the loader yield uint8 images, channels "
-        "first, or normalise in transform=."
+        "normalize= has numbers for 3 channels, but this batch has no uint8 images (N, 3, H, W), each side "
+        f"at least 3, and would come through as it is. It holds {shape} {dtype}. Let the loader yield uint8 "
+        "images, channels first, or normalise in transform=."
     )
 
 
-def test_loader_streams_that_are_none() -> None:
-    """What is no stream is refused at once, on the CPU too."""
+@pytest.mark.parametrize("streams", [[3], 3, None])
+def test_loader_streams_that_are_none(streams: Any) -> None:
+    """What is no stream, or no list of them, is refused at once, on the CPU too."""
     with pytest.raises(TypeError, match="streams=") as error:
-        DeviceLoader([], "cpu", streams=[3])  # type: ignore[list-item]  # the mistake under test
+        DeviceLoader([], "cpu", streams=streams)
     assert text_of(error) == (
-        "streams=[3]: give the torch.cuda.Stream objects, other than the one that the loop runs on, on which "
-        "batches are used."
+        f"streams={streams!r}: give a list of the torch.cuda.Stream objects, other than the one that the "
+        "loop runs on, on which batches are used."
     )
 
 

@@ -1,6 +1,7 @@
 """What a DeviceLoader refuses, each with what was found and what to give: before anything is changed."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,28 +10,52 @@ from torchfast._loader import wrapped
 from torchfast._loader.normalize import Normalization
 
 
-def check(loader: object, depth: object, transform: object, streams: Sequence[object]) -> None:
-    """Refuse what is no loader, no depth, no transform or no streams."""
+def check(loader: object, transform: object) -> None:
+    """Refuse what is no loader, or no transform."""
+    from torch.utils.data import Dataset
+
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
             "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
         )
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-        raise ValueError(
-            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
-            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+    if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
+        raise TypeError(
+            f"DeviceLoader wraps an iterable of batches, and {type(loader).__name__} is a dataset, of "
+            "samples: each would be yielded by itself, without end if it raises no IndexError. Use "
+            "DeviceLoader.from_dataset(dataset, batch_size=...), or DataLoader(dataset, batch_size=None) if "
+            "its items are batches."
         )
     if transform is not None and not callable(transform):
         raise TypeError(
             f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
             "and returns what is to be yielded in its place."
         )
-    if not all(isinstance(stream, torch.cuda.Stream) for stream in streams):
-        raise TypeError(
-            f"streams={streams!r}: give the torch.cuda.Stream objects, other than the one that the loop runs "
-            "on, on which batches are used."
+
+
+def depth_of(depth: Any) -> int:
+    """Return a depth as an `int`; refuse what is none."""
+    try:
+        n_batches = 0 if isinstance(depth, bool) else operator.index(depth)
+    except TypeError:
+        n_batches = 0
+    if n_batches < 1:
+        raise ValueError(
+            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
+            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
         )
+    return n_batches
+
+
+def streams_of(streams: Any) -> tuple[torch.cuda.Stream, ...]:
+    """Return CUDA streams; refuse all else."""
+    found = tuple(streams) if isinstance(streams, Iterable) else (None,)
+    if not all(isinstance(stream, torch.cuda.Stream) for stream in found):
+        raise TypeError(
+            f"streams={streams!r}: give a list of the torch.cuda.Stream objects, other than the one that the "
+            "loop runs on, on which batches are used."
+        )
+    return found
 
 
 def check_dataset(dataset: object) -> None:

@@ -17,7 +17,7 @@ def cpu_share() -> int:
 
 def ranks_here() -> int:
     """Return how many ranks `torchrun` started on this machine, which share what it has; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def chosen_threads() -> int:

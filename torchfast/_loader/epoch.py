@@ -48,6 +48,9 @@ class Epoch(Iterator[T]):
         self._state = "open"
         self._has_failed = False
         self._unfinished: list[T] = []
+        """Batches that `transform` is to be given once more."""
+        self._inside: list[T] | None = None
+        """Those that the `transform` under way has taken by itself."""
         to_close_at_exit().add(self)
 
     @property
@@ -67,18 +70,25 @@ class Epoch(Iterator[T]):
             del self._unfinished[0]  # no call, which an interrupt could follow
         else:
             batch = self._taken()
+        outer, self._inside = self._inside, []
         try:
             finished: T = self._finish(batch)
+            if outer is not None:
+                outer += [batch, *self._inside]  # no call, which an interrupt could follow
         except StopIteration as error:
+            self._has_failed = True
             raise RuntimeError(
                 "transform= raised StopIteration, which would have ended the epoch without a word. "
                 "Raise another error, or end the loop from its body."
             ) from error
         except BaseException as error:
-            # Out of memory or interrupted: the same batch again, before those that `transform` took itself.
+            self._has_failed = True
+            # Out of memory or interrupted: the same batch again, and then those that `transform` took itself.
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
-                self._unfinished.insert(0, batch)
+                self._unfinished[:0] = [batch, *self._inside]
             raise
+        finally:
+            self._inside = outer
         return finished
 
     def _taken(self) -> T:
@@ -168,15 +178,13 @@ class InlineFeed:
     def __init__(
         self, source: Iterator[Any], device: torch.device, tally: Tally, snapshot: Callable[[], Any]
     ) -> None:
-        self._source: Iterator[Any] | None = source
+        self._source = source
         self._snapshot = snapshot
         self._tally = tally
         self._device = device
 
     def take(self) -> Any:
         """Return the next batch, on the device."""
-        if self._source is None:
-            raise StopIteration
         began_s = time.perf_counter()
         batch = next(self._source)
         waited_s = time.perf_counter() - began_s
@@ -194,7 +202,7 @@ class InlineFeed:
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""
-        self._source = None
+        self._source = iter(())
 
     def release_memory(self) -> None:
         """Nothing is held ahead of use."""

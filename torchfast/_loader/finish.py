@@ -52,9 +52,9 @@ def _normalising(normalization: Normalization) -> Step:
         if not found:
             raise ValueError(
                 f"normalize= has numbers for {n_channels} channels, but this batch has no uint8 images "
-                f"(N, {n_channels}, H, W), and would come through as it is. It holds "
-                f"{_text(_layouts(flatten(batch)[0])) or 'nothing'}. Let the loader yield uint8 images, "
-                "channels first, or normalise in transform=."
+                f"(N, {n_channels}, H, W), each side at least {n_channels}, and would come through as it is. "
+                f"It holds {_text(_kinds(flatten(batch)[0])) or 'nothing'}. Let the loader yield "
+                "uint8 images, channels first, or normalise in transform=."
             )
         return changed
 
@@ -73,8 +73,8 @@ class Into:
         self._targets = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not self._targets or len(self._targets) < len(leaves):
             raise ValueError(
-                f"into= holds {_text(_layouts(leaves)) or 'nothing'}: give a batch of tensors, as many and "
-                "in the same places as each batch will have, which a CUDA graph then reads."
+                f"into= holds {_text(_kinds(leaves)) or 'nothing'}: give a batch of tensors, as many "
+                "and in the same places as each batch will have, which a CUDA graph then reads."
             )
         if any(target.device != device or target.requires_grad for target in self._targets):
             found = ", ".join(
@@ -89,10 +89,10 @@ class Into:
     def __call__(self, batch: Any) -> Any:
         """Return the batch around the static tensors, which then hold its values."""
         leaves, structure = flatten(batch)
-        if _layouts(leaves) != _layouts(self._targets) or places(batch) != self._places:
+        if _kinds(leaves) != _kinds(self._targets) or places(batch) != self._places:
             raise ValueError(
-                f"into= holds tensors of {_text(_layouts(self._targets))}, but this batch has "
-                f"{_text(_layouts(leaves))}{self._where(leaves)}. "
+                f"into= holds tensors of {_text(_kinds(self._targets))}, but this batch has "
+                f"{_text(_kinds(leaves))}{self._where(leaves)}. "
                 "A CUDA graph reads the same memory each time, so every batch must fill it exactly. "
                 "drop_last=True leaves out a smaller last batch."
             )
@@ -101,20 +101,21 @@ class Into:
         return structure.rebuild(self._targets)
 
     def _where(self, leaves: Sequence[Any]) -> str:
-        are_alike = _layouts(leaves) == _layouts(self._targets)
+        are_alike = _kinds(leaves) == _kinds(self._targets)
         return ", in other places of the batch or in another order" if are_alike else ""
 
 
-Layout = tuple[tuple[int, ...], torch.dtype]
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""A tensor's shape and type."""
 
 
-def _layout(leaf: Any) -> Layout | None:
+def _kind(leaf: Any) -> Kind | None:
     return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None
 
 
-def _layouts(leaves: Sequence[Any]) -> list[Layout | None]:
-    return [_layout(leaf) for leaf in leaves]
+def _kinds(leaves: Sequence[Any]) -> list[Kind | None]:
+    return [_kind(leaf) for leaf in leaves]
 
 
-def _text(layouts: Sequence[Layout | None]) -> str:
+def _text(layouts: Sequence[Kind | None]) -> str:
     return ", ".join("no tensor" if layout is None else f"{layout[0]} {layout[1]}" for layout in layouts)

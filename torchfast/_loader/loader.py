@@ -65,9 +65,9 @@ class DeviceLoader(Generic[T]):
         device: where the batches go; None is the current accelerator, else the CPU.
         depth: how many batches are brought to the device ahead of the one in use, at least 1.
         channels_last: whether image tensors, (N, C, H, W), are laid out channels last, on the device.
-        normalize: (mean, std), one number a channel each, for images in [0, 1]: every uint8 tensor
-            (N, C, H, W) of so many channels becomes (x - 255 * mean) / (255 * std), in one kernel together
-            with `channels_last`; other tensors stay as they are.
+        normalize: (mean, std), one number a channel each, for images in [0, 1]: every uint8 image, (N, C, H,
+            W) of so many channels and of sides no shorter than that, becomes (x - 255 * mean) / (255 * std),
+            in one kernel together with `channels_last`; other tensors stay as they are.
         image_dtype: the type of the images that `normalize` makes.
         transform: called with each batch once it is on the device, in the caller's thread and on its current
             stream: random numbers are drawn in the order of the batches. Its result is yielded.
@@ -81,7 +81,8 @@ class DeviceLoader(Generic[T]):
             batches of memory.
 
     Raises:
-        TypeError: the loader cannot be iterated over, `transform` not be called, or `streams` are none.
+        TypeError: the loader cannot be iterated over or is a dataset, `transform` cannot be called, or
+            `streams` holds what is no CUDA stream.
         ValueError: no such device, a depth below 1, means and stds that cannot be, `into` not on the
             device, or, from `next`, a batch that does not fit `into` or has nothing to normalise.
 
@@ -106,21 +107,22 @@ class DeviceLoader(Generic[T]):
         across_epochs: bool = False,
         poison: bool = False,
     ) -> None:
-        checks.check(loader, depth, transform, streams)
+        checks.check(loader, transform)
+        depth, streams = checks.depth_of(depth), checks.streams_of(streams)
         checks.check_across_epochs(loader, across_epochs=across_epochs)
         normalization = checks.normalization_of(normalize, image_dtype, channels_last=channels_last)
         self.device = resolve_device(device)
         self.loader = loader
         self._depth = depth
-        self._streams = tuple(streams)
+        self._streams = streams
         self._poison = poison
         self._across_epochs = across_epochs
         static = None if into is None else Into(into, self.device)
         self._finish = finishing(transform, normalization, static, channels_last=channels_last)
-        self._told = _told(
+        self._shown_options = _shown(
             channels_last=channels_last,
-            normalize=normalize,
-            image_dtype=None if normalize is None else image_dtype,
+            normalize=normalization and (normalization.mean, normalization.std),
+            image_dtype=normalization and image_dtype,
             transform=getattr(transform, "__name__", transform),
             into=None if into is None else "...",
             streams=len(self._streams),
@@ -178,7 +180,6 @@ class DeviceLoader(Generic[T]):
         """
         from torch.utils.data import DataLoader
 
-        resolve_device(device)  # before any dataset is touched
         checks.check_dataset(dataset)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
         n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
@@ -215,7 +216,7 @@ class DeviceLoader(Generic[T]):
             f"Use .loader.{name} if you mean that loader's own."
         )
 
-    def set_epoch(self, epoch: int, /) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Tell the epoch's number to whatever of the loader, its samplers and its dataset wants to know.
 
         The first of them that has a `set_epoch` is told; where none has, nothing happens, so the same script
@@ -233,8 +234,8 @@ class DeviceLoader(Generic[T]):
     def __repr__(self) -> str:
         """Tell what is wrapped, and how the latest pass went."""
         passed = f", {self.stats!r}" if self._n_passes else ""
-        name = type(self.loader).__name__
-        return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{self._told}{passed})"
+        wrapped_and_where = f"{type(self.loader).__name__}, device={str(self.device)!r}, depth={self._depth}"
+        return f"DeviceLoader({wrapped_and_where}{self._shown_options}{passed})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise uncopyable(
@@ -334,6 +335,6 @@ class DeviceLoader(Generic[T]):
         return feed
 
 
-def _told(**options: object) -> str:
+def _shown(**options: object) -> str:
     """Return those of the options that do something, as a `repr` goes on."""
     return "".join(f", {name}={value}" for name, value in options.items() if value)

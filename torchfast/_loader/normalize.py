@@ -20,6 +20,7 @@ class Normalization:
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, *, channels_last: bool
     ) -> None:
+        self.mean, self.std = tuple(mean), tuple(std)
         self.n_channels = len(mean)
         self._channels_last = channels_last
         means, stds = torch.tensor(mean, device="cpu"), torch.tensor(std, device="cpu")
@@ -62,7 +63,7 @@ def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.
         raise
     except RuntimeError as error:
         # Triton needs a C compiler, at the first launch.
-        _failed.append(error)
+        _failed.append(str(error))  # not the error, whose traceback holds the batch and what the loop has
         _launch.cache_clear()
         warnings.warn(
             f"Triton could not build the kernel that normalises images ({error}). They are normalised by "
@@ -74,7 +75,7 @@ def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.
     return True
 
 
-_failed: list[RuntimeError] = []
+_failed: list[str] = []
 
 
 @cache

@@ -71,7 +71,7 @@ class Group:
                 self.runs.append(Run(1, end_bytes, step_bytes, layout))
             end_bytes += step_bytes
         self.n_bytes = end_bytes
-        self.speakers = _firsts(indexes, layouts.__getitem__)
+        self.probes = _firsts(indexes, layouts.__getitem__)
         """The first leaf of each run: whether it is pinned decides for all of them."""
 
     @property
@@ -112,7 +112,7 @@ class Plan:
         "n_bytes",
         "n_late",
         "n_leaves",
-        "speakers",
+        "probes",
     )
 
     def __init__(self, leaves: Sequence[Any]) -> None:
@@ -126,10 +126,8 @@ class Plan:
         """Indexes of the leaves that travel by themselves."""
         self.loose = {index for index in self.large if not _is_dense(leaves[index])}
         """Those of them that must be made contiguous first."""
-        self.speakers = set(
-            _firsts(self.large, lambda index: index if index in self.loose else layouts[index])
-        )
-        """Those that are asked whether they are pinned; the ones behind them are alike, and as they are."""
+        self.probes = set(_firsts(self.large, lambda index: index if index in self.loose else layouts[index]))
+        """Those that are asked whether they are pinned; the ones behind each are alike, and as it is."""
         self.n_leaves = len(leaves)
         self.n_late = len(leaves) - len(layouts)
         """How many leaves move by their own `.to`, once they are asked for."""
@@ -139,7 +137,8 @@ class Plan:
         rows = self.groups[0].rows if len(self.groups) == 1 else None
         self._is_uniform = rows is not None
         packed = rows or Layout(torch.uint8, (packed_bytes,), (1,), packed_bytes)
-        self.molds: tuple[Layout, ...] = (*[packed] * bool(small), *(layouts[index] for index in self.large))
+        large = [layouts[index] for index in self.large]
+        self.molds: tuple[Layout, ...] = (packed, *large) if small else (*large,)
         """What is needed on the device: one for the packed leaves, if any, then one for each large leaf."""
 
     def packed_on(self, buffer: torch.Tensor, /) -> list[Sequence[torch.Tensor]]:

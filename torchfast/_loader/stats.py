@@ -34,10 +34,10 @@ class LoaderStats:
     """
 
     n_batches: int
-    """Batches handed out."""
+    """Batches handed out; on a GPU, those whose arrival it has passed."""
 
     n_bytes: int
-    """Bytes that were copied to the device for them."""
+    """Bytes that were copied to the device for all of them but the first, from which the times count."""
 
     elapsed_s: float
     """From the first batch to the latest, on the device's own clock where it has one."""

@@ -151,6 +151,7 @@ class Work:
         except StopIteration:
             return self._ended()
         except BaseException as error:  # noqa: BLE001 - as above
+            # It takes the place, and so the permit, of its batch.
             while (permit := self._permit()) is Sent:
                 pass
             return permit is not Stop and self._failed(error)
@@ -159,12 +160,16 @@ class Work:
         self.tally.load_s += self.permits.load_s
         self.loaded.append((batch, state))
         del batch, state
+        return self._send_or_leave()
+
+    def _send_or_leave(self) -> bool:
+        """Send the loaded batch by the next permit, unless the consumer does; say whether more may come."""
         permit = self._permit()
         while permit is not Stop:
             if permit is not Sent:
                 try:
                     batch, state = self.loaded.popleft()
-                except IndexError:
+                except IndexError:  # the consumer is sending it: the permit is for the next one
                     self._spare.append(permit)
                 else:
                     batch_and_permit = [batch, permit]

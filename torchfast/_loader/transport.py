@@ -19,7 +19,7 @@ The host memory that copies read is held until the device is past them, by `ship
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +176,9 @@ class CudaTransport:
 
     def _with_late_leaves(self, batch: Any) -> Any:
         """Move what moves by itself. What the loader itself put on the device, it allocated in the thread."""
-        users = [self._consumer] * (self._consumer != self._loading) + [*self._streams]
+        users = list(self._streams)
+        if self._consumer != self._loading:
+            users.append(self._consumer)
 
         def there(leaf: Any) -> Any:
             leaf = moved(leaf, self._device)
@@ -209,7 +211,7 @@ class CudaTransport:
     def send_here(self, batch: Any, blank: Blank | None) -> Parcel | None:
         """Send a batch from the consumer's thread; None for one that only the other thread may send."""
         began_s = time.perf_counter()
-        with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
+        with _outside_inference_mode():
             unpacked = self._unpacked(batch)
             if unpacked.plan.n_late:
                 return None
@@ -298,11 +300,12 @@ class CudaTransport:
             for group, copies in zip(plan.groups, plan.packed_on(targets[0]), strict=True):
                 self._copy_group(leaves, group, copies, shipment)
         pageable, is_pinned = [], False
-        for index, target in zip(plan.large, targets[bool(plan.groups) :], strict=True):
+        large_targets = targets[1:] if plan.groups else targets
+        for index, target in zip(plan.large, large_targets, strict=True):
             source = leaves[index].contiguous() if index in plan.loose else leaves[index]
             leaves[index] = target
             # A pageable leaf among others that are pinned is slow to copy, not wrong.
-            is_pinned = source.is_pinned() if index in plan.speakers else is_pinned
+            is_pinned = source.is_pinned() if index in plan.probes else is_pinned
             if is_pinned:
                 shipment.add(target, source)
             else:
@@ -318,7 +321,7 @@ class CudaTransport:
         self, leaves: list[Any], group: Group, copies: Sequence[torch.Tensor], shipment: Shipment
     ) -> None:
         originals = [leaves[index] for index in group.indexes]
-        if group.may_go_straight and all(leaves[index].is_pinned() for index in group.speakers):
+        if group.may_go_straight and all(leaves[index].is_pinned() for index in group.probes):
             shipment.add_group(copies, originals, group)
         elif group.n_bytes:
             self._staging.pack(group, originals, copies[0], shipment)
@@ -361,8 +364,7 @@ class CudaTransport:
 
     def _allocate(self, molds: tuple[Layout, ...]) -> Blank:
         """Allocate on the consumer's stream, which is current, and set the gate there."""
-        # Tensors made in inference mode could never be saved for a backward.
-        with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
+        with _outside_inference_mode():
             buffers = empty(molds, self._device)
         # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
         gate = torch.cuda.Event(enable_timing=True)
@@ -377,6 +379,11 @@ class CudaTransport:
             event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """Tensors made in that mode could never be saved for a backward."""
+    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
