@@ -1,14 +1,14 @@
 """Large pageable tensors on their way through pinned buffers: whole, side by side, in few calls."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.loader_transport import grow_unpinned
+from tests.loader_transport import computing_with, grow_unpinned
 from torchfast._loader import staging
 from torchfast._loader.plan import ALIGNMENT_BYTES
 from torchfast._loader.shared_memory import Dropper
@@ -35,19 +35,23 @@ class Sent(Shipment):
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let pieces be of 64 KiB, for a team of three, in memory that is not pinned."""
     monkeypatch.setattr(staging, "CHUNK_BYTES", PIECE_BYTES)
     monkeypatch.setattr(staging, "PAGE_BYTES", 512)
     monkeypatch.setattr(staging, "team_size", lambda _: 3)
     monkeypatch.setattr(PinnedBuffer, "grow", grow_unpinned)
+    with computing_with(3):
+        yield
 
 
 def staged(sources: Sequence[torch.Tensor], by: Staging | None = None) -> tuple[list[torch.Tensor], Sent]:
     """Stage some tensors; return what arrived."""
     sent = Sent()
     targets = [torch.full_like(source, 77) for source in sources]
-    (by or Staging(2, 0)).stage([*zip(sources, targets, strict=True)], sent)
+    by = by or Staging(2, 0)
+    by.begin()
+    by.stage([*zip(sources, targets, strict=True)], sent)
     return targets, sent
 
 

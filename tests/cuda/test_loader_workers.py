@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
-from tests.loader_transport import until
+from tests.loader_transport import computing_with, until
 from torchfast import DeviceLoader
 from torchfast._loader import staging, wrapped
 from torchfast._loader.shared_memory import mapped_again
@@ -153,15 +153,12 @@ class Threads(Dataset[torch.Tensor]):
 
 def test_a_loader_without_workers_computes_with_no_more_threads_than_the_loop() -> None:
     """Its sums come out as in the bare loop: the copying thread has the loop's number, or its share."""
-    n_threads = torch.get_num_threads()
-    try:
-        for n_allowed in (1, 3, 1000):
-            torch.set_num_threads(n_allowed)
+    for n_allowed in (1, 3, 1000):
+        with computing_with(n_allowed):
             loader = DeviceLoader(DataLoader(Threads(), batch_size=None), "cuda")
-            assert {int(n) for batch in loader for n in batch} == {min(n_allowed, team_size(0))}
+            for _ in range(2):
+                assert {int(n) for batch in loader for n in batch} == {min(n_allowed, team_size(0))}
             assert torch.get_num_threads() == n_allowed
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize("is_torchruns", [False, True])
@@ -179,11 +176,7 @@ def test_batches_of_workers_are_staged_by_a_team(
         seen.append(torch.get_num_threads())
 
     monkeypatch.setattr(staging.Staging, "stage", staged)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with computing_with(1):
         assert wrong_of(DeviceLoader(loader_with_workers(), "cuda")) == 0
         assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(n_threads)
     assert set(seen) == {team_size(2) if is_torchruns else 1}

@@ -21,9 +21,6 @@ MAX_TEAM = 16
 
 PAGE_BYTES = 4096
 
-SMALL_TEAM = 2
-"""Threads for tensors below 1 MiB: each of them wakes the whole team, and 16 take 1.5 times as long as 2."""
-
 
 class OfThread(threading.local):
     """What each thread has for itself: only one that enters has helpers.
@@ -39,10 +36,9 @@ class Staging:
 
     def __init__(self, depth: int, n_workers: int) -> None:
         self._ring = PinnedRing(max(8, depth + 2))
-        self._team_size = team_size(n_workers)
-        self._n_threads = self._usual_threads = 1
+        self._max_team = team_size(n_workers)
+        self._team = self._usual_threads = 1
         self._has_workers = n_workers > 0
-        self._has_staged_large = True
         self._dropper = Dropper()
         self._of_thread = OfThread()
 
@@ -55,14 +51,13 @@ class Staging:
         """Begin a pass, in the consumer's thread."""
         self._usual_threads = torch.get_num_threads()
         # Without workers the copying thread runs the loader's own code too, with no more threads than bare.
-        self._n_threads = chosen_threads() if self._has_workers else self._usual_threads
+        n_threads = chosen_threads() if self._has_workers else self._usual_threads
+        self._team = min(self._max_team, n_threads)
 
     def enter_thread(self) -> None:
         """Give the copying thread its team and its helpers."""
-        team = self._team_size if self._has_staged_large else min(SMALL_TEAM, self._team_size)
-        compute_with(min(team, self._n_threads))
-        n_helpers = min(self._team_size, self._n_threads)
-        self._of_thread.helpers = Helpers(n_helpers, usual_threads=self._usual_threads)
+        compute_with(self._team)
+        self._of_thread.helpers = Helpers(self._team, usual_threads=self._usual_threads)
 
     def leave_thread(self) -> None:
         """Let go of what the copying thread has beside it."""
@@ -81,9 +76,8 @@ class Staging:
 
     def stage(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], shipment: "Shipment") -> None:
         """Copy the large tensors of a batch piece by piece, one flying while the next is staged."""
-        self._has_staged_large = bool(pairs)
         left_bytes = sum(aligned(target.nbytes) for _, target in pairs)
-        pieces = Pieces(self._ring, self._team_size, left_bytes, shipment, self._dropper)
+        pieces = Pieces(self._ring, self._team, left_bytes, shipment, self._dropper)
         for source, target in pairs:
             again = mapped_again(source) if self._has_workers else None
             if again is None:
