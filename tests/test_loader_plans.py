@@ -31,6 +31,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "complex": lambda: torch.ones(4, 6, dtype=torch.complex64),
     "conjugate": lambda: torch.ones(4, 6, dtype=torch.complex64).conj(),
     "negative": lambda: torch._neg_view(torch.ones(4, 6)),
+    "without memory": lambda: torch._efficientzerotensor((4, 6)),
+    "of such a one": lambda: torch._efficientzerotensor((8, 6))[4:],
     "parameter": lambda: torch.nn.Parameter(torch.ones(4, 6)),
     "in a graph": lambda: torch.ones(4, 6, requires_grad=True) * 1,
     "sparse": lambda: torch.ones(4, 6).to_sparse(),
@@ -52,6 +54,7 @@ def layouts(leaves: list[Any]) -> list[Any]:
             or leaf.requires_grad
             or leaf.is_conj()
             or leaf.is_neg()
+            or leaf._is_zerotensor()
             or leaf.device.type != "cpu"
         )
         layouts.append(None if moves_itself else (leaf.dtype, tuple(leaf.shape), leaf.stride()))

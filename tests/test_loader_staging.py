@@ -1,19 +1,22 @@
 """Large pageable tensors on their way through pinned buffers: whole, side by side, in few calls."""
 
+import ctypes
 import itertools
+import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.loader_transport import computing_with, grow_unpinned
-from torchfast._loader import staging
-from torchfast._loader.plan import ALIGNMENT_BYTES
-from torchfast._loader.shared_memory import Dropper
+from torchfast._loader import shipment, staging
+from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, bytes_of
+from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
-from torchfast._loader.staging import PinnedBuffer, PinnedRing, Staging
+from torchfast._loader.staging import PAGE_BYTES, PinnedBuffer, PinnedRing, Staging
 
 KIB = 1024
 PIECE_BYTES = 64 * KIB
@@ -103,7 +106,7 @@ def test_tensors_in_a_piece_begin_where_a_member_of_the_team_may() -> None:
     """Each begins at a multiple of 512 bytes, and what a team of three copies is a multiple of its pages."""
     sources = tensors([10_001, 20_000, 5])
     sent = Sent()
-    pieces = staging.Pieces(PinnedRing(2), 3, PIECE_BYTES, sent, Dropper())
+    pieces = staging.Pieces(PinnedRing(2), PIECE_BYTES, 3, sent, Dropper())
     for source in sources:
         pieces.add(source, torch.empty_like(source))
     assert [staged.storage_offset() % ALIGNMENT_BYTES for staged in pieces._staged[::2]] == [0] * 3
@@ -118,31 +121,61 @@ def test_buffers_are_no_larger_than_needed(kib: list[int], buffer_kib: int) -> N
     assert max(buffer.memory.nbytes for buffer in by._ring._buffers) == buffer_kib * KIB
 
 
-def test_zeros_without_memory_are_staged() -> None:
-    """Autograd's tensors of zeros have no memory that could be read."""
-    zeros = torch._efficientzerotensor((30, 1000))
-    assert zeros.data_ptr() == 0
-    (arrived, after), _ = staged([zeros, torch.ones(5000)])
-    assert torch.equal(arrived, torch.zeros(30, 1000))
-    assert torch.equal(after, torch.ones(5000))
-
-
 def test_mapped_memory_is_dropped_once_it_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when it is added, nor with the batch: as soon as the last piece that it is in has been copied."""
-    dropped = list[int]()
+    """Not when it is added, nor with the batch: as soon as the last piece that it is in has been copied.
+
+    Nothing else holds it then: the last reference is the dropper's.
+    """
+    dropped = list[tuple[int, int, int]]()
     sent = Sent()
-    monkeypatch.setattr(
-        Dropper, "take", lambda _, memory: dropped.append(memory[0] * 10 + len(sent.n_copies))
-    )
-    views = [memoryview(bytearray([number]) * n) for number, n in ((1, 20 * KIB), (2, 100 * KIB), (3, KIB))]
-    targets = [torch.empty(len(view), dtype=torch.uint8) for view in views]
-    pieces = staging.Pieces(PinnedRing(8), 3, 122 * KIB, sent, Dropper())
-    for view, target in zip(views, targets, strict=True):
-        pieces.add_mapped(view, target)
-    assert dropped == [11]
+
+    def take(_: Dropper, memory: memoryview) -> None:
+        dropped.append((memory[0], len(sent.n_copies), sys.getrefcount(memory)))
+
+    monkeypatch.setattr(Dropper, "take", take)
+    pieces = staging.Pieces(PinnedRing(8), PIECE_BYTES, 3, sent, Dropper())
+    targets = [torch.empty(n * KIB, dtype=torch.uint8) for n in (20, 100, 1)]
+    for number, target in enumerate(targets, 1):
+        pieces.add_mapped(memoryview(bytearray([number]) * target.nbytes), target)
+    assert [found[:2] for found in dropped] == [(1, 1)]
     pieces.send()
-    assert dropped == [11, 23, 33]
+    assert [found[:2] for found in dropped] == [(1, 1), (2, 3), (3, 3)]
+    assert {n_references for *_, n_references in dropped} == {references_of_an_argument()}
     assert [int(target.unique()) for target in targets] == [1, 2, 3]
+
+
+def references_of_an_argument() -> int:
+    """Return how many references there are to what a function is given, and nobody else holds."""
+
+    def take(_: None, memory: memoryview) -> int:
+        return sys.getrefcount(memory)
+
+    return take(None, deque([memoryview(b"")]).popleft())
+
+
+def test_memory_of_workers_is_mapped_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of workers is read through a second mapping; without workers nothing is worth one."""
+    mapped = itertools.count()
+    monkeypatch.setattr(staging, "mapped_again", lambda tensor: (next(mapped), mapped_again(tensor))[1])
+    sources = [source.share_memory_() for source in tensors([20 * KIB, 70 * KIB])]
+    for n_workers in (0, 1):
+        targets, _ = staged(sources, Staging(2, n_workers))
+        assert all(map(torch.equal, targets, sources))
+    assert next(mapped) == 2
+
+
+@pytest.mark.parametrize("team", [*range(1, 17), 64])
+def test_pieces_of_any_team_are_as_long_as_buffers_allow(team: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor beyond 16 MiB takes two pieces, whatever number of threads has to divide them."""
+    monkeypatch.setattr(staging, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(staging, "PAGE_BYTES", PAGE_BYTES)
+    source, sent = torch.arange(CHUNK_BYTES // 4 + 300_000, dtype=torch.int32), Sent()
+    target = torch.zeros_like(source)
+    pieces = staging.Pieces(PinnedRing(2), CHUNK_BYTES, team, sent, Dropper())
+    pieces.add(bytes_of(source), bytes_of(target))
+    pieces.send()
+    assert sent.n_copies == [1, 1]
+    assert torch.equal(target, source)
 
 
 def test_a_copy_that_fails_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +194,73 @@ def test_a_copy_that_fails_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent.n_copies == []
     assert all(bool((target == 77).all()) for target in targets)
     assert all(map(torch.equal, staged(sources, by)[0], sources))
+
+
+class LateStream:
+    """A stream whose copies are made when it is told to, or somebody waits for them."""
+
+    cuda_stream = 0
+
+    def __init__(self) -> None:
+        self._copies = deque[tuple[int, int, int]]()
+        self.n_enqueued = self.n_done = 0
+
+    def enqueue(self, targets: list[int], sources: list[int], sizes_bytes: list[int], _: int) -> bool:
+        """Take copies as the driver does."""
+        self._copies += zip(targets, sources, sizes_bytes, strict=True)
+        self.n_enqueued += len(targets)
+        return True
+
+    def go_on_to(self, n_done: int) -> None:
+        """Make copies until so many have been made in all."""
+        while self.n_done < min(n_done, self.n_enqueued):
+            ctypes.memmove(*self._copies.popleft())
+            self.n_done += 1
+
+
+class LateEvent:
+    """A point in such a stream."""
+
+    def __init__(self, stream: LateStream) -> None:
+        self._stream, self._at = stream, 0
+
+    def record(self, _: object) -> None:
+        """Take what was enqueued so far."""
+        self._at = self._stream.n_enqueued
+
+    def query(self) -> bool:
+        """Say whether the stream got there."""
+        return self._stream.n_done >= self._at
+
+    def synchronize(self) -> None:
+        """Let the stream get there."""
+        self._stream.go_on_to(self._at)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(batches=[([PIECE_BYTES], 0)] * 20)
+@example(batches=[([20 * KIB] * 7, 1)] * 9)
+@given(
+    batches=st.lists(
+        st.tuples(st.lists(st.integers(1, 2 * PIECE_BYTES), max_size=5), st.integers(0, 5)), max_size=12
+    )
+)
+def test_however_late_the_device_is_it_reads_what_was_staged(batches: list[tuple[list[int], int]]) -> None:
+    """No buffer is filled anew before its last copy has been read, though the loader's memory is at once."""
+    stream, by = LateStream(), Staging(2, 0)
+    arrived = list[tuple[torch.Tensor, torch.Tensor]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Event", lambda **_: LateEvent(stream))
+        patch.setattr(shipment, "_being_read", type(shipment._being_read)())
+        patch.setattr(shipment, "batched_copy", lambda: stream.enqueue)
+        for sizes_bytes, n_done in batches:
+            sources = tensors(sizes_bytes)
+            targets = [torch.empty_like(source) for source in sources]
+            one = Shipment(stream, lambda _: LateEvent(stream))  # type: ignore[arg-type, return-value]  # of the imagination
+            by.stage([*zip(sources, targets, strict=True)], one)
+            arrived += [(target, source.clone()) for target, source in zip(targets, sources, strict=True)]
+            for source in sources:
+                source.fill_(77)
+            stream.go_on_to(stream.n_done + n_done)
+        stream.go_on_to(stream.n_enqueued)
+    assert all(torch.equal(target, source) for target, source in arrived)

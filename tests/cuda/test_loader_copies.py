@@ -153,29 +153,13 @@ def test_the_current_stream_is_found_with_and_without_the_private_call(
 
 @pytest.mark.parametrize("length", [100, 10_000], ids=["packed", "by itself"])
 def test_zeros_without_memory_arrive(length: int) -> None:
-    """A tensor of zeros that has no memory, as autograd makes, arrives as zeros."""
+    """A tensor of zeros that has no memory, as autograd makes, arrives as zeros; so does a part of one."""
     zeros = torch._efficientzerotensor((300, length))
-    (batch,) = DeviceLoader([[zeros, torch.ones(3)]], "cuda")
-    assert torch.equal(batch[0], torch.zeros(300, length, device="cuda"))
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (), (0, 2), (1 << 20,)])
-def test_memory_is_allocated_with_and_without_the_private_call(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tensor is of the shape, strides, type and device asked for, whatever device is current."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    assert hasattr(torch._C._dynamo.guards, "_empty_strided_cuda"), "gone: each next takes longer"
-    stride = torch.empty(shape, device="meta").stride()
-    made = [driver.allocating(device)(shape, stride, torch.bfloat16)]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "current_device", lambda: 77)
-        made.append(driver.allocating(device)(shape, stride, torch.bfloat16))
-    monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cuda")
-    made.append(driver.allocating(device)(shape, stride, torch.bfloat16))
-    for tensor in made:
-        assert (tensor.shape, tensor.stride(), tensor.dtype) == (shape, stride, torch.bfloat16)
-        assert (tensor.device, tensor.requires_grad, tensor._version) == (device, False, 0)
+    alike = torch.zeros(300, length).pin_memory()
+    for leaves in ([zeros, torch.ones(3)], [zeros[100:]], [alike, zeros], [alike[100:], zeros[100:]]):
+        (batch,) = DeviceLoader([leaves], "cuda")
+        for leaf, original in zip(batch, leaves, strict=True):
+            assert torch.equal(leaf, torch.full(original.shape, float(original.numel() == 3), device="cuda"))
 
 
 def test_a_pass_that_is_over_holds_nothing_of_its_source() -> None:

@@ -5,13 +5,12 @@ their own: who keeps the labels of every batch must not keep its images too.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._loader.driver import allocating
 
 PACK_BELOW_BYTES = MIB
 """Leaves smaller than this share one allocation on the device, and one transfer if they are staged."""
@@ -181,14 +180,15 @@ def _firsts(indexes: Sequence[int], key: Callable[[int], Any]) -> list[int]:
 def is_plain(leaf: Any, /) -> bool:
     """Say whether a leaf is an ordinary host tensor: bytes and strides, and nothing else to it.
 
-    Everything else (subclasses, sparse, nested and quantized tensors, tensors in an autograd graph) moves by
-    its own `.to`, which alone knows how.
+    Everything else (subclasses, sparse, nested and quantized tensors, tensors in an autograd graph, its zeros
+    without memory) moves by its own `.to`, which alone knows how.
     """
     return (
         type(leaf) is _TENSOR
         and leaf.is_cpu
         and leaf.layout is _STRIDED
-        and not (leaf.requires_grad or leaf.is_nested or leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
+        and not (leaf.requires_grad or leaf.is_nested or leaf.is_quantized)
+        and not (leaf.is_conj() or leaf.is_neg() or leaf._is_zerotensor())
     )
 
 
@@ -211,7 +211,7 @@ def _is_dense(leaf: torch.Tensor) -> bool:
 def _arrival(leaf: torch.Tensor) -> Layout:
     """Keep the strides of dense tensors, as `.to` does; others become contiguous."""
     stride = leaf.stride() if _is_dense(leaf) else torch.empty(leaf.shape, device="meta").stride()
-    return Layout(leaf.dtype, tuple(leaf.shape), stride, leaf.numel() * leaf.element_size())
+    return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())
 
 
 def separated(stacked: torch.Tensor, /) -> Sequence[torch.Tensor]:
@@ -227,18 +227,14 @@ def separated(stacked: torch.Tensor, /) -> Sequence[torch.Tensor]:
         return stacked.unbind()
 
 
-def empty(layouts: Iterable[Layout], device: torch.device, /) -> list[torch.Tensor]:
-    """Return memory of each layout, with nothing in it."""
+def empty(layout: Layout, device: torch.device, /) -> torch.Tensor:
+    """Return memory of a layout, with nothing in it."""
+    dtype, shape, stride, n_bytes = layout
     if not torch.are_deterministic_algorithms_enabled():
-        make = allocating(device)
-        return [make(shape, stride, dtype) for dtype, shape, stride, _ in layouts]
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     # PyTorch would fill it: a kernel for memory that the copy fills anyway.
-    return [
-        torch.empty(0, dtype=dtype, device=device).set_(
-            torch.UntypedStorage(n_bytes, device=device), 0, shape, stride
-        )
-        for dtype, shape, stride, n_bytes in layouts
-    ]
+    storage = torch.UntypedStorage(n_bytes, device=device)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
 
 def tensor_on(buffer: torch.Tensor, layout: Layout, /) -> torch.Tensor:

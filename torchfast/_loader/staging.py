@@ -76,13 +76,14 @@ class Staging:
 
     def stage(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], shipment: "Shipment") -> None:
         """Copy the large tensors of a batch piece by piece, one flying while the next is staged."""
-        left_bytes = sum(aligned(target.nbytes) for _, target in pairs)
-        pieces = Pieces(self._ring, self._team, left_bytes, shipment, self._dropper)
+        if not pairs:
+            return
+        n_bytes = sum(aligned(target.nbytes) for _, target in pairs)
+        pieces = Pieces(self._ring, min(n_bytes, CHUNK_BYTES), self._team, shipment, self._dropper)
         for source, target in pairs:
             again = mapped_again(source) if self._has_workers else None
             if again is None:
-                # What autograd makes of zeros has no memory to read; a clone has.
-                pieces.add(bytes_of(source if source.data_ptr() else source.clone()), bytes_of(target))
+                pieces.add(bytes_of(source), bytes_of(target))
             else:
                 pieces.add_mapped(again, bytes_of(target))
         pieces.send()
@@ -96,17 +97,19 @@ class Pieces:
     """
 
     def __init__(
-        self, ring: "PinnedRing", team: int, left_bytes: int, shipment: "Shipment", dropper: Dropper
+        self, ring: "PinnedRing", n_bytes: int, team: int, shipment: "Shipment", dropper: Dropper
     ) -> None:
         self._ring = ring
+        self._n_bytes = n_bytes
         self._even_bytes = team * PAGE_BYTES
-        self._left_bytes = left_bytes
         self._shipment = shipment
         self._dropper = dropper
         self._buffer = PinnedBuffer()
-        self._filled_bytes = 0
+        self._filled_bytes = n_bytes
         self._staged: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
+        self._targets: list[tuple[torch.Tensor, int]] = []
+        """The bytes of the device that the parts go to, and where in the buffer each begins."""
         self._mapped: deque[memoryview] = deque()
 
     def add(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -114,9 +117,9 @@ class Pieces:
         max_bytes = CHUNK_BYTES // self._even_bytes * self._even_bytes
         for start_bytes in range(0, source.nbytes, max_bytes):
             part = source[start_bytes : start_bytes + max_bytes]
-            if self._filled_bytes + part.nbytes > self._buffer.memory.nbytes:
+            if self._filled_bytes + part.nbytes > self._n_bytes:
                 self.send()
-                self._buffer = self._ring.take(min(CHUNK_BYTES, self._left_bytes))
+                self._buffer = self._ring.take(self._n_bytes)
                 self._filled_bytes = 0
             self._add_part(part, target[start_bytes : start_bytes + max_bytes])
 
@@ -127,10 +130,13 @@ class Pieces:
 
     def send(self) -> None:
         """Copy what was added, and enqueue its transfer."""
-        if self._staged:
-            torch._foreach_copy_(self._staged, self._sources)
-            self._staged, self._sources = [], []
+        if not self._targets:
+            return
+        torch._foreach_copy_(self._staged, self._sources)
+        for target, offset_bytes in self._targets:
+            self._shipment.add_staged(target, self._buffer, offset_bytes)
         self._shipment.enqueue()
+        self._staged, self._sources, self._targets = [], [], []
         while self._mapped:
             self._dropper.take(self._mapped.popleft())
 
@@ -141,9 +147,8 @@ class Pieces:
         for part in (slice(even_bytes), slice(even_bytes, None)):
             self._staged.append(staged[part])
             self._sources.append(source[part])
-        self._shipment.add_staged(target, self._buffer, self._filled_bytes)
+        self._targets.append((target, self._filled_bytes))
         self._filled_bytes += aligned(source.nbytes)
-        self._left_bytes -= aligned(source.nbytes)
 
 
 class PinnedBuffer:

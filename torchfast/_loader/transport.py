@@ -365,7 +365,7 @@ class CudaTransport:
     def _allocate(self, molds: tuple[Layout, ...]) -> Blank:
         """Allocate on the consumer's stream, which is current, and set the gate there."""
         with _outside_inference_mode():
-            buffers = empty(molds, self._device)
+            buffers = [empty(mold, self._device) for mold in molds]
         # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
         gate = torch.cuda.Event(enable_timing=True)
         gate.record(self._consumer)
