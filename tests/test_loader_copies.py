@@ -74,7 +74,7 @@ def ship(device: Device, sources: list[torch.Tensor], buffers: list[PinnedBuffer
     for source in sources:
         one.add(torch.empty_like(source), source)
     for buffer in buffers:
-        one.add_staged(torch.empty(4, dtype=torch.uint8), buffer)
+        one.add_staged(torch.empty(4, dtype=torch.uint8), buffer.memory[:4], buffer)
     one.enqueue()
 
 

@@ -104,13 +104,13 @@ def test_what_fits_a_piece_travels_together(
 
 def test_tensors_in_a_piece_begin_where_a_member_of_the_team_may() -> None:
     """Each begins at a multiple of 512 bytes, and what a team of three copies is a multiple of its pages."""
-    sources = tensors([10_001, 20_000, 5])
+    sources = tensors([10_001, 20_000, 5, 1_536])
     sent = Sent()
     pieces = staging.Pieces(PinnedRing(2), PIECE_BYTES, 3, sent, Dropper())
     for source in sources:
         pieces.add(source, torch.empty_like(source))
-    assert [staged.storage_offset() % ALIGNMENT_BYTES for staged in pieces._staged[::2]] == [0] * 3
-    assert [staged.nbytes for staged in pieces._staged] == [9_216, 785, 19_968, 32, 0, 5]
+    assert [staged.storage_offset() % ALIGNMENT_BYTES for _, staged in pieces._parts] == [0] * 4
+    assert [staged.nbytes for staged in pieces._staged] == [9_216, 785, 19_968, 32, 0, 5, 1_536]
 
 
 @pytest.mark.parametrize(("kib", "buffer_kib"), [([10], 10), ([10, 20], 30), ([20] * 8, 64)])

@@ -62,11 +62,11 @@ class Shipment:
         self._sizes_bytes += group.sizes_bytes
         self.reads_directly = True
 
-    def add_staged(self, target: torch.Tensor, buffer: PinnedBuffer, offset_bytes: int = 0, /) -> None:
-        """Add a copy of as many bytes as the target has, from somewhere in a staging buffer."""
-        self._add(target, buffer.memory[offset_bytes : offset_bytes + target.nbytes])
+    def add_staged(self, target: torch.Tensor, staged: torch.Tensor, buffer: PinnedBuffer) -> None:
+        """Add a copy of bytes that lie in a staging buffer."""
+        self._add(target, staged)
         self._staged.add(buffer)
-        self.staged_bytes += target.nbytes
+        self.staged_bytes += staged.nbytes
 
     def _add(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._targets.append(target)
