@@ -120,7 +120,7 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
         epoch, _, feed = open_feed(range(N_BATCHES), depth, turns=turns)
         n_ahead: list[int] = []
         batches = taken(
-            interrupt, epoch, lambda: n_ahead.append(sum(not one.is_end for one in feed._work.ready))
+            interrupt, epoch, lambda: n_ahead.append(sum(not one.is_end for one in list(feed._work.ready)))
         )
         assert max(n_ahead) <= depth
         return batches
