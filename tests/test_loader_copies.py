@@ -127,8 +127,10 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
     plan = Plan(leaves)
     if not plan.groups:
         return
-    buffer = torch.empty(plan.molds[0].n_bytes, dtype=torch.uint8)
-    target = buffer if plan.molds[0].dtype is torch.uint8 else tensor_on(buffer, plan.molds[0])
+    buffer = torch.empty(plan.buffer_layouts[0].n_bytes, dtype=torch.uint8)
+    target = (
+        buffer if plan.buffer_layouts[0].dtype is torch.uint8 else tensor_on(buffer, plan.buffer_layouts[0])
+    )
     one: Any = Shipment(Stream(), lambda _: None)  # type: ignore[arg-type, return-value]  # of the imagination
     for group, copies in zip(plan.groups, plan.packed_on(target), strict=True):
         if group.may_go_straight:

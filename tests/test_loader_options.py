@@ -307,7 +307,7 @@ def test_packed_leaves_arrive_whole(data: st.DataObject) -> None:
             leaf.transpose(0, -1)[..., ::2] if len(shape) > 1 and data.draw(st.booleans()) else leaf
         )
     plan = Plans().plan(leaves)
-    copies = list(itertools.chain(*plan.packed_on(empty(plan.molds[0], torch.device("cpu")))))
+    copies = list(itertools.chain(*plan.packed_on(empty(plan.buffer_layouts[0], torch.device("cpu")))))
     places = [index for group in plan.groups for index in group.indexes]
     assert sorted(places) == list(range(len(leaves)))
     for index, copy in zip(places, copies, strict=True):

@@ -104,10 +104,10 @@ class Plan:
 
     __slots__ = (
         "_is_uniform",
+        "buffer_layouts",
         "groups",
         "large",
         "loose",
-        "molds",
         "n_bytes",
         "n_late",
         "n_leaves",
@@ -137,11 +137,11 @@ class Plan:
         self._is_uniform = rows is not None
         packed = rows or Layout(torch.uint8, (packed_bytes,), (1,), packed_bytes)
         large = [layouts[index] for index in self.large]
-        self.molds: tuple[Layout, ...] = (packed, *large) if small else (*large,)
+        self.buffer_layouts: tuple[Layout, ...] = (packed, *large) if small else (*large,)
         """What is needed on the device: one for the packed leaves, if any, then one for each large leaf."""
 
     def packed_on(self, buffer: torch.Tensor, /) -> list[Sequence[torch.Tensor]]:
-        """Return the tensors of each group, on a tensor of the first mold."""
+        """Return the tensors of each group, on a tensor of the first of `buffer_layouts`."""
         if self._is_uniform:
             return [separated(buffer)]
         return [group.tensors_on(buffer, group.offset_bytes) for group in self.groups]

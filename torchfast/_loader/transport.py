@@ -42,7 +42,7 @@ HERE_FROM_LEAVES = 16
 class Blank(NamedTuple):
     """Device memory for a batch to come, free as soon as the gate is passed."""
 
-    molds: tuple[Layout, ...]
+    layouts: tuple[Layout, ...]
     buffers: list[torch.Tensor]
     stream: torch.cuda.Stream
     gate: torch.cuda.Event
@@ -261,7 +261,7 @@ class CudaTransport:
             ready.append(torch.cuda.current_stream(self._device).record_event())
         elif not leaves and self._pins:
             batch = pinned(batch)  # an object of the user's own that is all of the batch
-        if not plan.molds:
+        if not plan.buffer_layouts:
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
             blank = self._fitting(blank, plan)
@@ -293,8 +293,8 @@ class CudaTransport:
         self._copy_stream.wait_event(blank.gate)
         shipment = Shipment(self._copy_stream, self._mark)
         targets = [
-            buffer if mold == wanted else tensor_on(buffer, wanted)
-            for buffer, mold, wanted in zip(blank.buffers, blank.molds, plan.molds, strict=True)
+            buffer if layout == wanted else tensor_on(buffer, wanted)
+            for buffer, layout, wanted in zip(blank.buffers, blank.layouts, plan.buffer_layouts, strict=True)
         ]
         if plan.groups:
             for group, copies in zip(plan.groups, plan.packed_on(targets[0]), strict=True):
@@ -330,10 +330,10 @@ class CudaTransport:
 
     def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
         self._expect(plan)
-        wanted = plan.molds
-        if blank is not None and len(blank.molds) == len(wanted):
-            pairs = zip(blank.molds, wanted, strict=True)
-            if blank.molds is wanted or all(mold.n_bytes >= want.n_bytes for mold, want in pairs):
+        wanted = plan.buffer_layouts
+        if blank is not None and len(blank.layouts) == len(wanted):
+            pairs = zip(blank.layouts, wanted, strict=True)
+            if blank.layouts is wanted or all(layout.n_bytes >= want.n_bytes for layout, want in pairs):
                 return blank
         with torch.cuda.stream(self._consumer):
             return self._allocate(wanted)
@@ -343,11 +343,13 @@ class CudaTransport:
         recent = self._recent
         recent.append(plan)
         if recent.count(plan) == len(recent):
-            self._expected = plan.molds
+            self._expected = plan.buffer_layouts
             return
-        alike = [other.molds for other in recent if len(other.molds) == len(plan.molds)]
+        alike = [
+            other.buffer_layouts for other in recent if len(other.buffer_layouts) == len(plan.buffer_layouts)
+        ]
         self._expected = tuple(
-            max(molds, key=lambda mold: mold.n_bytes) for molds in zip(*alike, strict=True)
+            max(layouts, key=lambda layout: layout.n_bytes) for layouts in zip(*alike, strict=True)
         )
 
     # In either.
@@ -362,14 +364,14 @@ class CudaTransport:
             stream.wait_stream(self._copy_stream)
         let_go_of_what_was_read()
 
-    def _allocate(self, molds: tuple[Layout, ...]) -> Blank:
+    def _allocate(self, layouts: tuple[Layout, ...]) -> Blank:
         """Allocate on the consumer's stream, which is current, and set the gate there."""
         with _outside_inference_mode():
-            buffers = [empty(mold, self._device) for mold in molds]
+            buffers = [empty(layout, self._device) for layout in layouts]
         # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
         gate = torch.cuda.Event(enable_timing=True)
         gate.record(self._consumer)
-        return Blank(molds, buffers, self._consumer, gate)
+        return Blank(layouts, buffers, self._consumer, gate)
 
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """Record an event that is waited for, if at all, before it is read: one that is idle, if there is."""
