@@ -20,7 +20,7 @@ from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
-from torchfast._loader.thread import Arrival, Stop, no_state
+from torchfast._loader.thread import Arrival, Stop, Work, no_state
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
@@ -56,7 +56,41 @@ def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> N
     assert not feed._thread.is_alive()
 
 
-def test_the_collector_may_end_a_pass_in_the_thread_that_feeds_it() -> None:
+@pytest.mark.parametrize("moment", ["enter_thread", "step", "leave_thread", "run"])
+def test_the_collector_may_end_a_pass_in_any_thread(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass is not waited for where its last reference goes: its own thread may be waiting for that one.
+
+    Here a loader goes through a second one, and the first pass is dropped as the thread of the second starts,
+    loads, and ends.
+    """
+    owner = Work if moment in ("step", "run") else HostTransport
+    dropped_in, original = list[str](), getattr(owner, moment)
+
+    def drop_first(self: Any) -> Any:
+        if held and threading.current_thread() is not outer_feed._thread:
+            held.clear()
+            dropped_in.append(threading.current_thread().name)
+        return original(self)
+
+    is_held = threading.Event()
+
+    def through_another() -> Iterator[int]:
+        is_held.wait()
+        inner, _, _ = open_feed(range(3))
+        yield from inner
+
+    outer, _, outer_feed = open_feed(through_another())
+    held = [outer]
+    del outer
+    monkeypatch.setattr(owner, moment, drop_first)
+    is_held.set()
+    outer_feed._thread.join(30)
+    assert not outer_feed._thread.is_alive()
+    assert dropped_in == ["torchfast-loader"]
+    until(lambda: copying_threads() == 0)
+
+
+def test_a_loaders_own_code_may_close_the_pass_that_it_feeds() -> None:
     """Where a loader is fed by another, the inner thread does not wait for the outer, which waits for it."""
     inner_may_go_on = threading.Event()
     feeds = list[ThreadedFeed]()
@@ -64,7 +98,7 @@ def test_the_collector_may_end_a_pass_in_the_thread_that_feeds_it() -> None:
     def inner() -> Iterator[int]:
         yield 0
         inner_may_go_on.wait()
-        feeds[1].close()  # as the collector would, if nobody held the outer pass; the inner one is held by it
+        feeds[1].close()
         yield 1
 
     first, _, inner_feed = open_feed(inner())
@@ -358,7 +392,7 @@ def test_what_fails_while_a_dropped_pass_is_closed_is_told(
         raise RuntimeError(text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "close", close)
+        patch.setattr(feed, "abandon", close)
         del epoch
         gc.collect()
     feed.close()

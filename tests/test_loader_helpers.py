@@ -22,7 +22,8 @@ from tests.loader_transport import (
     number_of_a_new_thread,
     until,
 )
-from torchfast._loader import helpers, staging
+from torchfast._loader import staging
+from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.helpers import Helpers, Share
 from torchfast._loader.plan import Plan
@@ -315,17 +316,16 @@ class HelpedTransport(HostTransport):
 
 
 def test_the_collector_may_end_a_pass_in_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A close in the thread that the copying thread waits for does not wait for that: both would hang."""
-    closed_in = list[int]()
-    share_copied = Share.copied
+    """The copying thread waits for a helper: where the last reference goes in one, it is not waited for."""
+    dropped_in, share_copied = list[int](), Share.copied
 
-    def close_and_copy(share: Share) -> BaseException | None:
-        if helpers.helped_thread() == feed._thread.ident and not closed_in:
-            feed.close()
-            closed_in.append(threading.get_ident())
+    def drop_and_copy(share: Share) -> BaseException | None:
+        if held:
+            held.clear()
+            dropped_in.append(threading.get_ident())
         return share_copied(share)
 
-    monkeypatch.setattr(Share, "copied", close_and_copy)
+    monkeypatch.setattr(Share, "copied", drop_and_copy)
     is_made = threading.Event()
 
     def source() -> Iterator[int]:
@@ -333,9 +333,10 @@ def test_the_collector_may_end_a_pass_in_a_helper(monkeypatch: pytest.MonkeyPatc
         yield from range(3)
 
     feed = ThreadedFeed(iter(source()), HelpedTransport(), Tally(), depth=2, snapshot=no_state)
+    held = [Epoch[int](feed, None, owner=None)]
     is_made.set()
     assert feed._work.left.wait(30)
-    assert closed_in
-    assert closed_in != [feed._thread.ident]
+    assert len(dropped_in) == 1
+    assert dropped_in[0] not in (feed._thread.ident, threading.get_ident())
     feed.close()
     assert not feed._thread.is_alive()

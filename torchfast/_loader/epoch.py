@@ -34,6 +34,9 @@ class Feed(Protocol):
     def close(self) -> None:
         """Stop, and let go of everything; once is enough, more does no harm."""
 
+    def abandon(self) -> None:
+        """Do the same in whatever thread the last reference has gone, without waiting for another."""
+
     def release_memory(self) -> None:
         """Let go of device memory that is held ahead of use, without losing a batch."""
 
@@ -122,7 +125,7 @@ class Epoch(Iterator[T]):
         # A constructor that failed leaves no state behind; what is over or closed may outlive the driver.
         if getattr(self, "_state", "over") != "over":
             try:
-                self._feed.close()
+                self._feed.abandon()
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):  # one that died is told of where its batch is taken
                     raise
@@ -203,6 +206,8 @@ class InlineFeed:
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""
         self._source = iter(())
+
+    abandon = close
 
     def release_memory(self) -> None:
         """Nothing is held ahead of use."""

@@ -196,12 +196,24 @@ class ThreadedFeed:
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything. Where it cannot, the next close does."""
+        # Not for a thread that waits for this one: where the loader's own code closes the pass.
+        self._end(waits=self._thread.ident not in served_threads())
+
+    def abandon(self) -> None:
+        """End the thread, and wait for it in the one that takes the batches.
+
+        The collector runs in any thread, and the copying thread may be waiting for that: for a helper, or one
+        that feeds it, as these start, copy or end.
+        """
+        self._end(waits=threading.get_ident() == self._work.consumer)
+
+    def _end(self, *, waits: bool) -> None:
         if self._is_closed or os.getpid() != self._process:
             return
         self.is_between_passes = has_waited = False
         try:
             self._tell_to_stop()
-            has_waited = self._wait_for_thread()
+            has_waited = waits and self._wait_for_thread()
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
@@ -217,11 +229,7 @@ class ThreadedFeed:
     def __del__(self) -> None:
         # The loader is gone while its next pass loads; or an interrupt came before anybody held this.
         if not getattr(self, "_is_closed", True):
-            self.close()
-
-    def _is_served_here(self) -> bool:
-        """Say whether the copying thread is this one, or may wait for it: the collector runs anywhere."""
-        return self._thread.ident in served_threads()
+            self.abandon()
 
     def _tell_to_stop(self) -> None:
         self._work.stopped = True
@@ -229,11 +237,9 @@ class ThreadedFeed:
         self._work.permits.hurry()
 
     def _wait_for_thread(self) -> bool:
-        """Say whether that could be done: not in a thread for which that one may wait itself."""
+        """Wait, and say that the thread has ended, unless patience did."""
         if self._thread.ident is None:
             return True
-        if self._is_served_here():
-            return False
         patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
         told: list[RuntimeError] = []
         while True:

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from torchfast._loader.flag import Flag
-from torchfast._loader.helpers import helped_thread
 from torchfast._loader.modes import Modes
 from torchfast._loader.permits import Permits
 from torchfast._loader.stats import Tally
@@ -271,14 +270,11 @@ _at_work: dict[int, Work] = {}
 
 
 def served_threads() -> list[int]:
-    """Return the calling thread and those that may wait for it.
+    """Return the calling thread and those that may wait for it: whoever takes its batches, and so on.
 
-    That is the thread that it helps, or that took its last batch, and where a loader is fed by another, the
-    thread that took that one's.
+    There are several where a loader is fed by another.
     """
     served = [threading.get_ident()]
-    if helped_thread():
-        served.append(helped_thread())
     while (work := _at_work.get(served[-1])) is not None and work.consumer not in served:
         served.append(work.consumer)
     return served
