@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.loader_transport import HostTransport, copying_threads, number_of_a_new_thread, open_feed, until
+from torchfast._loader import epoch as epochs
 from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
@@ -58,11 +59,12 @@ def test_a_pass_that_its_own_thread_ended_is_waited_for_by_the_next_close() -> N
 
 @pytest.mark.parametrize("moment", ["enter_thread", "step", "leave_thread", "run"])
 def test_the_collector_may_end_a_pass_in_any_thread(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass is not waited for where its last reference goes: its own thread may be waiting for that one.
+    """Where its last reference goes its thread is not waited for without end: it may be waiting for that one.
 
     Here a loader goes through a second one, and the first pass is dropped as the thread of the second starts,
     loads, and ends.
     """
+    monkeypatch.setattr(epochs, "EXIT_PATIENCE_S", 0.2)
     owner = Work if moment in ("step", "run") else HostTransport
     dropped_in, original = list[str](), getattr(owner, moment)
 
@@ -88,6 +90,39 @@ def test_the_collector_may_end_a_pass_in_any_thread(moment: str, monkeypatch: py
     assert not outer_feed._thread.is_alive()
     assert dropped_in == ["torchfast-loader"]
     until(lambda: copying_threads() == 0)
+
+
+@pytest.mark.parametrize("is_in_time", [True, False])
+def test_a_pass_that_is_dropped_in_another_thread_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, *, is_in_time: bool
+) -> None:
+    """For so long that the loader may be used again; whatever was sent too late stays nowhere."""
+    is_sending, may_send = threading.Event(), threading.Event()
+
+    def send(_: HostTransport, batch: Any, blank: object) -> Any:
+        if batch == 1 and blank is None:
+            is_sending.set()
+            may_send.wait()
+        return [batch]
+
+    monkeypatch.setattr(HostTransport, "send", send)
+    monkeypatch.setattr(epochs, "EXIT_PATIENCE_S", 30.0 if is_in_time else 0.05)
+    epoch, _, feed = open_feed(range(5))
+    held = [epoch]
+    taking = threading.Thread(target=next, args=(epoch,))
+    del epoch
+    taking.start()
+    taking.join()
+    del taking
+    is_sending.wait()
+    if is_in_time:
+        threading.Timer(0.05, may_send.set).start()
+    held.clear()
+    assert feed._thread.is_alive() is not is_in_time
+    may_send.set()
+    feed.close()
+    assert not feed._thread.is_alive()
+    assert [arrival.parcel for arrival in feed._work.ready if arrival.parcel is not None] == []
 
 
 def test_a_loaders_own_code_may_close_the_pass_that_it_feeds() -> None:
@@ -482,6 +517,31 @@ print(next(batches))
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert (ended.stdout, ended.stderr) == ("1\n", "")
+
+
+def test_an_exit_after_a_pass_was_dropped_in_another_thread_is_clean() -> None:
+    """Its thread has come out of PyTorch by then: one that is still in it would abort the process."""
+    script = """
+import threading
+import torch
+from tests.loader_transport import threaded
+
+def busy():
+    numbers = torch.rand(1_000_000)
+    while True:
+        yield numbers.sort()
+
+batches = iter(threaded(busy()))
+loop = threading.Thread(target=next, args=(batches,))
+loop.start()
+loop.join()
+del loop, batches
+print("gone")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("gone\n", "")
 
 
 def test_memory_is_asked_of_the_consumer_alone(monkeypatch: pytest.MonkeyPatch) -> None:

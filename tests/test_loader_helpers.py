@@ -6,7 +6,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -315,12 +315,20 @@ class HelpedTransport(HostTransport):
         return super().send(batch, blank)
 
 
-def test_the_collector_may_end_a_pass_in_a_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+def looped_over(epoch: Epoch[int]) -> Iterator[int]:
+    """Iterate as a generator, whose end closes the pass."""
+    yield from epoch
+
+
+@pytest.mark.parametrize("loop", [lambda epoch: epoch, looped_over], ids=["pass", "generator"])
+def test_the_collector_may_end_a_pass_in_a_helper(
+    loop: Callable[[Epoch[int]], Iterator[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copying thread waits for a helper: where the last reference goes in one, it is not waited for."""
     dropped_in, share_copied = list[int](), Share.copied
 
     def drop_and_copy(share: Share) -> BaseException | None:
-        if held:
+        if is_made.is_set() and held:
             held.clear()
             dropped_in.append(threading.get_ident())
         return share_copied(share)
@@ -329,11 +337,13 @@ def test_the_collector_may_end_a_pass_in_a_helper(monkeypatch: pytest.MonkeyPatc
     is_made = threading.Event()
 
     def source() -> Iterator[int]:
+        yield 0
         is_made.wait()
-        yield from range(3)
+        yield from range(1, 4)
 
     feed = ThreadedFeed(iter(source()), HelpedTransport(), Tally(), depth=2, snapshot=no_state)
-    held = [Epoch[int](feed, None, owner=None)]
+    held = [loop(Epoch(feed, None, owner=None))]
+    assert next(held[0]) == 0
     is_made.set()
     assert feed._work.left.wait(30)
     assert len(dropped_in) == 1

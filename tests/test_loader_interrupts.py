@@ -130,6 +130,44 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
     assert copying_threads() == 0
 
 
+class Grouping:
+    """A transform that takes further batches itself; it runs out of memory once, if told to."""
+
+    def __init__(self, *, runs_out: bool) -> None:
+        self.batches: Iterator[Any] = iter(())
+        self._runs_out = runs_out
+
+    def __call__(self, number: int) -> Any:
+        """Return the batch and the two behind it, as far as there are any."""
+        if number % 3:
+            return number
+        group = (number, *itertools.islice(self.batches, 2))
+        if number and self._runs_out:
+            self._runs_out = False
+            raise torch.OutOfMemoryError
+        return group
+
+
+@pytest.mark.parametrize("runs_out", [False, True])
+def test_an_interrupt_of_a_transform_that_takes_batches_loses_none(*, runs_out: bool) -> None:
+    """All that it had come again, the last and incomplete ones as well, and nothing is held afterwards."""
+    for interrupt in interrupts():
+        grouping = Grouping(runs_out=runs_out)
+        grouping.batches = epoch = iter(threaded(range(N_BATCHES), transform=grouping))
+        groups = list[Any]()
+        while True:
+            try:
+                groups.append(interrupt.during(functools.partial(next, epoch)))
+            except (KeyboardInterrupt, torch.OutOfMemoryError):
+                continue
+            except StopIteration:
+                break
+        assert groups == [(0, 1, 2), (3, 4, 5), (6,)]
+        assert epoch._inside.taken is None
+        grouping.batches = iter(())  # else the collector finds the two, within the next interrupt
+    until(lambda: copying_threads() == 0)
+
+
 def whole(loader: DeviceLoader[int]) -> list[int]:
     """Return the batches of a pass, whatever was open before."""
     with warnings.catch_warnings():

@@ -213,7 +213,7 @@ def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("_quiet")
 def test_the_thread_is_not_one_that_is_waited_for() -> None:
-    """Neither its start nor its end holds anybody up."""
+    """The collector may end a pass in it, which waits for the copying thread: that must not wait for it."""
     dropper, n_threads = Dropper(), threading.active_count()
     dropper.take(view_of(shared()))
     until(lambda: _thread._count() == n_threads)

@@ -35,10 +35,16 @@ class Feed(Protocol):
         """Stop, and let go of everything; once is enough, more does no harm."""
 
     def abandon(self) -> None:
-        """Do the same in whatever thread the last reference has gone, without waiting for another."""
+        """Do the same in whatever thread the last reference has gone, without a hang."""
 
     def release_memory(self) -> None:
         """Let go of device memory that is held ahead of use, without losing a batch."""
+
+
+class Inside(threading.local):
+    """What the `transform=` under way in a thread has taken by itself; None where none is."""
+
+    taken: list[Any] | None = None
 
 
 class Epoch(Iterator[T]):
@@ -52,8 +58,7 @@ class Epoch(Iterator[T]):
         self._has_failed = False
         self._unfinished: list[T] = []
         """Batches that `transform` is to be given once more."""
-        self._inside: list[T] | None = None
-        """Those that the `transform` under way has taken by itself."""
+        self._inside = Inside()
         to_close_at_exit().add(self)
 
     @property
@@ -62,7 +67,7 @@ class Epoch(Iterator[T]):
         return self._state == "open" and not self._has_failed
 
     def __next__(self) -> T:
-        if self._state == "over":
+        if self._state == "over" and not self._unfinished:
             raise StopIteration
         if self._state == "closed":
             raise closed_error()
@@ -73,25 +78,28 @@ class Epoch(Iterator[T]):
             del self._unfinished[0]  # no call, which an interrupt could follow
         else:
             batch = self._taken()
-        outer, self._inside = self._inside, []
+        # From here to `finally`, but for the transform itself, no call, which an interrupt could follow.
+        outer = self._inside.taken
+        inside = self._inside.taken = []
+        is_done = False
         try:
             finished: T = self._finish(batch)
+            is_done = True
             if outer is not None:
-                outer += [batch, *self._inside]  # no call, which an interrupt could follow
+                outer += [batch, *inside]
         except StopIteration as error:
-            self._has_failed = True
-            raise RuntimeError(
-                "transform= raised StopIteration, which would have ended the epoch without a word. "
-                "Raise another error, or end the loop from its body."
-            ) from error
-        except BaseException as error:
-            self._has_failed = True
-            # Out of memory or interrupted: the same batch again, and then those that `transform` took itself.
-            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
-                self._unfinished[:0] = [batch, *self._inside]
+            raise stopped_by_transform() from error
+        except torch.OutOfMemoryError:
+            self._unfinished[:0] = [batch, *inside]  # the same batch again, and then those that were taken
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            self._unfinished[:0] = [batch, *inside]
             raise
         finally:
-            self._inside = outer
+            self._inside.taken = outer
+            self._has_failed = self._has_failed or not is_done
         return finished
 
     def _taken(self) -> T:
@@ -109,9 +117,9 @@ class Epoch(Iterator[T]):
 
     def close(self) -> None:
         """Stop loading and let go of everything; batches already handed out are the user's and stay."""
+        self._unfinished.clear()
         if self._state != "over":
             self._state = "closed"
-            self._unfinished.clear()
             self._feed.close()
 
     def release_memory(self) -> None:
@@ -165,6 +173,13 @@ def to_close_at_exit() -> WeakSet[Closable]:
 
 def uncopyable(what: str, why: str) -> TypeError:
     return TypeError(f"{what} cannot be copied or pickled: {why}")
+
+
+def stopped_by_transform() -> RuntimeError:
+    return RuntimeError(
+        "transform= raised StopIteration, which would have ended the epoch without a word. "
+        "Raise another error, or end the loop from its body."
+    )
 
 
 def closed_error() -> RuntimeError:

@@ -196,24 +196,23 @@ class ThreadedFeed:
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything. Where it cannot, the next close does."""
-        # Not for a thread that waits for this one: where the loader's own code closes the pass.
-        self._end(waits=self._thread.ident not in served_threads())
+        self._end(self._patience_s)
 
     def abandon(self) -> None:
-        """End the thread, and wait for it in the one that takes the batches.
+        """Do the same where the last reference has gone; but in another thread than the loop's do not hang.
 
-        The collector runs in any thread, and the copying thread may be waiting for that: for a helper, or one
-        that feeds it, as these start, copy or end.
+        The collector runs in any, and the copying thread may be waiting for just that one.
         """
-        self._end(waits=threading.get_ident() == self._work.consumer)
+        is_here = threading.get_ident() == self._work.consumer
+        self._end(self._patience_s if is_here else epoch.EXIT_PATIENCE_S)
 
-    def _end(self, *, waits: bool) -> None:
+    def _end(self, patience_s: float | None) -> None:
         if self._is_closed or os.getpid() != self._process:
             return
         self.is_between_passes = has_waited = False
         try:
             self._tell_to_stop()
-            has_waited = waits and self._wait_for_thread()
+            has_waited = self._wait_for_thread(patience_s)
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
             self._transport.fence()
@@ -236,20 +235,27 @@ class ThreadedFeed:
         self._work.permits.lay_down(Stop)
         self._work.permits.hurry()
 
-    def _wait_for_thread(self) -> bool:
-        """Wait, and say that the thread has ended, unless patience did."""
+    def _is_served_here(self) -> bool:
+        """Say whether the copying thread is this one, or may wait for it."""
+        return self._thread.ident in served_threads()
+
+    def _wait_for_thread(self, patience_s: float | None) -> bool:
+        """Say whether that could be done: not in a thread for which that one may wait itself."""
         if self._thread.ident is None:
             return True
-        patience_s = epoch.EXIT_PATIENCE_S if epoch.exiting.is_set() else self._patience_s
-        told: list[RuntimeError] = []
+        if self._is_served_here():
+            return False
+        is_exiting, has_left, told = epoch.exiting.is_set(), False, list[RuntimeError]()
         while True:
             try:
                 # Not join: before Python 3.13 one that is interrupted takes the thread for ended.
-                if self._work.left.wait(patience_s):
-                    self._thread.join()
+                has_left = self._work.left.wait(epoch.EXIT_PATIENCE_S if is_exiting else patience_s)
+                if has_left:
+                    # All that it still does is to leave `threading`, whose lock the collector may run under.
+                    self._thread.join(epoch.EXIT_PATIENCE_S)
                 break
             except RuntimeError as error:
                 told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts
         if told:
             raise told.pop()
-        return True
+        return has_left or is_exiting

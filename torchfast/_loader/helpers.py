@@ -5,6 +5,7 @@ tensors of 75 KiB took 8 to 11 ms, with four helpers 2.0 and with six 1.7; 64 of
 """
 
 import itertools
+import threading
 from bisect import bisect_left
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -25,6 +26,13 @@ MIN_HELPERS = 3
 SHARE_BYTES = 2 * MIB
 """As much is worth a helper."""
 
+_ours = threading.local()
+
+
+def helped_thread() -> int:
+    """Return the number of the thread that waits for the calling one; 0 unless that is a helper."""
+    return getattr(_ours, "helped", 0)
+
 
 class Helpers:
     """Helps the thread that makes it, and no other, with copies: by threads started when first worth it."""
@@ -32,6 +40,7 @@ class Helpers:
     def __init__(self, n_threads: int, /, *, usual_threads: int) -> None:
         self._n_threads = min(MAX_HELPERS, n_threads)
         self._usual_threads = usual_threads
+        self._helped = threading.get_ident()
         self._shares: SimpleQueue[Share | None] = SimpleQueue()
         self._n_running = 0
 
@@ -67,6 +76,7 @@ class Helpers:
         return self._n_running > 1
 
     def _help(self) -> None:
+        _ours.helped = self._helped
         compute_with(1)
         start_unwaited(torch.set_num_threads, self._usual_threads)  # puts the default of new threads back
         while self._help_once():

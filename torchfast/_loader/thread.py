@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
 from torchfast._loader.flag import Flag
+from torchfast._loader.helpers import helped_thread
 from torchfast._loader.modes import Modes
 from torchfast._loader.permits import Permits
 from torchfast._loader.stats import Tally
@@ -111,14 +112,21 @@ class Work:
             try:
                 self.transport.leave_thread()
                 if self.stopped:
-                    # By the collector, in this very thread: what was sent since has nobody to wait for it.
+                    # By somebody who did not wait: what was sent since has nobody to wait for it.
                     self.transport.fence()
+                    self._let_go_of_parcels()
                 self.loaded.clear()
                 self._spare.clear()
                 del self.source
             finally:
                 del _at_work[threading.get_ident()]
                 self.left.set()
+
+    def _let_go_of_parcels(self) -> None:
+        for arrival in list(self.ready):
+            if arrival.parcel is not None:
+                with contextlib.suppress(ValueError):  # whoever closes the pass has done the same
+                    self.ready.remove(arrival)
 
     def arrive(self, arrival: Arrival) -> None:
         """Put something in line for the consumer."""
@@ -270,11 +278,14 @@ _at_work: dict[int, Work] = {}
 
 
 def served_threads() -> list[int]:
-    """Return the calling thread and those that may wait for it: whoever takes its batches, and so on.
+    """Return the calling thread and those that may wait for it.
 
-    There are several where a loader is fed by another.
+    That is the thread that it helps, or that took its last batch, and where a loader is fed by another, the
+    thread that took that one's.
     """
     served = [threading.get_ident()]
+    if helped_thread():
+        served.append(helped_thread())
     while (work := _at_work.get(served[-1])) is not None and work.consumer not in served:
         served.append(work.consumer)
     return served

@@ -8,7 +8,8 @@ from typing import Any
 def start_unwaited(function: Callable[..., Any], *arguments: Any) -> bool:
     """Start a thread; say whether that could be done, which at the end of the interpreter it cannot.
 
-    Not a `Thread`: who starts one waits until it runs.
+    Not a `Thread`: who starts one waits for it, and the collector, which may run in it and there end the pass
+    of who starts it, waits for that.
     """
     try:
         _thread.start_new_thread(function, arguments)
