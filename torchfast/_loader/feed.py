@@ -53,12 +53,11 @@ class ThreadedFeed:
             daemon=True,
         )
         self._is_closed = False
-        self._patience_s: float | None = None
         try:
             self._start()
         except BaseException:  # an interrupt: the thread would go on, with nobody to take its batches
-            self._patience_s = epoch.EXIT_PATIENCE_S  # it may have broken the start: `Thread` has an Event
-            self.close()
+            self._end(epoch.EXIT_PATIENCE_S)  # it may have broken the start: `Thread` has an Event
+            self._is_closed = True
             raise
 
     def _start(self) -> None:
@@ -196,7 +195,7 @@ class ThreadedFeed:
 
     def close(self) -> None:
         """End the thread, wait for it, and let go of everything. Where it cannot, the next close does."""
-        self._end(self._patience_s)
+        self._end(patience_s=None)
 
     def abandon(self) -> None:
         """Do the same where the last reference has gone; but in another thread than the loop's do not hang.
@@ -204,7 +203,7 @@ class ThreadedFeed:
         The collector runs in any, and the copying thread may be waiting for just that one.
         """
         is_here = threading.get_ident() == self._work.consumer
-        self._end(self._patience_s if is_here else epoch.EXIT_PATIENCE_S)
+        self._end(patience_s=None if is_here else epoch.EXIT_PATIENCE_S)
 
     def _end(self, patience_s: float | None) -> None:
         if self._is_closed or os.getpid() != self._process:
