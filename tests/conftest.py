@@ -1,11 +1,15 @@
 """What every test shares: seeds, the markers for GPUs, and a hypothesis profile."""
 
+import functools
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from torchfast._loader import normalize
 
 settings.register_profile("torchfast", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("torchfast")
@@ -41,3 +45,14 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(mode=True)
     yield
     torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton find no compiler for the kernel that normalises images."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
+    monkeypatch.setattr(normalize, "_failed", [])

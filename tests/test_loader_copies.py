@@ -3,89 +3,48 @@
 import gc
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.late_stream import LateStream
 from torchfast._loader import shipment
 from torchfast._loader.plan import Plan, tensor_on
-from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
+from torchfast._loader.shipment import let_go_of_what_was_read
 from torchfast._loader.staging import PinnedBuffer
 
 
-class Device:
-    """A device that gets to what was enqueued only when told to."""
-
-    def __init__(self) -> None:
-        self.n_enqueued = self.n_done = 0
-
-    def event(self, **_: object) -> "Event":
-        """Return an event of this device."""
-        return Event(self)
-
-
-class Event:
-    """A point in what was enqueued."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._at = 0
-
-    def record(self, _: object) -> None:
-        """Take what was enqueued so far."""
-        self._device.n_enqueued += 1
-        self._at = self._device.n_enqueued
-
-    def query(self) -> bool:
-        """Say whether the device got there."""
-        return self._device.n_done >= self._at
-
-
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Return a device on which copies are enqueued, by the driver, one event behind each call."""
-    device = Device()
-    monkeypatch.setattr(torch.cuda, "Event", device.event)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(shipment, "_being_read", type(shipment._being_read)())
-    monkeypatch.setattr(shipment, "batched_copy", lambda: lambda *_: True)
-    return device
+def stream(monkeypatch: pytest.MonkeyPatch) -> LateStream:
+    """Return the stream of a device that lags."""
+    stream = LateStream()
+    stream.replace_the_device(monkeypatch)
+    return stream
 
 
-class Stream:
-    """A stream, as far as shipments care."""
-
-    cuda_stream = 0
-
-
-def ship(device: Device, sources: list[torch.Tensor], buffers: list[PinnedBuffer]) -> None:
-    """Enqueue copies of tensors and of staging buffers."""
-
-    def mark(stream: Any) -> Any:
-        event = device.event()
-        event.record(stream)
-        return event
-
-    one: Any = Shipment(Stream(), mark)  # type: ignore[arg-type]  # a stream of the imagination
-    for source in sources:
-        one.add(torch.empty_like(source), source)
+def ship(stream: LateStream, sources: list[torch.Tensor], buffers: list[PinnedBuffer]) -> list[torch.Tensor]:
+    """Enqueue copies of tensors and of staging buffers; return where they go."""
+    one = stream.shipment()
+    targets = [torch.empty_like(source) for source in sources]
+    for target, source in zip(targets, sources, strict=True):
+        one.add(target, source)
     for buffer in buffers:
-        one.add_staged(torch.empty(4, dtype=torch.uint8), buffer.memory[:4], buffer)
+        targets.append(torch.empty(4, dtype=torch.uint8))
+        one.add_staged(targets[-1], buffer.memory[:4], buffer)
     one.enqueue()
+    return targets
 
 
-def test_what_the_device_is_to_read_is_held_though_nobody_else_holds_it(device: Device) -> None:
+def test_what_the_device_is_to_read_is_held_though_nobody_else_holds_it(stream: LateStream) -> None:
     """Tensors and staging memory live until the event behind their copy has passed, and no longer."""
-    alive = []
+    alive, targets = [], list[torch.Tensor]()
     for _ in range(3):
         tensor, buffer = torch.ones(5), PinnedBuffer()
         buffer.memory = torch.ones(8, dtype=torch.uint8)
         alive.append((weakref.ref(tensor), weakref.ref(buffer.memory)))
-        ship(device, [tensor], [buffer])
+        targets += ship(stream, [tensor], [buffer])
         del tensor, buffer
     gc.collect()
     for n_read in range(4):
@@ -93,7 +52,8 @@ def test_what_the_device_is_to_read_is_held_though_nobody_else_holds_it(device: 
         assert [all(part() is not None for part in parts) for parts in alive] == [
             number >= n_read for number in range(3)
         ]
-        device.n_done = device.n_enqueued * (n_read + 1) // 3
+        stream.go_on_to(stream.n_enqueued * (n_read + 1) // 3)
+    assert all(bool((target == 1).all()) for target in targets)
 
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -131,7 +91,7 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
     target = (
         buffer if plan.buffer_layouts[0].dtype is torch.uint8 else tensor_on(buffer, plan.buffer_layouts[0])
     )
-    one: Any = Shipment(Stream(), lambda _: None)  # type: ignore[arg-type, return-value]  # of the imagination
+    one = LateStream().shipment()
     for group, copies in zip(plan.groups, plan.packed_on(target), strict=True):
         if group.may_go_straight:
             one.add_group(copies, [leaves[index] for index in group.indexes], group)
@@ -142,15 +102,16 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
     assert one.reads_directly is any(group.may_go_straight for group in plan.groups)
 
 
-def test_another_device_that_lags_keeps_nothing_of_this_one(device: Device) -> None:
+def test_another_device_that_lags_keeps_nothing_of_this_one(stream: LateStream) -> None:
     """What was read is let go of though something older was not."""
-    lagging, tensor, older = Device(), torch.ones(5), torch.ones(6)
+    lagging, tensor, older = LateStream(), torch.ones(5), torch.ones(6)
     shipment._being_read.append((lagging.event(), [older]))  # type: ignore[arg-type]  # of the imagination
     lagging.n_done = -1
     gone = weakref.ref(tensor)
-    ship(device, [tensor], [])
+    (target,) = ship(stream, [tensor], [])
     del tensor
-    device.n_done = device.n_enqueued
+    stream.go_on_to(stream.n_enqueued)
+    assert torch.equal(target, torch.ones(5))
     let_go_of_what_was_read()
     assert gone() is None
     assert [held for _, held in shipment._being_read] == [[older]]

@@ -64,7 +64,7 @@ def test_the_collector_may_end_a_pass_in_any_thread(moment: str, monkeypatch: py
     Here a loader goes through a second one, and the first pass is dropped as the thread of the second starts,
     loads, and ends.
     """
-    monkeypatch.setattr(epochs, "EXIT_PATIENCE_S", 0.2)
+    monkeypatch.setattr(epochs, "PATIENCE_S", 0.2)
     owner = Work if moment in ("step", "run") else HostTransport
     dropped_in, original = list[str](), getattr(owner, moment)
 
@@ -106,7 +106,7 @@ def test_a_pass_that_is_dropped_in_another_thread_is_waited_for(
         return [batch]
 
     monkeypatch.setattr(HostTransport, "send", send)
-    monkeypatch.setattr(epochs, "EXIT_PATIENCE_S", 30.0 if is_in_time else 0.05)
+    monkeypatch.setattr(epochs, "PATIENCE_S", 30.0 if is_in_time else 0.05)
     epoch, _, feed = open_feed(range(5))
     held = [epoch]
     taking = threading.Thread(target=next, args=(epoch,))
@@ -498,6 +498,14 @@ def test_a_forked_process_is_told_that_the_pass_is_not_its_own(monkeypatch: pyte
     assert list(epoch) == [0, 1, 2]
 
 
+def said_by(script: str) -> tuple[str, str]:
+    """Return what a script says, and what it complains of, in a process that ends well."""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    return ended.stdout, ended.stderr
+
+
 def test_an_exit_does_not_wait_for_a_loader_that_is_stuck() -> None:
     """The interpreter ends though the thread is inside a loader that never returns."""
     script = """
@@ -509,14 +517,11 @@ def stuck():
     yield 1
     threading.Event().wait()
 
-epoch.EXIT_PATIENCE_S = 0.1
+epoch.PATIENCE_S = 0.1
 batches = iter(threaded(stuck()))
 print(next(batches))
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert (ended.stdout, ended.stderr) == ("1\n", "")
+    assert said_by(script) == ("1\n", "")
 
 
 def test_an_exit_after_a_pass_was_dropped_in_another_thread_is_clean() -> None:
@@ -538,10 +543,7 @@ loop.join()
 del loop, batches
 print("gone")
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert (ended.stdout, ended.stderr) == ("gone\n", "")
+    assert said_by(script) == ("gone\n", "")
 
 
 def test_memory_is_asked_of_the_consumer_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,14 +412,9 @@ def test_streams_and_numbers_may_come_from_anywhere() -> None:
     )
 
 
-def test_a_kernel_that_cannot_be_built_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_no_compiler")
+def test_a_kernel_that_cannot_be_built_holds_nothing() -> None:
     """That it failed is remembered for the life of the process: not with the batch, nor the loop's frame."""
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("no C compiler")
-
-    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
-    monkeypatch.setattr(normalize, "_failed", [])
     images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     alive = weakref.ref(images)
     with pytest.warns(RuntimeWarning, match="Triton"):

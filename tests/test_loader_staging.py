@@ -1,6 +1,5 @@
 """Large pageable tensors on their way through pinned buffers: whole, side by side, in few calls."""
 
-import ctypes
 import itertools
 import sys
 from collections import deque
@@ -11,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.late_stream import LateStream
 from tests.loader_transport import computing_with, grow_unpinned
-from torchfast._loader import shipment, staging
+from torchfast._loader import staging
 from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, bytes_of
 from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
@@ -196,47 +196,6 @@ def test_a_copy_that_fails_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, staged(sources, by)[0], sources))
 
 
-class LateStream:
-    """A stream whose copies are made when it is told to, or somebody waits for them."""
-
-    cuda_stream = 0
-
-    def __init__(self) -> None:
-        self._copies = deque[tuple[int, int, int]]()
-        self.n_enqueued = self.n_done = 0
-
-    def enqueue(self, targets: list[int], sources: list[int], sizes_bytes: list[int], _: int) -> bool:
-        """Take copies as the driver does."""
-        self._copies += zip(targets, sources, sizes_bytes, strict=True)
-        self.n_enqueued += len(targets)
-        return True
-
-    def go_on_to(self, n_done: int) -> None:
-        """Make copies until so many have been made in all."""
-        while self.n_done < min(n_done, self.n_enqueued):
-            ctypes.memmove(*self._copies.popleft())
-            self.n_done += 1
-
-
-class LateEvent:
-    """A point in such a stream."""
-
-    def __init__(self, stream: LateStream) -> None:
-        self._stream, self._at = stream, 0
-
-    def record(self, _: object) -> None:
-        """Take what was enqueued so far."""
-        self._at = self._stream.n_enqueued
-
-    def query(self) -> bool:
-        """Say whether the stream got there."""
-        return self._stream.n_done >= self._at
-
-    def synchronize(self) -> None:
-        """Let the stream get there."""
-        self._stream.go_on_to(self._at)
-
-
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(batches=[([PIECE_BYTES], 0)] * 20)
 @example(batches=[([20 * KIB] * 7, 1)] * 9)
@@ -250,13 +209,11 @@ def test_however_late_the_device_is_it_reads_what_was_staged(batches: list[tuple
     stream, by = LateStream(), Staging(2, 0)
     arrived = list[tuple[torch.Tensor, torch.Tensor]]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "Event", lambda **_: LateEvent(stream))
-        patch.setattr(shipment, "_being_read", type(shipment._being_read)())
-        patch.setattr(shipment, "batched_copy", lambda: stream.enqueue)
+        stream.replace_the_device(patch)
         for sizes_bytes, n_done in batches:
             sources = tensors(sizes_bytes)
             targets = [torch.empty_like(source) for source in sources]
-            one = Shipment(stream, lambda _: LateEvent(stream))  # type: ignore[arg-type, return-value]  # of the imagination
+            one = stream.shipment()
             by.stage([*zip(sources, targets, strict=True)], one)
             arrived += [(target, source.clone()) for target, source in zip(targets, sources, strict=True)]
             for source in sources:

@@ -623,14 +623,9 @@ def test_loader_inside_a_graph_capture() -> None:
     )
 
 
-def test_loader_normalisation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_no_compiler")
+def test_loader_normalisation_without_a_compiler() -> None:
     """Where Triton cannot build its kernel, images are normalised all the same, and it is said why slower."""
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("Failed to find C compiler.")
-
-    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
-    monkeypatch.setattr(normalize, "_failed", [])
     images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     with pytest.warns(RuntimeWarning, match="Triton") as warned:
         assert not normalize._in_one_kernel(images, torch.empty(1, 3, 2, 2), torch.empty(3, 256))

@@ -146,8 +146,8 @@ class Closable(Protocol):
         """End the thread, if there is one."""
 
 
-EXIT_PATIENCE_S = 5.0
-"""How long an exit waits for a thread to come out of the loader: longer than most batches take."""
+PATIENCE_S = 5.0
+"""How long a thread is waited for where that could be for ever, as at exit: longer than most batches take."""
 
 exiting = threading.Event()
 """Set once the interpreter ends."""

@@ -56,7 +56,7 @@ class ThreadedFeed:
         try:
             self._start()
         except BaseException:  # an interrupt: the thread would go on, with nobody to take its batches
-            self._end(epoch.EXIT_PATIENCE_S)  # it may have broken the start: `Thread` has an Event
+            self._end(epoch.PATIENCE_S)  # it may have broken the start: `Thread` has an Event
             self._is_closed = True
             raise
 
@@ -203,7 +203,7 @@ class ThreadedFeed:
         The collector runs in any, and the copying thread may be waiting for just that one.
         """
         is_here = threading.get_ident() == self._work.consumer
-        self._end(patience_s=None if is_here else epoch.EXIT_PATIENCE_S)
+        self._end(patience_s=None if is_here else epoch.PATIENCE_S)
 
     def _end(self, patience_s: float | None) -> None:
         if self._is_closed or os.getpid() != self._process:
@@ -234,24 +234,20 @@ class ThreadedFeed:
         self._work.permits.lay_down(Stop)
         self._work.permits.hurry()
 
-    def _is_served_here(self) -> bool:
-        """Say whether the copying thread is this one, or may wait for it."""
-        return self._thread.ident in served_threads()
-
     def _wait_for_thread(self, patience_s: float | None) -> bool:
         """Say whether that could be done: not in a thread for which that one may wait itself."""
         if self._thread.ident is None:
             return True
-        if self._is_served_here():
+        if self._thread.ident in served_threads():
             return False
         is_exiting, has_left, told = epoch.exiting.is_set(), False, list[RuntimeError]()
         while True:
             try:
                 # Not join: before Python 3.13 one that is interrupted takes the thread for ended.
-                has_left = self._work.left.wait(epoch.EXIT_PATIENCE_S if is_exiting else patience_s)
+                has_left = self._work.left.wait(epoch.PATIENCE_S if is_exiting else patience_s)
                 if has_left:
                     # All that it still does is to leave `threading`, whose lock the collector may run under.
-                    self._thread.join(epoch.EXIT_PATIENCE_S)
+                    self._thread.join(epoch.PATIENCE_S)
                 break
             except RuntimeError as error:
                 told.append(error)  # PyTorch's signal handler tells of a dead worker wherever it interrupts

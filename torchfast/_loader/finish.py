@@ -117,5 +117,5 @@ def _kinds(leaves: Sequence[Any]) -> list[Kind | None]:
     return [_kind(leaf) for leaf in leaves]
 
 
-def _text(layouts: Sequence[Kind | None]) -> str:
-    return ", ".join("no tensor" if layout is None else f"{layout[0]} {layout[1]}" for layout in layouts)
+def _text(kinds: Sequence[Kind | None]) -> str:
+    return ", ".join("no tensor" if kind is None else f"{kind[0]} {kind[1]}" for kind in kinds)

@@ -65,9 +65,10 @@ class DeviceLoader(Generic[T]):
         device: where the batches go; None is the current accelerator, else the CPU.
         depth: how many batches are brought to the device ahead of the one in use, at least 1.
         channels_last: whether image tensors, (N, C, H, W), are laid out channels last, on the device.
-        normalize: (mean, std), one number a channel each, for images in [0, 1]: every uint8 image, (N, C, H,
-            W) of so many channels and of sides no shorter than that, becomes (x - 255 * mean) / (255 * std),
-            in one kernel together with `channels_last`; other tensors stay as they are.
+        normalize: (mean, std), one number a channel each, for images in [0, 1]: every uint8 image
+            (N, C, H, W) of so many channels, and of sides no shorter than that, becomes
+            (x - 255 * mean) / (255 * std), in one kernel together with `channels_last`; other tensors stay as
+            they are.
         image_dtype: the type of the images that `normalize` makes.
         transform: called with each batch once it is on the device, in the caller's thread and on its current
             stream: random numbers are drawn in the order of the batches. Its result is yielded.
@@ -234,8 +235,8 @@ class DeviceLoader(Generic[T]):
     def __repr__(self) -> str:
         """Tell what is wrapped, and how the latest pass went."""
         passed = f", {self.stats!r}" if self._n_passes else ""
-        wrapped_and_where = f"{type(self.loader).__name__}, device={str(self.device)!r}, depth={self._depth}"
-        return f"DeviceLoader({wrapped_and_where}{self._shown_options}{passed})"
+        name, options = type(self.loader).__name__, self._shown_options
+        return f"DeviceLoader({name}, device={str(self.device)!r}, depth={self._depth}{options}{passed})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise uncopyable(

@@ -104,8 +104,8 @@ class Pieces:
         self._even_bytes = team * PAGE_BYTES
         self._shipment = shipment
         self._dropper = dropper
-        self._buffer = PinnedBuffer()
-        self._filled_bytes = n_bytes
+        self._buffer = ring.take(n_bytes)
+        self._filled_bytes = 0
         self._staged: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
