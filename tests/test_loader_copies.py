@@ -13,7 +13,7 @@ from tests.late_stream import LateStream
 from torchfast._loader import shipment
 from torchfast._loader.plan import Plan, tensor_on
 from torchfast._loader.shipment import let_go_of_what_was_read
-from torchfast._loader.staging import PinnedBuffer
+from torchfast._loader.staging import Part, PinnedBuffer
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def ship(stream: LateStream, sources: list[torch.Tensor], buffers: list[PinnedBu
         one.add(target, source)
     for buffer in buffers:
         targets.append(torch.empty(4, dtype=torch.uint8))
-        one.add_staged(targets[-1], buffer.memory[:4], buffer)
+        one.add_staged(Part(targets[-1], 0, 4, buffer, 0))
     one.enqueue()
     return targets
 
@@ -95,7 +95,8 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
     for group, copies in zip(plan.groups, plan.packed_on(target), strict=True):
         if group.may_go_straight:
             one.add_group(copies, [leaves[index] for index in group.indexes], group)
-    assert one._addresses == [copy.data_ptr() for copy in one._targets]
+    assert one._to == [copy.data_ptr() for copy in one._targets]
+    assert one._from == [leaf.data_ptr() for leaf in one._sources]
     assert (
         one._sizes_bytes == [copy.nbytes for copy in one._targets] == [leaf.nbytes for leaf in one._sources]
     )

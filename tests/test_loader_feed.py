@@ -641,7 +641,7 @@ def test_a_close_while_memory_is_released_comes_to_its_end() -> None:
     epoch, _, feed = open_feed(range(9), depth=4)
     next(epoch)
     permits = feed._work.permits
-    permits._until_mid_step_s = lambda: 0.0  # type: ignore[method-assign]
+    permits._pause_s = lambda: 0.0  # type: ignore[method-assign]
     until(lambda: permits._is_listening)
     permits.lay_down(Stop)
     feed._take_back_permit()

@@ -256,8 +256,8 @@ def packed(staging: Staging) -> bool:
     shipment = Shipment(None, lambda _: None)  # type: ignore[arg-type, return-value]  # on no stream
     shipment.enqueue = lambda: None  # type: ignore[method-assign]  # nor is it sent
     staging.pack(group, sources, torch.empty(group.n_bytes, dtype=torch.uint8), shipment)
-    (memory,) = shipment._sources
-    return all(map(torch.equal, memory.split(MIB // 2), sources))
+    (part,) = shipment._parts
+    return all(map(torch.equal, part.buffer.memory[: part.n_bytes].split(MIB // 2), sources))
 
 
 def test_the_copying_thread_is_helped_and_no_other(

@@ -68,7 +68,7 @@ def test_a_permit_that_is_in_no_hurry_waits_for_the_middle_of_the_step() -> None
     permits.lay_down("permit")
     permits.call()
     assert permits._words.empty()
-    assert 0.4 * HOUR_S < permits._until_mid_step_s() <= 0.5 * HOUR_S
+    assert 0.4 * HOUR_S < permits._pause_s() <= 0.5 * HOUR_S
     permits.hurry()
     assert permits.get() == "permit"
 
@@ -98,7 +98,7 @@ def test_in_the_second_half_of_a_step_a_permit_is_taken_at_once() -> None:
 
 def test_a_thread_that_has_its_permits_sleeps_to_the_middle_of_the_next_step() -> None:
     """With nothing laid down in this step, the next permit is due in the next."""
-    assert HOUR_S < at_a_step_of(HOUR_S, share=0.3)._until_mid_step_s() <= 1.2 * HOUR_S
+    assert HOUR_S < at_a_step_of(HOUR_S, share=0.3)._pause_s() <= 1.2 * HOUR_S
 
 
 def test_a_thread_that_listens_is_woken() -> None:
@@ -188,7 +188,7 @@ def test_taking_permits_back_wakes_nobody() -> None:
 def test_no_pace_starves_the_loop(depth: int, n_batches: int) -> None:
     """A thread that would sleep for an hour is woken before the loop runs out of batches."""
     epoch, _, feed = open_feed(range(n_batches), depth)
-    feed._work.permits._until_mid_step_s = lambda: HOUR_S  # type: ignore[method-assign]
+    feed._work.permits._pause_s = lambda: HOUR_S  # type: ignore[method-assign]
     assert list(epoch) == list(range(n_batches))
 
 
@@ -196,7 +196,7 @@ def test_after_a_release_nothing_is_sent_until_a_batch_is_taken() -> None:
     """Memory that was given back is not taken again while the step is retried, and no batch is lost by it."""
     epoch, transport, feed = open_feed(range(9), depth=4)
     until(lambda: len(feed._work.ready) == 4)
-    feed._work.permits._until_mid_step_s = lambda: HOUR_S  # type: ignore[method-assign]
+    feed._work.permits._pause_s = lambda: HOUR_S  # type: ignore[method-assign]
     assert [next(epoch), next(epoch)] == [0, 1]
     until(lambda: feed._work.permits._is_listening or not feed._work.permits._lying)
     epoch.release_memory()

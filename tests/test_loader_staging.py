@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.late_stream import LateStream
 from tests.loader_transport import computing_with, grow_unpinned
 from torchfast._loader import staging
-from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, bytes_of
+from torchfast._loader.host_memory import memory_of
+from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES
 from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
 from torchfast._loader.staging import PAGE_BYTES, PinnedBuffer, PinnedRing, Staging
@@ -31,9 +32,9 @@ class Sent(Shipment):
 
     def enqueue(self) -> None:
         """Copy what was added since the last time."""
-        if self._targets:
-            torch._foreach_copy_(self._targets, self._sources)
-            self.n_copies.append(len(self._targets))
+        if self._sizes_bytes:
+            self._copy_by_pytorch()
+            self.n_copies.append(len(self._sizes_bytes))
             self._begin()
 
 
@@ -96,7 +97,7 @@ def test_what_fits_a_piece_travels_together(
     """Each piece is one copy on the host and one call to the driver, however many tensors are in it."""
     calls, copy = itertools.count(), torch._foreach_copy_
     sources = tensors([n * KIB for n in kib])
-    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (next(calls), copy(to, of)))
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of, **_: (next(calls), copy(to, of)))
     _, sent = staged(sources)
     assert sent.n_copies == n_copies
     assert next(calls) == 2 * len(n_copies)  # of which the shipment here makes one each
@@ -108,9 +109,9 @@ def test_tensors_in_a_piece_begin_where_a_member_of_the_team_may() -> None:
     sent = Sent()
     pieces = staging.Pieces(PinnedRing(2), PIECE_BYTES, 3, sent, Dropper())
     for source in sources:
-        pieces.add(source, torch.empty_like(source))
-    assert [staged.storage_offset() % ALIGNMENT_BYTES for _, staged in pieces._parts] == [0] * 4
-    assert [staged.nbytes for staged in pieces._staged] == [9_216, 785, 19_968, 32, 0, 5, 1_536]
+        pieces.add(memory_of(source), torch.empty_like(source))
+    assert [part.staged_bytes % ALIGNMENT_BYTES for part in pieces._parts] == [0] * 4
+    assert [staged.nbytes for staged in pieces._staged] == [9_216, 785, 19_968, 32, 5, 1_536]
 
 
 @pytest.mark.parametrize(("kib", "buffer_kib"), [([10], 10), ([10, 20], 30), ([20] * 8, 64)])
@@ -118,7 +119,8 @@ def test_buffers_are_no_larger_than_needed(kib: list[int], buffer_kib: int) -> N
     """A batch of a few MiB does not pin 16 for each buffer of the ring."""
     by = Staging(2, 0)
     staged(tensors([n * KIB for n in kib]), by)
-    assert max(buffer.memory.nbytes for buffer in by._ring._buffers) == buffer_kib * KIB
+    ring = by._ring
+    assert max(buffer.memory.nbytes for buffer in [*ring._small, *ring._large]) == buffer_kib * KIB
 
 
 def test_mapped_memory_is_dropped_once_it_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +161,9 @@ def test_memory_of_workers_is_mapped_again_and_no_other(monkeypatch: pytest.Monk
     monkeypatch.setattr(staging, "mapped_again", lambda tensor: (next(mapped), mapped_again(tensor))[1])
     sources = [source.share_memory_() for source in tensors([20 * KIB, 70 * KIB])]
     for n_workers in (0, 1):
-        targets, _ = staged(sources, Staging(2, n_workers))
+        by = Staging(2, n_workers)
+        targets, _ = staged(sources, by)
+        by.leave_thread()
         assert all(map(torch.equal, targets, sources))
     assert next(mapped) == 2
 
@@ -172,7 +176,7 @@ def test_pieces_of_any_team_are_as_long_as_buffers_allow(team: int, monkeypatch:
     source, sent = torch.arange(CHUNK_BYTES // 4 + 300_000, dtype=torch.int32), Sent()
     target = torch.zeros_like(source)
     pieces = staging.Pieces(PinnedRing(2), CHUNK_BYTES, team, sent, Dropper())
-    pieces.add(bytes_of(source), bytes_of(target))
+    pieces.add(memory_of(source), target)
     pieces.send()
     assert sent.n_copies == [1, 1]
     assert torch.equal(target, source)
@@ -184,7 +188,7 @@ def test_a_copy_that_fails_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = tensors([30 * KIB] * 3)
     targets = [torch.full_like(source, 77) for source in sources]
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:

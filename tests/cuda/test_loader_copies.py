@@ -12,6 +12,7 @@ import torch
 from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from tests.loader_transport import computing_with
 from torchfast import DeviceLoader
+from torchfast._bytes import MIB
 from torchfast._loader import driver, helpers, shipment, staging, transport
 
 pytestmark = pytest.mark.cuda
@@ -82,6 +83,21 @@ def test_no_leaf_is_wrong(
     assert int(wrong) == 0
     assert source == "pageable" or (n_here() > 200) is (is_sent_here and source == "pinned, kept")
     assert (n_helped() > 0) is (source == "pageable" and shapes is MANY)
+
+
+@pytest.mark.parametrize("is_batched", [True, False])
+@pytest.mark.parametrize("large_mib", [1, 4])
+def test_no_piece_of_a_large_tensor_is_wrong(
+    large_mib: int, *, is_batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where tensors are cut into pieces or share them, in few pinned buffers or in many."""
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 3 * MIB)
+    monkeypatch.setattr(staging, "LARGE_BYTES", large_mib * MIB)
+    if not is_batched:
+        monkeypatch.setattr(shipment, "batched_copy", lambda: None)
+    shapes: Shapes = [(300, 1000), (1_000_003,), (2_500_000,), (270_001,), (3,)]
+    loader = DeviceLoader(numbered(shapes), "cuda")
+    assert sum(int(wrong_leaves(loader, N_BATCHES, sleep=MS)) for _ in range(3)) == 0
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:

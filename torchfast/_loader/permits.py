@@ -2,7 +2,8 @@
 
 A thread that wakes while the loop launches kernels takes the interpreter from it again and again, 100 us a
 step in all. Half a step later the loop mostly waits for the device, as in `.item()`, and nobody is disturbed.
-So a permit that is in no hurry is only laid down, and the thread looks for it then, by the pace of the loop.
+So a permit that is in no hurry is only laid down, and the thread looks for it then, by the pace of the loop;
+earlier where it takes longer, so that it is done before the loop launches again.
 
 Permits lie in one place until the thread takes them; beside them go words that only wake it. An interrupt in
 the loop's thread thus loses a word at most, and each further batch brings another.
@@ -31,6 +32,8 @@ class Permits:
         """Whether the thread sleeps until it is woken, however long that may be."""
         self.load_s = 0.0
         """How long the loader took for its last batch: by so much the thread is up earlier."""
+        self.send_s = 0.0
+        """How long sending one took, less waiting: it begins so long before the step ends, at the latest."""
         self._taken_s = self._step_s = self._last_step_s = 0.0
 
     # In the loop's thread.
@@ -54,7 +57,7 @@ class Permits:
 
     def get(self) -> Any:
         """Return the next permit, after waiting for it without the GIL."""
-        pause_s = self._until_mid_step_s()
+        pause_s = self._pause_s()
         if pause_s > 0:
             with contextlib.suppress(Empty):
                 self._words.get(timeout=pause_s)
@@ -74,12 +77,13 @@ class Permits:
             while True:
                 self._words.get_nowait()
 
-    def _until_mid_step_s(self) -> float:
-        """Return how long the thread may sleep: to the middle of this step, or of the next.
+    def _pause_s(self) -> float:
+        """Return how long the thread may sleep: to about the middle of this step, or of the next.
 
         Of the next if nothing was laid down in this one; not at all if it is behind by more than one.
         """
         if len(self._lying) > 1:
             return 0.0
-        steps = 0.5 if self._lying else 1.5
-        return self._taken_s + steps * self._step_s - self.load_s - time.perf_counter()
+        step_s = self._step_s
+        begun_s = self._taken_s if self._lying else self._taken_s + step_s
+        return begun_s + min(0.5 * step_s, step_s - self.send_s) - self.load_s - time.perf_counter()

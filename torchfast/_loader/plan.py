@@ -18,8 +18,8 @@ PACK_BELOW_BYTES = MIB
 STAGE_BELOW_BYTES = 16 * 2**10
 """Pinned leaves smaller than this are staged too: the host copies 16 KiB in the time of enqueueing them."""
 
-CHUNK_BYTES = 16 * MIB
-"""Pageable memory is staged in pieces of this size: 53 of 55 GB/s, one flying while the next is read."""
+CHUNK_BYTES = 64 * MIB
+"""Pageable memory is staged in pieces of at most this size: each takes the interpreter from the loop."""
 
 ALIGNMENT_BYTES = 512
 """The caching allocator's own alignment: what vectorised kernels may expect of any tensor they are given."""

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 import torch
 
+from torchfast._loader.host_memory import memory_at
 from torchfast._loader.unwaited import start_unwaited
 
 
@@ -34,7 +35,7 @@ def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
     start = _libc().mremap(tensor.data_ptr() - offset_bytes, 0, n_bytes, _MAY_MOVE)
     if start == _FAILED:
         return None
-    view = _writable_view(start + offset_bytes, tensor.nbytes)
+    view = memory_at(start + offset_bytes, tensor.nbytes)
     weakref.finalize(view, _unmap, start, n_bytes, os.getpid()).atexit = False
     _libc().madvise(start, n_bytes, _DONT_FORK)
     return view
@@ -67,7 +68,6 @@ def _drop(to_drop: "SimpleQueue[memoryview | None]") -> None:
 
 _MAY_MOVE = 1  # MREMAP_MAYMOVE
 _DONT_FORK = 10  # MADV_DONTFORK: a worker forked meanwhile would keep the memory for as long as it lives
-_WRITABLE = 0x200  # PyBUF_WRITE: PyTorch warns of memory that is not
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -84,10 +84,3 @@ def _libc() -> ctypes.CDLL:
 def _unmap(start: int, n_bytes: int, process: int) -> None:
     if os.getpid() == process:  # in a child other memory may be there
         _libc().munmap(start, n_bytes)
-
-
-def _writable_view(start: int, n_bytes: int) -> memoryview:
-    make = ctypes.pythonapi.PyMemoryView_FromMemory
-    make.argtypes, make.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.py_object
-    view: memoryview = make(start, n_bytes, _WRITABLE)
-    return view

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchfast._loader.driver import batched_copy
-from torchfast._loader.plan import Group
-from torchfast._loader.staging import PinnedBuffer
+from torchfast._loader.plan import Group, bytes_of
+from torchfast._loader.staging import Part
 
 if TYPE_CHECKING:
     from torchfast._loader.stats import Span
@@ -48,7 +48,9 @@ class Shipment:
 
     def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Add a copy from pinned memory of the loader's."""
-        self._add(target, source)
+        self._targets.append(target)
+        self._sources.append(source)
+        self._add(target.data_ptr(), source.data_ptr(), source.nbytes)
         self.reads_directly = True
 
     def add_group(
@@ -57,51 +59,65 @@ class Shipment:
         """Add copies from pinned memory of the loader's to the places of a group's leaves."""
         first = targets[0].data_ptr()
         self._targets += targets
-        self._addresses += [first + offset_bytes for offset_bytes in group.offsets_bytes]
         self._sources += sources
+        # Asking hundreds of targets takes longer than adding up.
+        self._to += [first + offset_bytes for offset_bytes in group.offsets_bytes]
+        self._from += map(torch.Tensor.data_ptr, sources)
         self._sizes_bytes += group.sizes_bytes
         self.reads_directly = True
 
-    def add_staged(self, target: torch.Tensor, staged: torch.Tensor, buffer: PinnedBuffer) -> None:
-        """Add a copy of bytes that lie in a staging buffer."""
-        self._add(target, staged)
-        self._staged.add(buffer)
-        self.staged_bytes += staged.nbytes
+    def add_staged(self, part: Part) -> None:
+        """Add a copy of what lies in a staging buffer."""
+        target, start_bytes, n_bytes, buffer, staged_bytes = part
+        self._parts.append(part)
+        self._add(target.data_ptr() + start_bytes, buffer.memory.data_ptr() + staged_bytes, n_bytes)
+        self.staged_bytes += n_bytes
 
-    def _add(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._targets.append(target)
-        self._addresses.append(target.data_ptr())
-        self._sources.append(source)
-        self._sizes_bytes.append(source.nbytes)
+    def _add(self, target: int, source: int, n_bytes: int) -> None:
+        self._to.append(target)
+        self._from.append(source)
+        self._sizes_bytes.append(n_bytes)
 
     def enqueue(self) -> None:
         """Enqueue what was added since the last time."""
-        targets, sources = self._targets, self._sources
-        if not targets:
+        if not self._sizes_bytes:
             return
         began = self._mark(self._stream)
         if not self._is_taken_by_the_driver():
             with torch.cuda.stream(self._stream):
-                torch._foreach_copy_(targets, sources, non_blocking=True)
-        ended = torch.cuda.Event(enable_timing=True)
+                self._copy_by_pytorch()
+        # Waiting for it must sleep: a GPU that lags behind would otherwise cost a core of spinning.
+        ended = torch.cuda.Event(enable_timing=True, blocking=True)
         ended.record(self._stream)
-        _being_read.append((ended, sources))
+        buffers = {part.buffer for part in self._parts}
+        _being_read.append((ended, [*self._sources, *(buffer.memory for buffer in buffers)]))
         self.spans.append((began, ended))
-        for buffer in self._staged:
-            buffer.being_read(self._stream)
+        for buffer in buffers:
+            buffer.read = ended
         self._begin()
 
     def _begin(self) -> None:
         self._targets: list[torch.Tensor] = []
-        self._addresses: list[int] = []
-        """Where the targets are: asking hundreds of tensors takes longer than adding up."""
         self._sources: list[torch.Tensor] = []
+        self._parts: list[Part] = []
+        self._to: list[int] = []
+        """The addresses of all targets, of tensors and of parts."""
+        self._from: list[int] = []
         self._sizes_bytes: list[int] = []
-        self._staged: set[PinnedBuffer] = set()
 
     def _is_taken_by_the_driver(self) -> bool:
         batched = batched_copy()
-        if batched is None:
-            return False
-        sources = [*map(torch.Tensor.data_ptr, self._sources)]
-        return batched(self._addresses, sources, self._sizes_bytes, self._stream.cuda_stream)
+        return batched is not None and batched(
+            self._to, self._from, self._sizes_bytes, self._stream.cuda_stream
+        )
+
+    def _copy_by_pytorch(self) -> None:
+        targets = [
+            bytes_of(target)[start_bytes : start_bytes + n_bytes]
+            for target, start_bytes, n_bytes, _, _ in self._parts
+        ]
+        sources = [
+            buffer.memory[staged_bytes : staged_bytes + n_bytes]
+            for _, _, n_bytes, buffer, staged_bytes in self._parts
+        ]
+        torch._foreach_copy_([*self._targets, *targets], [*self._sources, *sources], non_blocking=True)

@@ -3,14 +3,15 @@
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import chosen_threads, compute_with, cpu_share
 from torchfast._loader.helpers import Helpers
-from torchfast._loader.plan import CHUNK_BYTES, Group, aligned, bytes_of
+from torchfast._loader.host_memory import bytes_on, memory_of
+from torchfast._loader.plan import CHUNK_BYTES, Group, aligned
 from torchfast._loader.shared_memory import Dropper, mapped_again
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ MAX_TEAM = 16
 """Threads of one host copy. On one H200's host: 4 threads 23 GB/s, 8 40, 16 60, for a link of 55."""
 
 PAGE_BYTES = 4096
+
+LARGE_BYTES = 16 * MIB
+N_LARGE = 4
+"""Pinned buffers for more than that: 256 MiB at most."""
 
 
 class OfThread(threading.local):
@@ -70,7 +75,7 @@ class Staging:
         """Copy small tensors side by side into one buffer; `target` is where the first of them goes."""
         staged = self._ring.take(group.n_bytes)
         self._of_thread.helpers.copy(staged.packed(group), sources, group)
-        shipment.add_staged(bytes_of(target, group.n_bytes), staged.memory[: group.n_bytes], staged)
+        shipment.add_staged(Part(target, 0, group.n_bytes, staged, 0))
         if group.n_bytes >= MIB:
             shipment.enqueue()  # it flies while the next is staged
 
@@ -83,9 +88,9 @@ class Staging:
         for source, target in pairs:
             again = mapped_again(source) if self._has_workers else None
             if again is None:
-                pieces.add(bytes_of(source), bytes_of(target))
+                pieces.add(memory_of(source), target)
             else:
-                pieces.add_mapped(again, bytes_of(target))
+                pieces.add_mapped(again, target)
         pieces.send()
 
 
@@ -104,26 +109,21 @@ class Pieces:
         self._even_bytes = team * PAGE_BYTES
         self._shipment = shipment
         self._dropper = dropper
-        self._buffer = ring.take(n_bytes)
-        self._filled_bytes = 0
+        self._take_buffer()
         self._staged: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """The bytes on the device, and those of the buffer that go there."""
+        self._parts: list[Part] = []
         self._mapped: deque[memoryview] = deque()
 
-    def add(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Add bytes to the piece at hand, and as many further ones as they need."""
+    def add(self, memory: memoryview, target: torch.Tensor) -> None:
+        """Add memory to the piece at hand, and to as many further ones as it needs."""
         max_bytes = CHUNK_BYTES // self._even_bytes * self._even_bytes
-        if source.nbytes <= max_bytes:
-            self._add_part(source, target)
-            return
-        for part, there in zip(source.split(max_bytes), target.split(max_bytes), strict=True):
-            self._add_part(part, there)
+        for start_bytes in range(0, memory.nbytes, max_bytes):
+            self._add_part(memory, target, start_bytes, min(max_bytes, memory.nbytes - start_bytes))
 
     def add_mapped(self, memory: memoryview, target: torch.Tensor) -> None:
-        """Add bytes that are dropped as soon as they have been copied."""
-        self.add(torch.frombuffer(memory, dtype=torch.uint8), target)
+        """Add memory that is dropped as soon as it has been copied."""
+        self.add(memory, target)
         self._mapped.append(memory)
 
     def send(self) -> None:
@@ -131,27 +131,42 @@ class Pieces:
         if not self._parts:
             return
         torch._foreach_copy_(self._staged, self._sources)
-        for target, staged in self._parts:
-            self._shipment.add_staged(target, staged, self._buffer)
+        for part in self._parts:
+            self._shipment.add_staged(part)
         self._shipment.enqueue()
         self._staged, self._sources, self._parts = [], [], []
         while self._mapped:
             self._dropper.take(self._mapped.popleft())
 
-    def _add_part(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        n_bytes = source.nbytes
+    def _take_buffer(self) -> None:
+        self._buffer = self._ring.take(self._n_bytes)
+        self._room = memory_of(self._buffer.memory)
+        self._filled_bytes = 0
+
+    def _add_part(self, memory: memoryview, target: torch.Tensor, start_bytes: int, n_bytes: int) -> None:
         if self._filled_bytes + n_bytes > self._n_bytes:
             self.send()
-            self._buffer = self._ring.take(self._n_bytes)
-            self._filled_bytes = 0
-        staged = self._buffer.memory[self._filled_bytes : self._filled_bytes + n_bytes]
+            self._take_buffer()
         # Of a team, a member that begins amid a cache line is 1.6 times as slow: the rest is copied after it.
         rest_bytes = n_bytes % self._even_bytes
-        sizes_bytes = [n_bytes - rest_bytes, rest_bytes]
-        self._staged += staged.split(sizes_bytes) if rest_bytes else [staged]
-        self._sources += source.split(sizes_bytes) if rest_bytes else [source]
-        self._parts.append((target, staged))
+        even_bytes = n_bytes - rest_bytes
+        for offset_bytes, size_bytes in ((0, even_bytes), (even_bytes, rest_bytes)):
+            if size_bytes:
+                self._staged.append(bytes_on(self._room, self._filled_bytes + offset_bytes, size_bytes))
+                self._sources.append(bytes_on(memory, start_bytes + offset_bytes, size_bytes))
+        self._parts.append(Part(target, start_bytes, n_bytes, self._buffer, self._filled_bytes))
         self._filled_bytes += aligned(n_bytes)
+
+
+class Part(NamedTuple):
+    """Bytes of a tensor on the device, and those of a staging buffer that go there."""
+
+    target: torch.Tensor
+    start_bytes: int
+    n_bytes: int
+    buffer: "PinnedBuffer"
+    staged_bytes: int
+    """Where in the buffer they begin."""
 
 
 class PinnedBuffer:
@@ -170,13 +185,6 @@ class PinnedBuffer:
             self.memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             self._packed.clear()
 
-    def being_read(self, stream: torch.cuda.Stream, /) -> None:
-        """Note that what was enqueued on `stream` so far reads this buffer."""
-        if self.read is None:
-            # Waiting must sleep: a GPU that lags behind would otherwise cost a core of spinning.
-            self.read = torch.cuda.Event(blocking=True)
-        self.read.record(stream)
-
     def packed(self, group: Group, /) -> list[torch.Tensor]:
         """Return the tensors of packed leaves, on this buffer; made once for each group."""
         tensors = self._packed.get(group)
@@ -191,18 +199,19 @@ class PinnedRing:
     """Pinned buffers in turn, each handed out again when its last copy has been read.
 
     Buffers grow to what is asked of them and then stay: pinning costs a millisecond a megabyte and stalls the
-    driver for everybody.
+    driver for everybody. Many small ones let the loop run ahead of the device; of large ones there are few.
     """
 
-    def __init__(self, n_buffers: int, /) -> None:
-        self._buffers = [PinnedBuffer() for _ in range(n_buffers)]
-        self._turn = 0
+    def __init__(self, n_small: int, /) -> None:
+        self._small = deque(PinnedBuffer() for _ in range(n_small))
+        self._large = deque(PinnedBuffer() for _ in range(N_LARGE))
         self.waited_s = 0.0
 
     def take(self, n_bytes: int, /) -> PinnedBuffer:
         """Return the next buffer, with room for so many bytes, after waiting for its turn without the GIL."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        buffer = self._buffers[self._turn]
+        buffers = self._large if n_bytes > LARGE_BYTES else self._small
+        buffers.rotate(-1)
+        buffer = buffers[0]
         if buffer.read is not None and not buffer.read.query():
             began_s = time.perf_counter()
             buffer.read.synchronize()

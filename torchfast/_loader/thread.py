@@ -203,10 +203,13 @@ class Work:
 
         The consumer may be done with it before this thread gets on, and would then need memory for one more.
         """
+        tally = self.tally
+        staged_s = tally.stage_s
         try:
             sent = deque([Arrival(self.transport.send(*batch_and_permit), state=state)])
         except BaseException as error:  # noqa: BLE001 - as above
             return self._failed(error)
+        self.permits.send_s = tally.stage_s - staged_s
         batch_and_permit.clear()
         _move_first(sent, self.ready)
         self._tell_consumer()

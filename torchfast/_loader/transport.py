@@ -312,8 +312,7 @@ class CudaTransport:
                 pageable.append((source, target))
         shipment.enqueue()
         if self._borrows and shipment.reads_directly:
-            self._borrowed = self._borrowed or torch.cuda.Event(blocking=True)
-            self._borrowed.record(self._copy_stream)
+            _, self._borrowed = shipment.spans[-1]
         self._staging.stage(pageable, shipment)
         return shipment
 
