@@ -113,7 +113,7 @@ class Shipment:
 
     def _copy_by_pytorch(self) -> None:
         targets = [
-            bytes_of(target)[start_bytes : start_bytes + n_bytes]
+            bytes_of(target, start_bytes + n_bytes)[start_bytes:]
             for target, start_bytes, n_bytes, _, _ in self._parts
         ]
         sources = [
