@@ -649,6 +649,21 @@ def test_a_close_while_memory_is_released_comes_to_its_end() -> None:
     epoch.close()
 
 
+def test_the_thread_remembers_how_long_sending_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the transport counts it, of the last batch."""
+    tally = Tally()
+
+    def send(*_: object) -> None:
+        tally.stage_s += 5.0
+
+    monkeypatch.setattr(HostTransport, "send", send)
+    work = Work(iter(range(3)), HostTransport(), tally, no_state, None)
+    for _ in range(2):
+        work.permits.lay_down(None)
+        assert work.step()
+        assert work.permits.send_s == 5.0
+
+
 def test_a_pass_is_closed_once() -> None:
     """Closing it again does nothing: what is collected late must not ask for a driver that is gone."""
     epoch, transport, _ = open_feed(range(9))

@@ -81,6 +81,15 @@ def test_what_the_loader_takes_is_taken_into_account() -> None:
     assert permits.get() == "permit"
 
 
+def test_a_thread_that_takes_long_to_send_is_done_before_the_step_ends() -> None:
+    """Late enough for as much as it took for the last batch, and never later than the middle."""
+    for send_s, latest in ((0.4, 0.5), (0.8, 0.2)):
+        permits = at_a_step_of(HOUR_S)
+        permits.send_s = send_s * HOUR_S
+        permits.lay_down("permit")
+        assert (latest - 0.1) * HOUR_S < permits._pause_s() <= latest * HOUR_S
+
+
 def test_a_thread_that_is_behind_does_not_wait() -> None:
     """Of two permits the first is taken at once."""
     permits = at_a_step_of(HOUR_S)

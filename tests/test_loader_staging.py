@@ -14,13 +14,14 @@ from tests.late_stream import LateStream
 from tests.loader_transport import computing_with, grow_unpinned
 from torchfast._loader import staging
 from torchfast._loader.host_memory import memory_of
-from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES
+from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, Layout, Plan, tensor_on
 from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
 from torchfast._loader.staging import PAGE_BYTES, PinnedBuffer, PinnedRing, Staging
 
 KIB = 1024
 PIECE_BYTES = 64 * KIB
+DTYPES = (torch.uint8, torch.float32, torch.int64)
 
 
 class Sent(Shipment):
@@ -40,8 +41,9 @@ class Sent(Shipment):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let pieces be of 64 KiB, for a team of three, in memory that is not pinned."""
+    """Let pieces be of 64 KiB, buffers beyond 32 large, for a team of three, in memory that is not pinned."""
     monkeypatch.setattr(staging, "CHUNK_BYTES", PIECE_BYTES)
+    monkeypatch.setattr(staging, "LARGE_BYTES", 32 * KIB)
     monkeypatch.setattr(staging, "PAGE_BYTES", 512)
     monkeypatch.setattr(staging, "team_size", lambda _: 3)
     monkeypatch.setattr(PinnedBuffer, "grow", grow_unpinned)
@@ -77,6 +79,25 @@ def test_every_byte_arrives(sizes_bytes: list[int]) -> None:
         targets, sent = staged(sources, by)
         assert all(map(torch.equal, targets, sources))
         assert sent.staged_bytes == sum(sizes_bytes)
+
+
+@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=8), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_packed_tensors_arrive_where_the_driver_is_not_asked(sizes: list[int], dtype: torch.dtype) -> None:
+    """Small tensors that are staged side by side are whole on the other side, empty ones among them."""
+    sources = [torch.arange(size).to(dtype) for size in sizes]
+    plan = Plan(sources)
+    (layout,) = plan.buffer_layouts
+    sent, by = Sent(), Staging(2, 0)
+    for group, copies in zip(plan.groups, plan.packed_on(tensor_on(room(layout), layout)), strict=True):
+        by.pack(group, [sources[index] for index in group.indexes], copies[0], sent)
+        sent.enqueue()
+        assert all(map(torch.equal, copies, [sources[index] for index in group.indexes]))
+
+
+def room(layout: Layout) -> torch.Tensor:
+    """Return memory for a tensor of a layout."""
+    return torch.full((layout.n_bytes,), 77, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +142,16 @@ def test_buffers_are_no_larger_than_needed(kib: list[int], buffer_kib: int) -> N
     staged(tensors([n * KIB for n in kib]), by)
     ring = by._ring
     assert max(buffer.memory.nbytes for buffer in [*ring._small, *ring._large]) == buffer_kib * KIB
+
+
+def test_large_buffers_are_few() -> None:
+    """What needs much room gets one of four in turn, what needs little one of as many as asked for."""
+    ring = PinnedRing(9)
+    for n_bytes, n_buffers in ((40 * KIB, 4), (32 * KIB, 9)):
+        taken = [ring.take(n_bytes) for _ in range(2 * n_buffers)]
+        assert taken[:n_buffers] == taken[n_buffers:]
+        assert len(set(taken)) == n_buffers
+        assert {buffer.memory.nbytes for buffer in taken} == {n_bytes}
 
 
 def test_mapped_memory_is_dropped_once_it_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +201,7 @@ def test_memory_of_workers_is_mapped_again_and_no_other(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("team", [*range(1, 17), 64])
 def test_pieces_of_any_team_are_as_long_as_buffers_allow(team: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor beyond 16 MiB takes two pieces, whatever number of threads has to divide them."""
+    """A tensor a little beyond a piece takes two, whatever number of threads has to divide them."""
     monkeypatch.setattr(staging, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(staging, "PAGE_BYTES", PAGE_BYTES)
     source, sent = torch.arange(CHUNK_BYTES // 4 + 300_000, dtype=torch.int32), Sent()
