@@ -104,6 +104,7 @@ def grow_unpinned(buffer: PinnedBuffer, n_bytes: int) -> None:
     """Make room in a staging buffer without a GPU."""
     if buffer.memory.nbytes < n_bytes:
         buffer.memory = torch.empty(n_bytes, dtype=torch.uint8)
+        buffer._packed.clear()
 
 
 def open_feed(

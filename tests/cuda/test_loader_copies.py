@@ -19,8 +19,8 @@ pytestmark = pytest.mark.cuda
 
 N_BATCHES = 100
 Shapes = list[tuple[int, ...]]
-SHAPES: Shapes = [(3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
-"""Leaves of a batch: two that are staged, two that are packed and copied straight, one that travels alone."""
+SHAPES: Shapes = [(0, 4), (3,), (64, 1024), (64, 1024), (2, 3, 16, 16), (64, 8192)]
+"""Leaves of a batch: three that are staged, the first empty; two copied straight; one that travels alone."""
 
 ALIKE: Shapes = [(64, 1024)] * 3
 """Leaves that are packed as the rows of one tensor."""

@@ -78,7 +78,7 @@ class Permits:
                 self._words.get_nowait()
 
     def _pause_s(self) -> float:
-        """Return how long the thread may sleep: to about the middle of this step, or of the next.
+        """Return how long the thread may sleep: to the middle of a step, less what it needs more time for.
 
         Of the next if nothing was laid down in this one; not at all if it is behind by more than one.
         """

@@ -297,8 +297,9 @@ class CudaTransport:
             for buffer, layout, wanted in zip(blank.buffers, blank.layouts, plan.buffer_layouts, strict=True)
         ]
         if plan.groups:
-            for group, copies in zip(plan.groups, plan.packed_on(targets[0]), strict=True):
-                self._copy_group(leaves, group, copies, shipment)
+            packed = targets[0]
+            for group, copies in zip(plan.groups, plan.packed_on(packed), strict=True):
+                self._copy_group(leaves, group, packed, copies, shipment)
         pageable, is_pinned = [], False
         large_targets = targets[1:] if plan.groups else targets
         for index, target in zip(plan.large, large_targets, strict=True):
@@ -317,13 +318,18 @@ class CudaTransport:
         return shipment
 
     def _copy_group(
-        self, leaves: list[Any], group: Group, copies: Sequence[torch.Tensor], shipment: Shipment
+        self,
+        leaves: list[Any],
+        group: Group,
+        packed: torch.Tensor,
+        copies: Sequence[torch.Tensor],
+        shipment: Shipment,
     ) -> None:
         originals = [leaves[index] for index in group.indexes]
         if group.may_go_straight and all(leaves[index].is_pinned() for index in group.probes):
             shipment.add_group(copies, originals, group)
         elif group.n_bytes:
-            self._staging.pack(group, originals, copies[0], shipment)
+            self._staging.pack(group, originals, packed, shipment)
         for index, copy in zip(group.indexes, copies, strict=True):
             leaves[index] = copy
 

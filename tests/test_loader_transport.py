@@ -1,0 +1,148 @@
+"""The transport as a whole, on a device of the imagination that lags: every byte of every batch arrives."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.late_stream import LateEvent, LateStream
+from tests.loader_transport import computing_with, grow_unpinned
+from torchfast._loader import plan, shipment, staging, transport
+from torchfast._loader.plan import bytes_of
+from torchfast._loader.staging import PinnedBuffer
+from torchfast._loader.stats import Tally
+from torchfast._loader.transport import CudaTransport
+
+KIB = 1024
+DTYPES = (torch.uint8, torch.bool, torch.bfloat16, torch.int64, torch.complex128)
+LAYOUTS = {
+    "dense": lambda memory, n: memory[:n],
+    "from an offset on": lambda memory, n: memory[3:][:n],
+    "transposed": lambda memory, n: memory[: n // 6 * 6].view(n // 6, 3, 2).permute(2, 0, 1),
+    "every other": lambda memory, n: memory[: 2 * n : 2],
+    "expanded": lambda memory, n: memory[:1].expand(n),
+}
+SIZES_BYTES = st.one_of(
+    st.sampled_from([0, 1, 100, 1023, KIB, 3000, 16 * KIB, 64 * KIB, 64 * KIB + 1, 128 * KIB]),
+    st.integers(1, 200 * KIB),
+)
+
+
+class Kind(NamedTuple):
+    """What a leaf is like."""
+
+    n_bytes: int
+    dtype: torch.dtype = torch.uint8
+    layout: str = "dense"
+    is_pinned: bool = False
+
+    def leaf(self, seed: int) -> torch.Tensor:
+        """Return a leaf of random numbers."""
+        n = self.n_bytes // self.dtype.itemsize
+        numbers = torch.Generator().manual_seed(seed)
+        memory = torch.randint(0, 2, ((2 * n + 3) * self.dtype.itemsize,), generator=numbers)
+        leaf: torch.Tensor = LAYOUTS[self.layout](memory.to(torch.uint8).view(self.dtype), n)
+        return leaf
+
+
+KINDS = st.builds(Kind, SIZES_BYTES, st.sampled_from(DTYPES), st.sampled_from([*LAYOUTS]), st.booleans())
+
+
+class Consumer:
+    """A stream that reads each batch as soon as it may."""
+
+    cuda_stream = 0
+
+    def wait_event(self, event: LateEvent) -> None:
+        """Wait for what comes before an event."""
+        event.synchronize()
+
+    def wait_stream(self, stream: LateStream) -> None:
+        """Wait for all that is enqueued."""
+        stream.go_on_to(stream.n_enqueued)
+
+
+@contextmanager
+def lagging(pinned: set[int], *, is_batched: bool, team: int) -> Iterator[tuple[LateStream, CudaTransport]]:
+    """Return a device that lags, and a transport to it, for which all is large that is beyond some KiB."""
+    late, consumer = LateStream(), Consumer()
+    with pytest.MonkeyPatch.context() as patch, computing_with(team):
+        late.replace_the_device(patch)
+        if not is_batched:
+            patch.setattr(shipment, "batched_copy", lambda: None)
+        patch.setattr(torch.cuda, "Stream", lambda _: late)
+        patch.setattr(torch.cuda, "current_stream", lambda _: consumer)
+        patch.setattr(torch.cuda, "set_device", lambda _: None)
+        patch.setattr(torch.cuda, "set_stream", lambda _: None)
+        patch.setattr(transport, "current_raw_stream", lambda _: 0)
+        patch.setattr(torch.Tensor, "is_pinned", lambda leaf: leaf.untyped_storage().data_ptr() in pinned)
+        patch.setattr(PinnedBuffer, "grow", grow_unpinned)
+        patch.setattr(staging, "team_size", lambda _: team)
+        patch.setattr(staging, "CHUNK_BYTES", 64 * KIB)
+        patch.setattr(staging, "LARGE_BYTES", 16 * KIB)
+        patch.setattr(staging, "PAGE_BYTES", 64)
+        patch.setattr(plan, "CHUNK_BYTES", 64 * KIB)
+        patch.setattr(plan, "PACK_BELOW_BYTES", KIB)
+        patch.setattr(plan, "STAGE_BELOW_BYTES", 64)
+        device = torch.device("cpu")
+        to_device = CudaTransport(device, 2, streams=(), borrows=True, pins=False, n_workers=0, poison=False)
+        to_device.begin(Tally())
+        to_device.enter_thread()
+        yield late, to_device
+        to_device.leave_thread()
+
+
+@settings(max_examples=100)
+@example(likes=[[Kind(0), Kind(100)]], schedule=[(0, 0)] * 4, is_batched=True, team=3)
+@example(
+    likes=[[Kind(64 * KIB)], [Kind(30 * KIB)] * 5], schedule=[(0, 1), (1, 0)] * 8, is_batched=True, team=3
+)
+@given(
+    likes=st.lists(st.lists(KINDS, min_size=1, max_size=8), min_size=1, max_size=3),
+    schedule=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=16),
+    is_batched=st.booleans(),
+    team=st.sampled_from([1, 3, 16]),
+)
+def test_every_byte_arrives(
+    likes: list[list[Kind]], schedule: list[tuple[int, int]], *, is_batched: bool, team: int
+) -> None:
+    """Whatever batches there are, in whatever order, though the loader uses its memory again at once."""
+    pinned = set[int]()
+    sent = list[tuple[Any, list[torch.Tensor]]]()
+    with lagging(pinned, is_batched=is_batched, team=team) as (late, to_device):
+        for number, (which, n_done) in enumerate([*schedule, (0, 0), (0, 0)]):
+            kinds = likes[which % len(likes)]
+            batch = [kind.leaf(number + place) for place, kind in enumerate(kinds)]
+            pinned |= {
+                leaf.untyped_storage().data_ptr()
+                for leaf, kind in zip(batch, kinds, strict=True)
+                if kind.is_pinned
+            }
+            expected = [leaf.clone() for leaf in batch]
+            parcel = to_device.send(batch, to_device.blank())
+            sent.append((parcel, expected))
+            late.go_on_to(late.n_done + n_done)
+            to_device.settle()
+            spoil(batch)
+            if len(sent) > 2:
+                check(to_device, *sent.pop(0))
+        for parcel, expected in sent:
+            check(to_device, parcel, expected)
+
+
+def spoil(batch: Sequence[torch.Tensor]) -> None:
+    """Overwrite the memory of a batch, as a loader does that uses it again."""
+    for leaf in batch:
+        whole = leaf.untyped_storage()
+        torch.empty(0, dtype=torch.uint8).set_(whole, 0, (whole.nbytes(),), (1,)).fill_(77)
+
+
+def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor]) -> None:
+    """Hold a batch to what it should be, bit by bit."""
+    for leaf, should_be in zip(to_device.deliver(parcel), expected, strict=True):
+        assert (leaf.dtype, leaf.shape) == (should_be.dtype, should_be.shape)
+        assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
