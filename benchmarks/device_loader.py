@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("What is timed here is copying to a CUDA GPU, and this machine has none.")
     check()
     for name in arguments.parts:
         subject = "device_loader" if name == "workloads" else f"loader_{name}"

@@ -206,6 +206,7 @@ def test_attributes_are_forwarded_by_a_stated_list() -> None:
     loader = DeviceLoader(bare, "cpu")
     for name in FORWARDED & set(dir(bare)):
         assert getattr(loader, name) is getattr(bare, name)
+    assert FORWARDED & set(dir(bare)) <= set(dir(loader))
     assert not hasattr(loader, "check_worker_number_rationality")
     with pytest.raises(TypeError, match="len"):
         len(DeviceLoader((batch for batch in [1]), "cpu"))

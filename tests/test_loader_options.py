@@ -263,6 +263,7 @@ def test_the_verdict_names_what_bounds_the_pass(changed: dict[str, float], verdi
     """A device that never waits is bound by its work; one that waits, by copying or by loading."""
     assert stats(**changed).verdict == verdict
     assert (verdict in repr(stats(**changed))) is (verdict != "unknown")
+    assert ("overlap" in repr(stats(**changed))) is (verdict != "unknown")
 
 
 @given(st.tuples(*[st.floats(0.01, 10)] * 3))
@@ -286,6 +287,7 @@ def test_a_pass_on_the_cpu_is_counted_too() -> None:
     assert loader.stats.n_batches == 5
     assert loader.stats.stall_s == loader.stats.wait_s <= loader.stats.elapsed_s
     assert "LoaderStats" in repr(loader)
+    assert "overlap" not in repr(loader)
 
 
 # --- packing ---------------------------------------------------------------------------------------------

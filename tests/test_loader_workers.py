@@ -54,6 +54,25 @@ def test_a_second_pass_steals_nothing_from_workers_that_persist() -> None:
         next(first)
 
 
+def test_another_loader_around_the_same_workers_steals_nothing_either() -> None:
+    """It is whole, and the pass that had the workers before is closed; without workers both are whole."""
+    dataset = TensorDataset(torch.arange(24))
+    workers = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
+    one, another = threaded(workers), threaded(workers)
+    first = iter(one)
+    next(first)
+    with pytest.warns(RuntimeWarning, match="over the workers of its loader"):
+        second = iter(another)
+    assert torch.cat([batch for (batch,) in second]).tolist() == list(range(24))
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(first)
+    for loader in (another, one, one):
+        assert torch.cat([batch for (batch,) in loader]).tolist() == list(range(24))
+    alone = DataLoader(dataset, batch_size=2)
+    pairs = zip(DeviceLoader(alone, "cpu"), DeviceLoader(alone, "cpu"), strict=True)
+    assert [int(batch[0]) for (batch,), _ in pairs] == [*range(0, 24, 2)]
+
+
 def test_errors_of_workers_come_in_their_place() -> None:
     """An error in a worker arrives at its own batch, with the worker's traceback, and the pass goes on."""
     loader = threaded(DataLoader(Fragile(), batch_size=2, num_workers=2))

@@ -59,13 +59,14 @@ def text_of(error: pytest.ExceptionInfo[BaseException]) -> str:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="speaks of a machine without an accelerator")
-def test_device_that_the_machine_lacks() -> None:
+@pytest.mark.parametrize("asked", ["cuda:3", 0])
+def test_device_that_the_machine_lacks(asked: str | int) -> None:
     """Asking for a GPU where there is none says so, and names the two ways on."""
     with pytest.raises(ValueError, match="asked for") as error:
-        resolve_device("cuda:3")
+        resolve_device(asked)
     build = "" if torch.backends.cuda.is_built() else " (this build of PyTorch is for the CPU only)"
     assert text_of(error) == (
-        f"device='cuda:3' was asked for, but PyTorch finds no accelerator here{build}. "
+        f"device={asked!r} was asked for, but PyTorch finds no accelerator here{build}. "
         'Use device="cpu", or device=None to take whatever the machine has.'
     )
 
@@ -78,6 +79,12 @@ def test_device_that_nobody_has() -> None:
         "device='gpu' is not a device that PyTorch knows. "
         'Give "cpu", "cuda", "cuda:1", a torch.device, or None for the current accelerator.'
     )
+
+
+def test_device_that_is_a_model() -> None:
+    """What is no device at all is named by its type: its own text may be pages long."""
+    with pytest.raises(ValueError, match="<Sequential> is not a device"):
+        resolve_device(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))  # type: ignore[arg-type]  # the mistake
 
 
 def test_device_number_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,8 +338,69 @@ def test_loader_that_is_no_iterable() -> None:
         DeviceLoader(7)  # type: ignore[arg-type]  # the mistake under test
     assert text_of(error) == (
         "DeviceLoader wraps an iterable of batches, such as a DataLoader; int cannot be iterated over. "
-        "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+        "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...); a function that yields "
+        "batches is to be called."
     )
+
+
+@pytest.mark.parametrize(
+    ("loader", "kind", "yielded"),
+    [
+        ("train", "str", "characters"),
+        ({"train": []}, "dict", "keys"),
+        (torch.zeros(3), "Tensor", "rows"),
+        (nn.Sequential(nn.Linear(2, 2)), "Sequential", "parts"),
+    ],
+)
+def test_loader_of_what_are_no_batches(loader: Any, kind: str, yielded: str) -> None:
+    """What can be iterated over, but surely not over batches, is answered with what it would yield."""
+    with pytest.raises(TypeError, match="one by one") as error:
+        DeviceLoader(loader)
+    assert text_of(error) == (
+        f"DeviceLoader wraps an iterable of batches, and {kind} would yield its {yielded} one by one. "
+        "Give a DataLoader, or a list or generator of batches."
+    )
+
+
+def test_loader_that_is_a_class() -> None:
+    """A class is answered with how to make a loader of it."""
+    with pytest.raises(TypeError, match="the class") as error:
+        DeviceLoader(DataLoader)  # type: ignore[arg-type]  # the mistake under test
+    assert text_of(error) == (
+        "DeviceLoader wraps an iterable of batches, and was given the class DataLoader. Make one first: "
+        "DeviceLoader(DataLoader(...))."
+    )
+
+
+@pytest.mark.parametrize("name", ["channels_last", "across_epochs", "poison"])
+@pytest.mark.parametrize("value", ["no", 1, torch.channels_last])
+def test_loader_switch_that_is_neither_on_nor_off(name: str, value: object) -> None:
+    """A word is refused, "no" among them."""
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(TypeError, match="neither") as error:
+        DeviceLoader([], "cpu", **options)
+    assert text_of(error) == (
+        f"{name}={value!r} is neither True nor False, and would count as one of them. Give that one."
+    )
+
+
+@pytest.mark.parametrize("name", ["batch_size", "depth"])
+def test_loader_attribute_that_would_change_nothing(name: str) -> None:
+    """What was settled when the loader was built cannot be set on what wraps it."""
+    loader = DeviceLoader(DataLoader(TensorDataset(torch.zeros(4))), "cpu")
+    with pytest.raises(AttributeError, match="cannot be set") as error:
+        setattr(loader, name, 4)
+    assert text_of(error) == (
+        f"{name!r} of a DeviceLoader cannot be set: it would change nothing. Build the loader, and a "
+        "DeviceLoader around it, with what you want."
+    )
+
+
+def test_loader_option_that_is_asked_for() -> None:
+    """An option is not an attribute of the loader: where to see it is said."""
+    with pytest.raises(AttributeError, match="option") as error:
+        _ = DeviceLoader([], "cpu").depth
+    assert text_of(error) == "'depth' is an option of DeviceLoader, which its repr shows."
 
 
 def test_loader_that_is_a_dataset() -> None:
@@ -409,16 +477,17 @@ def test_loader_pass_that_was_closed() -> None:
     with pytest.warns(RuntimeWarning) as warned:
         iter(loader)
     assert str(warned[0].message) == (
-        "a new pass over this DeviceLoader was begun before the last one was finished or dropped, so the "
-        "last one was closed: two passes at a time would share workers and steal each other's batches. "
-        "Call close() on the first, or use one DeviceLoader for each loop that runs at the same time."
+        "a new pass over this DeviceLoader, or over the workers of its loader, was begun before the last one "
+        "was finished or dropped, so the last one was closed: two passes at a time would share workers and "
+        "steal each other's batches. Call close() on the first, or use one DeviceLoader, around a loader of "
+        "its own, for each loop that runs at the same time."
     )
     with pytest.raises(RuntimeError, match="closed") as error:
         next(first)
     assert text_of(error) == (
         "this pass over a DeviceLoader was closed, by close() or because another pass over the same loader "
         "was begun: two at a time would share workers and steal each other's batches. "
-        "Use one DeviceLoader for each loop that runs at the same time."
+        "Use one DeviceLoader, around a loader of its own, for each loop that runs at the same time."
     )
 
 
@@ -454,8 +523,9 @@ def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
         DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[arg-type]  # the mistake under test
     assert text_of(error) == (
         f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
-        "as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
-        "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+        "as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255), each std "
+        "above 0, and a floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, "
+        "0.225))."
     )
 
 

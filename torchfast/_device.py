@@ -12,13 +12,16 @@ def resolve_device(device: torch.device | str | int | None = None, /) -> torch.d
     Raises:
         ValueError: no such device on this machine, or a name that PyTorch does not know.
     """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if accelerator is None else accelerator
+    if accelerator is None and isinstance(device, int):
+        raise _lacking(device, None)
     asked = _parse(device)
     if asked.type in ("cpu", "meta"):
         return torch.device(asked.type)
-    _check_accelerator(asked, device)
+    if accelerator is None or accelerator.type != asked.type:
+        raise _lacking(device, accelerator)
     index = torch.accelerator.current_device_index() if asked.index is None else asked.index
     n_devices = torch.accelerator.device_count()
     if index >= n_devices:
@@ -33,19 +36,19 @@ def _parse(device: torch.device | str | int) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
+        shown = repr(device)
+        if len(shown) > 60:  # a model, say
+            shown = f"<{type(device).__name__}>"
         raise ValueError(
-            f"device={device!r} is not a device that PyTorch knows. "
+            f"device={shown} is not a device that PyTorch knows. "
             'Give "cpu", "cuda", "cuda:1", a torch.device, or None for the current accelerator.'
         ) from error
 
 
-def _check_accelerator(asked: torch.device, device: object) -> None:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and accelerator.type == asked.type:
-        return
+def _lacking(device: object, accelerator: torch.device | None) -> ValueError:
     found = "no accelerator" if accelerator is None else f"only {accelerator.type!r}"
     build = "" if torch.backends.cuda.is_built() else " (this build of PyTorch is for the CPU only)"
-    raise ValueError(
+    return ValueError(
         f"device={device!r} was asked for, but PyTorch finds {found} here{build}. "
         'Use device="cpu", or device=None to take whatever the machine has.'
     )

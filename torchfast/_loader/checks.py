@@ -1,7 +1,7 @@
 """What a DeviceLoader refuses, each with what was found and what to give: before anything is changed."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,23 @@ def check(loader: object, transform: object) -> None:
     """Refuse what is no loader, or no transform."""
     from torch.utils.data import Dataset
 
+    if isinstance(loader, type):
+        raise TypeError(
+            f"DeviceLoader wraps an iterable of batches, and was given the class {loader.__name__}. Make one "
+            f"first: DeviceLoader({loader.__name__}(...))."
+        )
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
-            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...); "
+            "a function that yields batches is to be called."
         )
+    for kind, yielded in _YIELDS_NO_BATCHES:
+        if isinstance(loader, kind):
+            raise TypeError(
+                f"DeviceLoader wraps an iterable of batches, and {type(loader).__name__} would yield its "
+                f"{yielded} one by one. Give a DataLoader, or a list or generator of batches."
+            )
     if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, and {type(loader).__name__} is a dataset, of "
@@ -31,6 +43,23 @@ def check(loader: object, transform: object) -> None:
             f"transform={transform!r} cannot be called. Give a function that takes a batch, on the device, "
             "and returns what is to be yielded in its place."
         )
+
+
+_YIELDS_NO_BATCHES: tuple[tuple[Any, str], ...] = (
+    ((str, bytes), "characters"),
+    (Mapping, "keys"),
+    (torch.Tensor, "rows"),
+    (torch.nn.Module, "parts"),
+)
+
+
+def check_switches(**switches: object) -> None:
+    """Refuse what is neither on nor off: a word such as "no" would count as on."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"{name}={value!r} is neither True nor False, and would count as one of them. Give that one."
+            )
 
 
 def depth_of(depth: Any) -> int:
@@ -100,7 +129,8 @@ def normalization_of(
     if not fits:
         raise ValueError(
             f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
-            "each as images have channels, for images in [0, 1], so none above 1 and each std above 0, and a "
-            "floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))."
+            "each as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255), each "
+            "std above 0, and a floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, "
+            "0.225))."
         )
     return Normalization(mean, std, image_dtype, channels_last=channels_last)

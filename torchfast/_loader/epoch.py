@@ -186,7 +186,7 @@ def closed_error() -> RuntimeError:
     return RuntimeError(
         "this pass over a DeviceLoader was closed, by close() or because another pass over the same loader "
         "was begun: two at a time would share workers and steal each other's batches. "
-        "Use one DeviceLoader for each loop that runs at the same time."
+        "Use one DeviceLoader, around a loader of its own, for each loop that runs at the same time."
     )
 
 
@@ -231,9 +231,10 @@ class InlineFeed:
 def warn_of_open_epoch(stacklevel: int) -> None:
     """Say that a pass was closed because another was begun."""
     warnings.warn(
-        "a new pass over this DeviceLoader was begun before the last one was finished or dropped, so the "
-        "last one was closed: two passes at a time would share workers and steal each other's batches. "
-        "Call close() on the first, or use one DeviceLoader for each loop that runs at the same time.",
+        "a new pass over this DeviceLoader, or over the workers of its loader, was begun before the last one "
+        "was finished or dropped, so the last one was closed: two passes at a time would share workers and "
+        "steal each other's batches. Call close() on the first, or use one DeviceLoader, around a loader of "
+        "its own, for each loop that runs at the same time.",
         RuntimeWarning,
         stacklevel=stacklevel,
     )

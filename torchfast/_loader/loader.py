@@ -82,8 +82,9 @@ class DeviceLoader(Generic[T]):
             batches of memory.
 
     Raises:
-        TypeError: the loader cannot be iterated over or is a dataset, `transform` cannot be called, or
-            `streams` holds what is no CUDA stream.
+        TypeError: the loader cannot be iterated over, is a dataset, or yields what is surely no batch, as a
+            dict or a model; `transform` cannot be called; `streams` holds what is no CUDA stream; or a switch
+            is neither True nor False.
         ValueError: no such device, a depth below 1, means and stds that cannot be, `into` not on the
             device, or, from `next`, a batch that does not fit `into` or has nothing to normalise.
 
@@ -109,6 +110,7 @@ class DeviceLoader(Generic[T]):
         poison: bool = False,
     ) -> None:
         checks.check(loader, transform)
+        checks.check_switches(channels_last=channels_last, across_epochs=across_epochs, poison=poison)
         depth, streams = checks.depth_of(depth), checks.streams_of(streams)
         checks.check_across_epochs(loader, across_epochs=across_epochs)
         normalization = checks.normalization_of(normalize, image_dtype, channels_last=channels_last)
@@ -191,6 +193,10 @@ class DeviceLoader(Generic[T]):
 
     def __iter__(self) -> Epoch[T]:
         """Begin a pass: the loader's own iterator is made here and now, in the caller's thread."""
+        other = wrapped.last_user(self.loader, self)
+        if other is not None:  # its workers are ours now
+            other._close_last_pass(stacklevel=4)
+            other.close()
         self._close_last_pass(stacklevel=4)
         self._n_passes += 1
         self._tally = Tally()
@@ -212,10 +218,24 @@ class DeviceLoader(Generic[T]):
             return getattr(loader, name)
         if name in ("state_dict", "load_state_dict") and hasattr(loader, name):
             return self._state_dict if name == "state_dict" else self._load_state_dict
+        if name in OPTIONS:
+            raise AttributeError(f"{name!r} is an option of DeviceLoader, which its repr shows.")
         raise AttributeError(
             f"DeviceLoader has no attribute {name!r}, and does not take it from the loader it wraps. "
             f"Use .loader.{name} if you mean that loader's own."
         )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in wrapped.FORWARDED or name in OPTIONS:
+            raise AttributeError(
+                f"{name!r} of a DeviceLoader cannot be set: it would change nothing. Build the loader, and a "
+                "DeviceLoader around it, with what you want."
+            )
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """List what is taken from the loader, too."""
+        return [*super().__dir__(), *(name for name in wrapped.FORWARDED if hasattr(self.loader, name))]
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the epoch's number to whatever of the loader, its samplers and its dataset wants to know.

@@ -109,10 +109,12 @@ class LoaderStats:
                 ("staging", self.stage_s),
             )
         )
-        speed = f", {format_bytes(int(self.bytes_per_s))}/s" if self.copy_s else ""
+        if self.copy_s:  # else nothing runs beside anything, as on the CPU
+            speed = format_bytes(int(self.bytes_per_s))
+            shares = f"{shares}, {speed}/s; overlap {self.overlap_efficiency:.2f}"
         return (
             f"LoaderStats({self.verdict}: {self.n_batches} batches, {self.step_ms:.3g} ms a step; "
-            f"{shares}{speed}; overlap {self.overlap_efficiency:.2f}. {self.advice})"
+            f"{shares}. {self.advice})"
         )
 
 

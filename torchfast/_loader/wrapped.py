@@ -4,8 +4,10 @@ import copy
 import gc
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from weakref import WeakKeyDictionary
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import cpu_share, ranks_here
@@ -13,6 +15,8 @@ from torchfast._loader.thread import no_state
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
+
+T = TypeVar("T")
 
 FORWARDED = frozenset({
     "batch_sampler",
@@ -120,6 +124,18 @@ def default_workers(dataset: object) -> int:
 
     most = 1 if isinstance(dataset, IterableDataset) else MAX_WORKERS
     return max(0, min(most, cpu_share() - 1))
+
+
+_users: "WeakKeyDictionary[object, weakref.ref[Any]]" = WeakKeyDictionary()
+
+
+def last_user(loader: object, user: T, /) -> T | None:
+    """Return who else used the workers of a loader last, if these stay; from now on that is `user`."""
+    if not (_is_plain(loader) and loader.persistent_workers):
+        return None
+    last = _users.get(loader, lambda: None)()
+    _users[loader] = weakref.ref(user)
+    return None if last is user else last
 
 
 def warn_of_lost_workers(loader: object, stacklevel: int) -> None:
