@@ -67,7 +67,9 @@ class Consumer:
 
 
 @contextmanager
-def lagging(pinned: set[int], *, is_batched: bool, team: int) -> Iterator[tuple[LateStream, CudaTransport]]:
+def lagging(
+    pinned: set[int], *, is_batched: bool, team: int, n_workers: int
+) -> Iterator[tuple[LateStream, CudaTransport]]:
     """Return a device that lags, and a transport to it, for which all is large that is beyond some KiB."""
     late, consumer = LateStream(), Consumer()
     with pytest.MonkeyPatch.context() as patch, computing_with(team):
@@ -89,7 +91,9 @@ def lagging(pinned: set[int], *, is_batched: bool, team: int) -> Iterator[tuple[
         patch.setattr(plan, "PACK_BELOW_BYTES", KIB)
         patch.setattr(plan, "STAGE_BELOW_BYTES", 64)
         device = torch.device("cpu")
-        to_device = CudaTransport(device, 2, streams=(), borrows=True, pins=False, n_workers=0, poison=False)
+        to_device = CudaTransport(
+            device, 2, streams=(), borrows=True, pins=False, n_workers=n_workers, poison=False
+        )
         to_device.begin(Tally())
         to_device.enter_thread()
         yield late, to_device
@@ -97,33 +101,42 @@ def lagging(pinned: set[int], *, is_batched: bool, team: int) -> Iterator[tuple[
 
 
 @settings(max_examples=100)
-@example(likes=[[Kind(0), Kind(100)]], schedule=[(0, 0)] * 4, is_batched=True, team=3)
+@example(likes=[[Kind(0), Kind(100)]], schedule=[(0, 0)] * 4, is_batched=True, team=3, way="thread")
 @example(
-    likes=[[Kind(64 * KIB)], [Kind(30 * KIB)] * 5], schedule=[(0, 1), (1, 0)] * 8, is_batched=True, team=3
+    likes=[[Kind(64 * KIB)], [Kind(30 * KIB)] * 5],
+    schedule=[(0, 1), (1, 0)] * 8,
+    is_batched=True,
+    team=3,
+    way="thread",
 )
 @given(
     likes=st.lists(st.lists(KINDS, min_size=1, max_size=8), min_size=1, max_size=3),
     schedule=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=16),
     is_batched=st.booleans(),
     team=st.sampled_from([1, 3, 16]),
+    way=st.sampled_from(["thread", "here", "workers"]),
 )
 def test_every_byte_arrives(
-    likes: list[list[Kind]], schedule: list[tuple[int, int]], *, is_batched: bool, team: int
+    likes: list[list[Kind]], schedule: list[tuple[int, int]], *, is_batched: bool, team: int, way: str
 ) -> None:
-    """Whatever batches there are, in whatever order, though the loader uses its memory again at once."""
+    """Whatever batches there are, whoever sends them, though the loader uses its memory again at once."""
     pinned = set[int]()
     sent = list[tuple[Any, list[torch.Tensor]]]()
-    with lagging(pinned, is_batched=is_batched, team=team) as (late, to_device):
+    n_workers = int(way == "workers")
+    with lagging(pinned, is_batched=is_batched, team=team, n_workers=n_workers) as (late, to_device):
+        send = to_device.send_here if way == "here" else to_device.send
         for number, (which, n_done) in enumerate([*schedule, (0, 0), (0, 0)]):
             kinds = likes[which % len(likes)]
             batch = [kind.leaf(number + place) for place, kind in enumerate(kinds)]
+            if n_workers:
+                batch = [leaf.share_memory_() for leaf in batch]
             pinned |= {
                 leaf.untyped_storage().data_ptr()
                 for leaf, kind in zip(batch, kinds, strict=True)
                 if kind.is_pinned
             }
             expected = [leaf.clone() for leaf in batch]
-            parcel = to_device.send(batch, to_device.blank())
+            parcel = send(batch, to_device.blank())
             sent.append((parcel, expected))
             late.go_on_to(late.n_done + n_done)
             to_device.settle()
