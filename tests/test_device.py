@@ -12,6 +12,12 @@ def test_cpu_has_no_index(asked: torch.device | str) -> None:
     assert resolve_device(asked) == torch.device("cpu")
 
 
+def test_the_cpu_is_found_without_asking_for_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking may start a driver, which does not survive a fork: who wants the CPU is spared it."""
+    monkeypatch.delattr(torch.accelerator, "current_accelerator")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
 def test_none_is_what_the_machine_has() -> None:
     """None is the current accelerator where there is one, else the CPU."""
     expected = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -12,14 +12,13 @@ def resolve_device(device: torch.device | str | int | None = None, /) -> torch.d
     Raises:
         ValueError: no such device on this machine, or a name that PyTorch does not know.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
+        accelerator = _accelerator()
         device = "cpu" if accelerator is None else accelerator
-    if accelerator is None and isinstance(device, int):
-        raise _lacking(device, None)
     asked = _parse(device)
     if asked.type in ("cpu", "meta"):
         return torch.device(asked.type)
+    accelerator = _accelerator()
     if accelerator is None or accelerator.type != asked.type:
         raise _lacking(device, accelerator)
     index = torch.accelerator.current_device_index() if asked.index is None else asked.index
@@ -36,6 +35,8 @@ def _parse(device: torch.device | str | int) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
+        if isinstance(device, int) and _accelerator() is None:
+            raise _lacking(device, None) from error
         shown = repr(device)
         if len(shown) > 60:  # a model, say
             shown = f"<{type(device).__name__}>"
@@ -43,6 +44,10 @@ def _parse(device: torch.device | str | int) -> torch.device:
             f"device={shown} is not a device that PyTorch knows. "
             'Give "cpu", "cuda", "cuda:1", a torch.device, or None for the current accelerator.'
         ) from error
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def _lacking(device: object, accelerator: torch.device | None) -> ValueError:
