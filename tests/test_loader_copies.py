@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.late_stream import LateStream
 from torchfast._loader import shipment
-from torchfast._loader.plan import Plan, tensor_on
+from torchfast._loader.plan import Plan, empty
 from torchfast._loader.shipment import let_go_of_what_was_read
 from torchfast._loader.staging import Part, PinnedBuffer
 
@@ -87,12 +87,9 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
     plan = Plan(leaves)
     if not plan.groups:
         return
-    buffer = torch.empty(plan.buffer_layouts[0].n_bytes, dtype=torch.uint8)
-    target = (
-        buffer if plan.buffer_layouts[0].dtype is torch.uint8 else tensor_on(buffer, plan.buffer_layouts[0])
-    )
+    packed = empty(plan.buffer_layouts[0], torch.device("cpu"))
     one = LateStream().shipment()
-    for group, copies in zip(plan.groups, plan.packed_on(target), strict=True):
+    for group, copies in zip(plan.groups, plan.packed_on(packed), strict=True):
         if group.may_go_straight:
             one.add_group(copies, [leaves[index] for index in group.indexes], group)
     assert one._to == [copy.data_ptr() for copy in one._targets]

@@ -14,7 +14,7 @@ from tests.late_stream import LateStream
 from tests.loader_transport import computing_with, grow_unpinned
 from torchfast._loader import staging
 from torchfast._loader.host_memory import memory_of
-from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, Layout, Plan, tensor_on
+from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, Plan, empty
 from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
 from torchfast._loader.staging import PAGE_BYTES, PinnedBuffer, PinnedRing, Staging
@@ -91,18 +91,13 @@ def test_packed_tensors_arrive_where_the_driver_is_not_asked(sizes: list[int], d
     plan = Plan(sources)
     (layout,) = plan.buffer_layouts
     sent, by = Sent(), Staging(2, 0)
-    packed = tensor_on(room(layout), layout)
+    packed = empty(layout, torch.device("cpu")).fill_(77)
     for group, copies in zip(plan.groups, plan.packed_on(packed), strict=True):
         originals = [sources[index] for index in group.indexes]
         if group.n_bytes:
             by.pack(group, originals, packed, sent)
             sent.enqueue()
         assert all(map(torch.equal, copies, originals))
-
-
-def room(layout: Layout) -> torch.Tensor:
-    """Return memory for a tensor of a layout."""
-    return torch.full((layout.n_bytes,), 77, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
