@@ -7,7 +7,7 @@ of it; the comparison is made on the GPU; the loop drops its batch at once and d
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import loader_peers as peers
 import torch
@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchfast import DeviceLoader
 
-N_PER_PASS = 1000
 N_PASSES_PER_REPORT = 5
 SLEEP_CYCLES = {"pinned": 40_000, "fresh": 80_000, "pageable": 120_000, "reused": 120_000}
 """20 to 60 us before each batch, as much as keeps the GPU behind such a source most of the time."""
@@ -23,22 +22,35 @@ SLEEP_CYCLES = {"pinned": 40_000, "fresh": 80_000, "pageable": 120_000, "reused"
 LONG_SLEEP_CYCLES = 2_000_000
 """1 ms before each hundredth, in which the host gets far ahead."""
 
+
+class Shape(NamedTuple):
+    """What a batch consists of, and how many there are in a pass."""
+
+    n_leaves: int
+    size: tuple[int, ...]
+    n_per_pass: int = 1000
+    sleep_cycles: int = 0
+    """Before each batch at least, where making one takes the host longer than the usual sleep."""
+
+
 SHAPES = {
-    "packed": (3, (5_000,)),
-    "rows": (16, (5_120,)),
-    "many": (40, (40_000,)),
-    "large": (1, (300_000,)),
-    "images": (1, (2, 3, 224, 224)),
+    "packed": Shape(3, (5_000,)),
+    "rows": Shape(16, (5_120,)),
+    "many": Shape(40, (40_000,)),
+    "large": Shape(1, (300_000,)),
+    "images": Shape(1, (2, 3, 224, 224)),
+    "huge": Shape(2, (10_000_000,), n_per_pass=50, sleep_cycles=40_000_000),
 }
-"""Tensors of a batch, shape of each: 3 of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may
-be sent by the loop; 40 of 160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB
-too.
+"""3 tensors of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may be sent by the loop; 40 of
+160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB too; 2 of 40 MB, staged in
+two pieces if they are pageable.
 """
 
 KINDS = [
     *itertools.product(("packed", "large"), ("pinned", "fresh", "pageable", "reused")),
     *itertools.product(("rows",), ("pinned", "fresh", "reused")),
     ("many", "pageable"),
+    ("huge", "pageable"),
 ]
 """Sources: a list of pinned batches, a `DataLoader` that pins each anew and drops it, a generator of pageable
 ones, and one that fills the same pinned memory again and again.
@@ -67,13 +79,14 @@ def _count(  # noqa: PLR0913, PLR0917 - what a row says
     name: str, peer: Peer, report: Report, shape: str, source: str, n_left: Any, limit_s: float
 ) -> None:
     # Many processes share the cores; but helpers come only to a loop that computes with several threads.
-    torch.set_num_threads(4 if shape == "many" else 1)
-    batches = peer(_source(shape, source))
+    torch.set_num_threads(4 if shape in {"many", "huge"} else 1)
+    batches = peer(_source(SHAPES[shape], source))
+    sleep_cycles = max(SLEEP_CYCLES[source], SHAPES[shape].sleep_cycles)
     wrong = torch.zeros((), dtype=torch.long, device="cuda")
     lag = Lag()
     began_s, n_seen = time.perf_counter(), 0
     while n_left.value > 0 and time.perf_counter() - began_s < limit_s:
-        n_now = sum(compare(batches, wrong, lag, SLEEP_CYCLES[source]) for _ in range(N_PASSES_PER_REPORT))
+        n_now = sum(compare(batches, wrong, lag, sleep_cycles) for _ in range(N_PASSES_PER_REPORT))
         n_seen += n_now
         with n_left.get_lock():
             n_left.value -= n_now
@@ -123,7 +136,7 @@ def compare(
     for batch in batches:
         number = next(numbers)
         lag.ask()
-        torch.cuda._sleep(sleep_cycles if number % 100 else LONG_SLEEP_CYCLES)
+        torch.cuda._sleep(sleep_cycles if number % 100 else max(sleep_cycles, LONG_SLEEP_CYCLES))
         wrong += (torch.cat([leaf.view(-1) for leaf in batch]) != number).any()
         del batch
         if number % 16 == 15:
@@ -131,45 +144,46 @@ def compare(
     return next(numbers)
 
 
-def _source(shape: str, source: str) -> Any:
+def _source(shape: Shape, source: str) -> Any:
     """Return a source of the batches of a pass."""
     if source == "fresh":
-        return DataLoader(Filled(*SHAPES[shape]), batch_size=None, pin_memory=True)
-    made = Made(*SHAPES[shape], is_pinned=source != "pageable", is_reused=source == "reused")
+        return DataLoader(Filled(shape), batch_size=None, pin_memory=True)
+    made = Made(shape, is_pinned=source != "pageable", is_reused=source == "reused")
     return list(made) if source == "pinned" else made
 
 
 class Made:
     """Batches that hold their own number, the same in every pass, made one by one."""
 
-    def __init__(self, n_leaves: int, shape: tuple[int, ...], *, is_pinned: bool, is_reused: bool) -> None:
-        self._n_leaves, self._shape = n_leaves, shape
+    def __init__(self, shape: Shape, *, is_pinned: bool, is_reused: bool) -> None:
+        self._shape = shape
         self._is_pinned, self._is_reused = is_pinned, is_reused
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         """Make them, in new memory each, or all in the same."""
         buffers = self._empty()
-        for number in range(N_PER_PASS):
+        for number in range(self._shape.n_per_pass):
             leaves = buffers if self._is_reused else self._empty()
             yield [leaf.fill_(float(number)) for leaf in leaves]
 
     def _empty(self) -> list[torch.Tensor]:
-        return [torch.empty(self._shape, pin_memory=self._is_pinned) for _ in range(self._n_leaves)]
+        n_leaves, size = self._shape[:2]
+        return [torch.empty(size, pin_memory=self._is_pinned) for _ in range(n_leaves)]
 
 
 class Filled(Dataset[list[torch.Tensor]]):
     """The same batches, for a `DataLoader`."""
 
-    def __init__(self, n_leaves: int, shape: tuple[int, ...]) -> None:
-        self._n_leaves, self._shape = n_leaves, shape
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
 
     def __len__(self) -> int:
         """Return how many there are in a pass."""
-        return N_PER_PASS
+        return self._shape.n_per_pass
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         """Make one."""
-        return [torch.full(self._shape, float(index)) for _ in range(self._n_leaves)]
+        return [torch.full(self._shape.size, float(index)) for _ in range(self._shape.n_leaves)]
 
 
 class Again:
