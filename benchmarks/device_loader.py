@@ -118,7 +118,7 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from sweep_lists(source, n_leaves, n_samples)
 
 
-CELL_S = 1.0
+CELL_S = 2.5
 """There are many cells: after so long, none begins another round."""
 LOADING_CELL_S = 3.0
 """Loading by processes scatters by a fifth from pass to pass."""

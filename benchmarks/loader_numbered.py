@@ -39,7 +39,7 @@ SHAPES = {
     "many": Shape(40, (40_000,)),
     "large": Shape(1, (300_000,)),
     "images": Shape(1, (2, 3, 224, 224)),
-    "huge": Shape(2, (10_000_000,), n_per_pass=50, sleep_cycles=40_000_000),
+    "huge": Shape(2, (10_000_000,), n_per_pass=50, sleep_cycles=160_000_000),
 }
 """3 tensors of 20 KB, which travel as one; 16 of 20 KiB, without gaps, which may be sent by the loop; 40 of
 160 KB, with which helpers help if they are pageable; 1 of 1.2 MB; images, 1.2 MB too; 2 of 40 MB, staged in
