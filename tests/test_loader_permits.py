@@ -82,8 +82,8 @@ def test_what_the_loader_takes_is_taken_into_account() -> None:
 
 
 def test_a_thread_that_takes_long_to_send_is_done_before_the_step_ends() -> None:
-    """Late enough for as much as it took for the last batch, and never later than the middle."""
-    for send_s, latest in ((0.4, 0.5), (0.8, 0.2)):
+    """Early enough for a quarter more than it took for the last batch, and never later than the middle."""
+    for send_s, latest in ((0.3, 0.5), (0.6, 0.25)):
         permits = at_a_step_of(HOUR_S)
         permits.send_s = send_s * HOUR_S
         permits.lay_down("permit")

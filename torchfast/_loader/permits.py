@@ -15,6 +15,12 @@ from collections import deque
 from queue import Empty, SimpleQueue
 from typing import Any
 
+LONGER_AT_TIMES = 1.25
+"""How much longer than the last time sending may take."""
+
+AFTER_SENDING_S = 100e-6
+"""The thread then lets go of what it sent, and asks the loader for the next batch."""
+
 
 class Permits:
     """Hands permits from the loop's thread to the copying thread, and loses none."""
@@ -33,7 +39,7 @@ class Permits:
         self.load_s = 0.0
         """How long the loader took for its last batch: by so much the thread is up earlier."""
         self.send_s = 0.0
-        """How long sending one took, less waiting: it begins so long before the step ends, at the latest."""
+        """How long sending one took, less waiting: the thread is to be done with another as the step ends."""
         self._taken_s = self._step_s = self._last_step_s = 0.0
 
     # In the loop's thread.
@@ -86,4 +92,5 @@ class Permits:
             return 0.0
         step_s = self._step_s
         begun_s = self._taken_s if self._lying else self._taken_s + step_s
-        return begun_s + min(0.5 * step_s, step_s - self.send_s) - self.load_s - time.perf_counter()
+        busy_s = LONGER_AT_TIMES * self.send_s + AFTER_SENDING_S
+        return begun_s + min(0.5 * step_s, step_s - busy_s) - self.load_s - time.perf_counter()
