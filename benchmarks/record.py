@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "torchvision", "transformers", "accelerate", "numpy")
+PACKAGES = ("torch", "timm", "torchvision", "transformers", "accelerate", "torchtnt", "spdl", "numpy")
 
 
 def environment() -> dict[str, Any]:

@@ -162,9 +162,13 @@ def device_loader(result: dict[str, Any]) -> str:
         lines.append(
             f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
             f"| {best['step_ms']:.4g} ms ({best['peer']}) "
-            f"| {ours['step_ms']:.4g} ms | {max(0.0, ours['overlap_efficiency']):.0%} |"
+            f"| {ours['step_ms']:.4g} ms | {_hidden(ours['overlap_efficiency'])} |"
         )
     return "\n".join([*lines, "", _source(result), ""])
+
+
+def _hidden(efficiency: float) -> str:
+    return f"{efficiency:.0%}" if efficiency >= 0 else "-"
 
 
 def loader_workers(result: dict[str, Any]) -> str:

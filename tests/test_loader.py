@@ -90,6 +90,8 @@ def test_from_dataset_chooses_settings_and_takes_others() -> None:
         Pids(), "cpu", batch_size=4, num_workers=2, prefetch_factor=3, drop_last=True
     )
     assert (loader.persistent_workers, loader.prefetch_factor, loader.drop_last) == (True, 3, True)
+    loader = DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4, num_workers=2)
+    assert (loader.persistent_workers, loader.prefetch_factor, loader.drop_last) == (True, 4, False)
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers < (os.cpu_count() or 1)
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.loader_transport import threaded
 from torchfast import DeviceLoader
@@ -193,6 +194,33 @@ def test_state_after_an_early_break_is_that_of_the_last_batch() -> None:
     assert list(loader) == [8, 9, 10]
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
+def test_state_does_not_count_what_the_transform_is_to_be_given_again(
+    kind: type[BaseException], *, is_ahead: bool
+) -> None:
+    """Saved after an interrupt or out of memory in a transform, the state resumes at that very batch."""
+    errors = [kind("in the middle")]
+
+    def transform(batch: int) -> int:
+        if batch == 3 and errors:
+            assert next(batches) == 4  # a transform may take batches itself
+            raise errors.pop()
+        return batch
+
+    make = threaded if is_ahead else functools.partial(DeviceLoader, device="cpu")
+    loader: DeviceLoader[int] = make(Stateful(), transform=transform)
+    batches = iter(loader)
+    assert [next(batches), next(batches)] == [1, 2]
+    with pytest.raises(kind):
+        next(batches)
+    assert loader.state_dict() == {"n_made": 2}
+    assert next(batches) == 3
+    assert loader.state_dict() == {"n_made": 3}
+    assert list(batches) == [4, 5, 6, 7, 8, 9, 10]
+    assert loader.state_dict() == {"n_made": 10}
+
+
 @pytest.mark.filterwarnings("default")  # torchdata's own, of what PyTorch deprecates
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
@@ -239,6 +267,66 @@ def test_the_last_batch_of_an_accelerate_loader_is_known_as_the_last() -> None:
     for _ in loader:
         break
     assert prepared.base_dataloader is source
+
+
+class LooksAhead:
+    """A loader that looks a batch ahead, as accelerate's prepared ones do."""
+
+    def __init__(self, base: Any) -> None:
+        self.base_dataloader = base
+        self.end_of_dataloader = False
+        self.num_workers, self.persistent_workers = 1, False
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.base_dataloader)
+        current = next(batches, None)
+        while current is not None:
+            following = next(batches, None)
+            self.end_of_dataloader = following is None
+            yield current
+            current = following
+
+    def state_dict(self) -> Any:
+        """Return the state of what it is around, which need not have one."""
+        return self.base_dataloader.state_dict()
+
+
+def test_passes_over_one_loader_that_looks_ahead_leave_it_as_it_was() -> None:
+    """Two DeviceLoaders around it, one made and begun in the midst of the other's pass, put its own back."""
+    source = [1, 2, 3]
+    prepared = LooksAhead(source)
+    first = DeviceLoader(prepared, "cpu")
+    batches = iter(first)
+    assert next(batches) == 1
+    second = DeviceLoader(prepared, "cpu")
+    assert second._inner is not None
+    assert second._inner.loader is source
+    others = iter(second)
+    assert next(others) == 1
+    first.close()
+    assert [*others] == [2, 3]
+    assert prepared.base_dataloader is source
+
+
+def test_a_loader_that_looks_ahead_has_a_state_if_what_it_is_around_has_one() -> None:
+    """Those of accelerate have the methods in any case; during a pass the answer is the same."""
+    for source, has_state in ((Stateful(), True), ([1, 2, 3], False)):
+        loader = DeviceLoader(LooksAhead(source), "cpu", transform=lambda batch: batch)
+        assert hasattr(loader, "state_dict") is has_state
+        for _ in loader:
+            assert hasattr(loader, "state_dict") is has_state
+
+
+def test_lost_workers_of_a_loader_that_looks_ahead_are_told_of_once() -> None:
+    """The loader that stands in it keeps still."""
+    base = DataLoader(TensorDataset(torch.arange(4)), num_workers=1)
+    loader = DeviceLoader(LooksAhead(base), "cpu")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            list(loader)
+    assert ["persistent_workers=True" in str(warning.message) for warning in told] == [True]
+    assert told[0].filename == __file__
 
 
 # --- statistics ------------------------------------------------------------------------------------------

@@ -29,10 +29,16 @@ def as_sparse(rows: torch.Tensor) -> torch.Tensor:
     return torch.sparse_coo_tensor(indices, rows, (N_ROWS,), is_coalesced=True)
 
 
+def as_jagged(rows: torch.Tensor) -> torch.Tensor:
+    """Return a nested tensor whose offsets tell the number."""
+    return torch.nested.nested_tensor_from_jagged(torch.zeros(1, device=rows.device), offsets=rows.long())
+
+
 KINDS: dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = {
     "tensor": (lambda rows: rows, lambda batch: batch),
     "sequence": (as_sequence, lambda batch: batch.data),
     "sparse": (as_sparse, lambda batch: batch._values()),
+    "jagged": (as_jagged, lambda batch: batch.offsets()),
 }
 
 

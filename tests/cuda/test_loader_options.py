@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.loader_sources import MS
 from torchfast import DeviceLoader
+from torchfast._loader import normalize
 
 pytestmark = pytest.mark.cuda
 
@@ -30,6 +31,7 @@ def test_normalisation_in_one_kernel_is_exact(
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     options: dict[str, Any] = {"image_dtype": dtype, "channels_last": channels_last}
     (normalised,) = DeviceLoader([images], "cuda", normalize=(mean, std), **options)
+    assert normalize._launch() is not None  # by Triton's kernel, and not without a word by several
     means, stds = (255 * torch.tensor(numbers, device="cuda").view(1, 3, 1, 1) for numbers in (mean, std))
     assert torch.equal(normalised, ((images.cuda().float() - means) / stds).to(dtype))
     assert normalised.is_contiguous(memory_format=torch.channels_last) is channels_last
@@ -37,7 +39,6 @@ def test_normalisation_in_one_kernel_is_exact(
 
 def test_images_are_normalised_without_a_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton cannot build its kernel the values are the same, after one warning."""
-    from torchfast._loader import normalize
 
     def launch(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler")

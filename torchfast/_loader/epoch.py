@@ -20,9 +20,8 @@ T = TypeVar("T")
 class Feed(Protocol):
     """A source of finished batches."""
 
-    @property
-    def state(self) -> Any:
-        """The loader's state as of the batch handed out last."""
+    state: Any
+    """The loader's state as of the batch handed out last; whoever puts that back puts this back too."""
 
     @property
     def goes_on(self) -> bool:
@@ -44,7 +43,7 @@ class Feed(Protocol):
 class Inside(threading.local):
     """What the `transform=` under way in a thread has taken by itself; None where none is."""
 
-    taken: list[Any] | None = None
+    taken: list[tuple[Any, Any]] | None = None
 
 
 class Epoch(Iterator[T]):
@@ -56,8 +55,8 @@ class Epoch(Iterator[T]):
         self._owner = owner  # lives as long as its epoch: it is what oom_guard asks to let go of memory
         self._state = "open"
         self._has_failed = False
-        self._unfinished: list[T] = []
-        """Batches that `transform` is to be given once more."""
+        self._unfinished: list[tuple[T, Any]] = []
+        """Batches that `transform` is to be given once more, each with the loader's state behind it."""
         self._inside = Inside()
         to_close_at_exit().add(self)
 
@@ -73,11 +72,13 @@ class Epoch(Iterator[T]):
             raise closed_error()
         if self._finish is None:
             return self._taken()
+        state = self._feed.state
         if self._unfinished:
-            batch = self._unfinished[0]
+            batch, self._feed.state = self._unfinished[0]
             del self._unfinished[0]  # no call, which an interrupt could follow
         else:
             batch = self._taken()
+        taken = (batch, self._feed.state)
         # From here to `finally`, but for the transform itself, no call, which an interrupt could follow.
         outer = self._inside.taken
         inside = self._inside.taken = []
@@ -86,16 +87,18 @@ class Epoch(Iterator[T]):
             finished: T = self._finish(batch)
             is_done = True
             if outer is not None:
-                outer += [batch, *inside]
+                outer += [taken, *inside]
         except StopIteration as error:
             raise stopped_by_transform() from error
         except torch.OutOfMemoryError:
-            self._unfinished[:0] = [batch, *inside]  # the same batch again, and then those that were taken
+            self._unfinished[:0] = [taken, *inside]  # the same batch again, and then those that were taken
+            self._feed.state = state
             raise
         except Exception:
             raise
         except BaseException:
-            self._unfinished[:0] = [batch, *inside]
+            self._unfinished[:0] = [taken, *inside]
+            self._feed.state = state
             raise
         finally:
             self._inside.taken = outer
@@ -200,11 +203,17 @@ class InlineFeed:
         self._snapshot = snapshot
         self._tally = tally
         self._device = device
+        self.state = snapshot()
 
     def take(self) -> Any:
         """Return the next batch, on the device."""
         began_s = time.perf_counter()
-        batch = next(self._source)
+        try:
+            batch = next(self._source)
+        except StopIteration:
+            self.state = self._snapshot()
+            raise
+        self.state = self._snapshot()
         waited_s = time.perf_counter() - began_s
         self._tally.load_s += waited_s
         self._tally.taken(waited_s)
@@ -212,11 +221,6 @@ class InlineFeed:
         return structure.rebuild([leaf.to(self._device) for leaf in leaves])
 
     goes_on = False
-
-    @property
-    def state(self) -> Any:
-        """The loader's state: nothing is loaded ahead."""
-        return self._snapshot()
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""

@@ -127,7 +127,8 @@ class ThreadedFeed:
         """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
         arrival = self._first()
         if arrival.is_end:
-            self.state = self.state if arrival.state is None else arrival.state
+            if arrival.state is not None:
+                self.state = arrival.state
             self.is_between_passes = self.goes_on = arrival.goes_on
             if arrival.goes_on:
                 del self._work.ready[0]  # the last end stays: whoever asks again is told again
@@ -147,7 +148,6 @@ class ThreadedFeed:
             self._pass_on(arrival)
             raise
         self._tally.taken(waited_s)
-        self.state = arrival.state
         self._pass_on(arrival)
         return batch
 
@@ -161,6 +161,8 @@ class ThreadedFeed:
         """Let the first leave the line. From here to the loop nothing looks for signals, as calls in C do."""
         ready = self._work.ready
         self._work.n_owed += 1
+        if arrival.state is not None:
+            self.state = arrival.state
         if ready and ready[0] is arrival:  # close() in another thread may have emptied the line
             del ready[0]
 

@@ -54,7 +54,9 @@ def record_use(leaf: Any, stream: torch.cuda.Stream, /) -> None:
         if not parts and callable(getattr(leaf, "record_stream", None)):
             leaf.record_stream(stream)
     elif leaf.is_nested:
-        record_use(leaf.values(), stream)
+        places = (leaf.offsets(), leaf.lengths()) if leaf.layout is torch.jagged else ()
+        for part in (leaf.values(), *places):
+            record_use(part, stream)
     elif leaf.layout in _PARTS:
         for name in _PARTS[leaf.layout]:
             getattr(leaf, name)().record_stream(stream)

@@ -132,12 +132,14 @@ class DeviceLoader(Generic[T]):
             across_epochs=across_epochs,
             poison=poison,
         )
+        self._is_inner = False
+        """Whether it stands in a loader that looks ahead, which another `DeviceLoader` wraps."""
         self._inner: DeviceLoader[Any] | None = None
         if wrapped.looks_ahead(loader):
-            source: Any = loader
-            self._inner = DeviceLoader(
-                source.base_dataloader, self.device, depth=depth, streams=streams, poison=poison
-            )
+            base: Any = wrapped.base_of(loader)
+            base = base.loader if isinstance(base, DeviceLoader) and base._is_inner else base
+            self._inner = DeviceLoader(base, self.device, depth=depth, streams=streams, poison=poison)
+            self._inner._is_inner = True
         self._transport: Any = None
         self._is_pinned_by_us = False
         self._epoch: weakref.ref[Epoch[T]] | None = None
@@ -200,7 +202,7 @@ class DeviceLoader(Generic[T]):
         self._close_last_pass(stacklevel=4)
         self._n_passes += 1
         self._tally = Tally()
-        if self._n_passes == 2:
+        if self._n_passes == 2 and not self._is_inner:
             wrapped.warn_of_lost_workers(self.loader, stacklevel=3)
         self._feed = self._open_feed()
         epoch: Epoch[T] = Epoch(self._feed, self._finish, owner=self)
@@ -216,7 +218,7 @@ class DeviceLoader(Generic[T]):
         loader = self.__dict__.get("loader")
         if name in wrapped.FORWARDED:
             return getattr(loader, name)
-        if name in ("state_dict", "load_state_dict") and hasattr(loader, name):
+        if name in ("state_dict", "load_state_dict") and hasattr(loader, name) and wrapped.has_state(loader):
             return self._state_dict if name == "state_dict" else self._load_state_dict
         if name in OPTIONS:
             raise AttributeError(f"{name!r} is an option of DeviceLoader, which its repr shows.")

@@ -92,7 +92,7 @@ class LoaderStats:
         """What to change, given the verdict."""
         return {
             "compute-bound": "The loader hides behind the work: nothing to gain here.",
-            "transfer-bound": "Move fewer bytes: images as uint8, made float by transform= on the device.",
+            "transfer-bound": "Move fewer bytes: images as uint8, made float by normalize= on the device.",
             "host-bound": "Load faster: more workers, persistent_workers=True, less work for each sample.",
         }.get(self.verdict, "Too few batches to tell.")
 

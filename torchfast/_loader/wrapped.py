@@ -45,10 +45,14 @@ ROOM_OF_A_BATCH_BYTES = 256 * MIB
 """Shared memory that must be free for each batch that workers may make ahead; 256 float images are 154 MB."""
 
 
-def snapshot_of(loader: object) -> Callable[[], Any]:
+def has_state(loader: object) -> bool:
+    """Say whether a loader has a state. One that looks ahead has it if what it is around has one."""
+    return hasattr(base_of(loader) if looks_ahead(loader) else loader, "state_dict")
+
+
+def snapshot_of(loader: Any) -> Callable[[], Any]:
     """Return the loader's `state_dict`, copied at once since it may go on changing, or `no_state`."""
-    state_dict = getattr(loader, "state_dict", None)
-    return no_state if state_dict is None else lambda: copy.deepcopy(state_dict())
+    return (lambda: copy.deepcopy(loader.state_dict())) if has_state(loader) else no_state
 
 
 def writes_afresh(loader: object) -> bool:
@@ -155,17 +159,22 @@ def looks_ahead(loader: object) -> bool:
     return hasattr(loader, "base_dataloader") and hasattr(loader, "end_of_dataloader")
 
 
-def through(loader: Any, inner: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over such a loader with its own source replaced, for the time of the pass.
+def base_of(loader: Any) -> Any:
+    """Return what such a loader is around: during a pass, the `DeviceLoader` that stands in for it."""
+    return loader.base_dataloader
+
+
+def through(loader: Any, inner: Any) -> Iterator[Any]:
+    """Iterate over such a loader with its own source replaced by one around it, for the time of the pass.
 
     What it does around each batch, above all telling the last one, then happens when the batch is handed out.
     """
-    source = loader.base_dataloader
     loader.base_dataloader = inner
     try:
         yield from loader
     finally:
-        loader.base_dataloader = source
+        # Not what was there: another pass over the same loader, which may be over by then.
+        loader.base_dataloader = inner.loader
 
 
 def takes_epochs(loader: object) -> Any:
