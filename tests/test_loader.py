@@ -84,14 +84,19 @@ def test_workers_are_the_same_processes_in_the_second_epoch() -> None:
     assert os.getpid() not in first
 
 
-def test_from_dataset_chooses_settings_and_takes_others() -> None:
-    """Workers persist and prefetch by default; whatever DataLoader takes can be given."""
+def test_from_dataset_chooses_settings_and_takes_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers persist and prefetch by default; whatever DataLoader takes can be given, on one CPU too."""
     loader: DeviceLoader[Any] = DeviceLoader.from_dataset(
         Pids(), "cpu", batch_size=4, num_workers=2, prefetch_factor=3, drop_last=True
     )
     assert (loader.persistent_workers, loader.prefetch_factor, loader.drop_last) == (True, 3, True)
     loader = DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4, num_workers=2)
     assert (loader.persistent_workers, loader.prefetch_factor, loader.drop_last) == (True, 4, False)
+    monkeypatch.setattr("torchfast._loader.wrapped.cpu_share", lambda: 1)
+    assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers == 0
+    loader = DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4, prefetch_factor=2)
+    assert (loader.num_workers, loader.prefetch_factor) == (1, 2)
+    monkeypatch.undo()
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers < (os.cpu_count() or 1)
 
 
@@ -177,6 +182,22 @@ def test_a_second_pass_closes_the_first() -> None:
         next(first)
     assert len(list(second)) == 4
     assert list(second) == []
+
+
+def test_a_pass_that_another_thread_closes_does_not_look_complete() -> None:
+    """On the CPU too, closing is told of as such, and not taken for the end."""
+
+    def batches() -> Iterator[int]:
+        yield 1
+        closing = threading.Thread(target=loader.close)
+        closing.start()
+        closing.join()
+
+    loader = DeviceLoader(batches(), "cpu")
+    pass_ = iter(loader)
+    assert next(pass_) == 1
+    with pytest.raises(RuntimeError, match="was closed"):
+        next(pass_)
 
 
 def test_a_failed_or_dropped_pass_is_closed_quietly() -> None:
@@ -394,3 +415,11 @@ def test_a_loader_tells_its_options() -> None:
         "DeviceLoader(list, device='cpu', depth=3, channels_last=True, normalize=((0.5,), (0.25,)), "
         "image_dtype=torch.float32, transform=len, into=...)"
     )
+    loader = DeviceLoader([], "cpu", transform=torch.nn.Sequential())
+    assert repr(loader) == "DeviceLoader(list, device='cpu', depth=2, transform=Sequential)"
+
+
+def test_it_is_true_where_there_may_be_batches() -> None:
+    """As the loader itself, but that one without a length does not tell, and so is no error."""
+    loaders = [[], [1], (number for number in range(2)), DataLoader(Stream()), DataLoader(Pids())]
+    assert [bool(DeviceLoader(loader, "cpu")) for loader in loaders] == [False, True, True, True, True]

@@ -52,6 +52,29 @@ def test_normalisation_is_the_plain_formula_bit_for_bit(dtype: torch.dtype, *, c
     assert label == 7
 
 
+def test_normalisation_does_not_depend_on_the_default_dtype() -> None:
+    """Means and stds are float32, whatever type new tensors have."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        loader = DeviceLoader([images], "cpu", normalize=(MEAN, STD))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (normalised,) = loader
+    assert torch.equal(normalised, plain_formula(images, torch.float32))
+
+
+def test_images_of_many_channels_and_expanded_ones_are_normalised_too() -> None:
+    """As many channels as there are means make an image, in whatever memory."""
+    images = torch.arange(17, dtype=torch.uint8).view(1, 17, 1, 1).repeat(2, 1, 32, 32)
+    numbers = [0.5] * 17
+    (normalised,) = DeviceLoader([images], "cpu", normalize=(numbers, numbers))
+    assert torch.equal(normalised, (images.float() - 127.5) / 127.5)
+    gray = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    (normalised,) = DeviceLoader([gray], "cpu", normalize=(MEAN, STD))
+    assert torch.equal(normalised, plain_formula(gray, torch.float32))
+
+
 def test_only_uint8_images_of_as_many_channels_are_normalised() -> None:
     """Masks, float images and images with other channels are left alone."""
     others = [
@@ -77,6 +100,27 @@ def test_batches_are_copied_into_static_tensors() -> None:
         assert batch["label"] is static["label"]
         assert static["image"].tolist() == [[k] * 3] * 2
         assert batch["name"] == str(k)
+
+
+def test_static_tensors_join_no_graph() -> None:
+    """A batch that a transform computed by parameters leaves its values there, and not its graph."""
+    weight, static = torch.full((2,), 3.0, requires_grad=True), torch.zeros(2)
+    loader = DeviceLoader([torch.ones(2)] * 2, "cpu", transform=lambda batch: batch * weight, into=static)
+    for batch in loader:
+        assert batch is static
+        assert (static.tolist(), static.requires_grad) == ([3, 3], False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_named_where_they_do_not_fit(layout: torch.layout) -> None:
+    """They have no shape to tell, which is no reason for an error of another kind."""
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    for option in ({"normalize": (MEAN, STD)}, {"into": torch.zeros(3)}):
+        with pytest.raises(ValueError, match=r"nested torch\.float32"):
+            next(iter(DeviceLoader([nested], "cpu", **option)))
+    with pytest.raises(ValueError, match=r"nested torch\.float32, not each of which"):
+        DeviceLoader([nested], "cpu", into=nested)
 
 
 def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
@@ -267,6 +311,13 @@ def test_the_last_batch_of_an_accelerate_loader_is_known_as_the_last() -> None:
     for _ in loader:
         break
     assert prepared.base_dataloader is source
+
+
+def test_the_state_is_loaded_by_its_name_too() -> None:
+    """The parameter is called as that of torchdata's loader is."""
+    loader = DeviceLoader(Stateful(), "cpu")
+    loader.load_state_dict(state_dict={"n_made": 8})
+    assert list(loader) == [9, 10]
 
 
 class LooksAhead:

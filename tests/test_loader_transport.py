@@ -61,6 +61,10 @@ class Consumer:
         """Wait for what comes before an event."""
         event.synchronize()
 
+    def record_event(self) -> LateEvent:
+        """Return where it is: never behind."""
+        return LateEvent(LateStream())
+
     def wait_stream(self, stream: LateStream) -> None:
         """Wait for all that is enqueued."""
         stream.go_on_to(stream.n_enqueued)
@@ -159,3 +163,37 @@ def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor
     for leaf, should_be in zip(to_device.deliver(parcel), expected, strict=True):
         assert (leaf.dtype, leaf.shape) == (should_be.dtype, should_be.shape)
         assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.parametrize("size", [4, 60])
+def test_what_is_cropped_stays_channels_last(size: int, *, is_pinned: bool) -> None:
+    """Tensors with gaps become dense in the order of their strides, as by `.to`, small and large ones."""
+    images = torch.arange(2 * 3 * 64 * 64.0).view(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    cropped = images[:, :, :size, :size]
+    pinned = {images.untyped_storage().data_ptr()} if is_pinned else set[int]()
+    with lagging(pinned, is_batched=True, team=3, n_workers=0) as (_, to_device):
+        (arrived,) = to_device.deliver(to_device.send([cropped], to_device.blank()))
+    assert torch.equal(arrived, cropped)
+    assert arrived.stride() == (3 * size * size, 1, 3 * size, 3)
+
+
+def test_plain_data_is_out_of_the_loaders_reach_too() -> None:
+    """Arrays, lists, dicts and sets that the loader writes over arrive as they were, other objects whole."""
+    numpy = pytest.importorskip("numpy")
+    numbers, names, notes, seen, other = torch.zeros(3), ["a"], {"n": [1]}, {1}, object()
+    ids = numpy.zeros(2)
+    pair = (ids, torch.eye(2).to_sparse())
+    whole = {"numbers": numbers, "ids": ids, "names": names, "notes": notes, "seen": seen, "other": other}
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        parcels = [to_device.send(batch, None) for batch in (whole, ids, notes, pair)]
+        to_device.settle()
+        numbers.fill_(7)
+        ids.fill(7)
+        names[0], notes["n"][0] = "b", 7
+        seen.add(2)
+        first, array, noted, (in_pair, _) = map(to_device.deliver, parcels)
+    assert first.pop("numbers").tolist() == [0, 0, 0]
+    assert first.pop("ids").tolist() == array.tolist() == in_pair.tolist() == [0, 0]
+    assert first == {"names": ["a"], "notes": {"n": [1]}, "seen": {1}, "other": other}
+    assert noted == {"n": [1]}

@@ -640,6 +640,17 @@ def test_loader_static_batch_elsewhere() -> None:
     )
 
 
+@pytest.mark.parametrize("into", [torch.zeros(1).expand(3), torch.zeros(3).to_sparse()])
+def test_loader_static_batch_without_places(into: torch.Tensor) -> None:
+    """What is expanded or sparse cannot be filled in place."""
+    with pytest.raises(ValueError, match="into=") as error:
+        DeviceLoader([], "cpu", into=into)
+    assert text_of(error) == (
+        "into= holds tensors of (3,) torch.float32, not each of which has a place of its own for every "
+        "element: nested, sparse and expanded ones have not. Give dense tensors, as torch.empty makes them."
+    )
+
+
 def test_loader_whose_batch_cannot_be_kept() -> None:
     """An object that moves itself and cannot be copied is refused, with the two ways on."""
 

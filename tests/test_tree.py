@@ -3,8 +3,9 @@
 import dataclasses
 from collections import UserDict, defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -107,6 +108,104 @@ def test_containers_keep_what_a_constructor_would_lose() -> None:
     assert (mapped["encoding"].n_sequences, mapped["encoding"]["ids"].item()) == (7, -1)
     assert mapped["proxy"]["ids"].item() == -1
     assert batch["encoding"]["ids"].item() == 1
+
+
+def test_a_dict_that_is_its_own_place_of_attributes_stays_so() -> None:
+    """What is read as an attribute is what is read as an item."""
+
+    class Attributes(dict[str, Any]):
+        def __init__(self, **items: Any) -> None:
+            super().__init__(**items)
+            self.__dict__ = self
+
+    batch: Any = Attributes(image=torch.ones(1), name="a")
+    mapped = map_tensors(torch.neg, batch)
+    assert mapped.image is mapped["image"]
+    assert (mapped.image.item(), mapped.name, batch.image.item()) == (-1, "a", 1)
+
+
+def test_what_was_derived_from_fields_is_derived_anew() -> None:
+    """A cached property of a dataclass does not go on telling of the fields as they were."""
+
+    @dataclasses.dataclass
+    class Tokens:
+        ids: torch.Tensor
+
+        @cached_property
+        def first(self) -> torch.Tensor:
+            return self.ids[0]
+
+    batch = Tokens(torch.ones(2))
+    assert batch.first.item() == 1
+    mapped = map_tensors(torch.neg, batch)
+    assert (mapped.first.item(), batch.first.item()) == (-1, 1)
+
+
+class Two(tuple[torch.Tensor, str]):  # noqa: SLOT001 - it has attributes
+    """A tuple whose constructor takes its items one by one."""
+
+    def __new__(cls, first: torch.Tensor, second: str) -> Self:
+        """Make one of two items."""
+        return super().__new__(cls, (first, second))
+
+
+class NamedPair(Pair):
+    """A named tuple with room for attributes."""
+
+
+def test_tuples_of_a_kind_of_their_own_are_made_again() -> None:
+    """Whatever their constructors take, and with their attributes."""
+    two = Two(torch.ones(1), "a")
+    two.extra = 7  # type: ignore[attr-defined]
+    pair = NamedPair(torch.ones(1), 2)
+    pair.extra = 8  # type: ignore[attr-defined]
+    found = torch.ones(1).max(dim=0)
+    mapped: Any = map_tensors(torch.neg, [two, pair, found])
+    assert [type(part) for part in mapped] == [Two, NamedPair, type(found)]
+    assert [part[0].item() for part in mapped] == [-1, -1, -1]
+    assert (mapped[0][1], mapped[0].extra, mapped[1].extra) == ("a", 7, 8)
+
+
+def test_immutable_containers_are_made_anew() -> None:
+    """A dict or a list that cannot be set is built from the items."""
+    from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+    batch: Any = immutable_dict({"images": immutable_list([torch.ones(1), 2]), "name": "a"})
+    mapped = map_tensors(torch.neg, batch)
+    assert (type(mapped), type(mapped["images"])) == (immutable_dict, immutable_list)
+    assert (mapped["images"][0].item(), mapped["images"][1], mapped["name"]) == (-1, 2, "a")
+
+
+def test_an_object_whose_attributes_raise_what_they_like_passes_through() -> None:
+    """Asking for .to must not fail for what has none."""
+
+    class Odd:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyError(name)
+
+    odd = Odd()
+    leaves, structure = flatten({"odd": odd, "image": torch.ones(1)})
+    assert len(leaves) == 1
+    assert structure.rebuild(leaves)["odd"] is odd
+
+
+def test_parts_without_leaves_can_be_kept_otherwise() -> None:
+    """From the innermost outwards, each is replaced by what `keep` makes of it; strings stay."""
+    inner = ["a", "b"]
+    batch: Any = {"image": torch.ones(1), "meta": {"names": inner, "n": 2}, "pair": (inner, torch.ones(1))}
+
+    def keep(part: Any) -> Any:
+        return list(part) if type(part) is list else part
+
+    leaves, structure = flatten(batch, keep=keep)
+    rebuilt = structure.rebuild(leaves)
+    inner[0] = "c"
+    assert rebuilt["meta"] == {"names": ["a", "b"], "n": 2}
+    assert rebuilt["pair"][0] == ["a", "b"]
+    assert rebuilt["image"] is batch["image"]
+    alone, structure = flatten(inner, keep=keep)
+    inner[0] = "d"
+    assert (alone, structure.rebuild([])) == ([], ["c", "b"])
 
 
 def test_what_moves_itself_is_one_leaf() -> None:

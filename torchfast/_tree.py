@@ -13,6 +13,7 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -33,6 +34,7 @@ Leaf = torch.Tensor | Movable
 Rebuild = Callable[[Sequence[Any]], Any]
 Part = int | Rebuild
 """What rebuilds a part of a batch; for a leaf its index: a closure for each is slow to make and to call."""
+Keep = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,13 +51,18 @@ class Structure:
         return self._rebuild(leaves)
 
 
-def flatten(tree: Any, /) -> tuple[list[Leaf], Structure]:
-    """Take a batch apart into its distinct leaves and the structure around them."""
+def flatten(tree: Any, /, *, keep: Keep | None = None) -> tuple[list[Leaf], Structure]:
+    """Take a batch apart into its distinct leaves and the structure around them.
+
+    Args:
+        tree: the batch.
+        keep: what becomes of each part without leaves, innermost first; by default it stays the same object.
+    """
     is_row = type(tree) in (list, tuple) and set(map(type, tree)) == {torch.Tensor}
     if is_row and len(set(map(id, tree))) == len(tree):  # the plainest of batches, in a fifth of the time
         return list(tree), Structure(len(tree), type(tree))
     leaves: list[Leaf] = []
-    part = _take_apart(tree, leaves, {}, [])
+    part = _take_apart(tree, leaves, {}, [], keep)
     return leaves, Structure(len(leaves), _constant(tree) if part is None else _rebuilding(part))
 
 
@@ -83,18 +90,20 @@ def places(tree: Any, /) -> list[tuple[Any, ...]]:
     return [(key, *further) for key, child in children for further in places(child)]
 
 
-# Each of the following returns what rebuilds its part from the leaves, or None for a part without leaves.
+# Each of the following returns what rebuilds its part from the leaves, or None for one that stays as it is.
 # `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
 
 
-def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int]) -> Part | None:
+def _take_apart(
+    part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[int], keep: Keep | None
+) -> Part | None:
     if isinstance(part, torch.Tensor):
         return _leaf(part, leaves, seen)
     if _holds_nothing(part):
         return None
     children = _children(part)
     if children is None:
-        return _leaf(part, leaves, seen) if _is_movable(part) else None
+        return _leaf(part, leaves, seen) if _is_movable(part) else _kept(part, keep)
     if id(part) in path:
         raise ValueError(
             f"a batch must be a tree, but this {type(part).__name__} contains itself. "
@@ -104,11 +113,16 @@ def _take_apart(part: Any, leaves: list[Leaf], seen: dict[int, int], path: list[
     changing: list[tuple[Any, Part]] = []
     for key, child in children:
         is_tensor = type(child) is torch.Tensor  # most children are, and a call for each is what costs
-        taken = _leaf(child, leaves, seen) if is_tensor else _take_apart(child, leaves, seen, path)
+        taken = _leaf(child, leaves, seen) if is_tensor else _take_apart(child, leaves, seen, path, keep)
         if taken is not None:
             changing.append((key, taken))
     path.pop()
-    return _container(part, changing) if changing else None
+    return _container(part, changing) if changing else _kept(part, keep)
+
+
+def _kept(part: Any, keep: Keep | None) -> Part | None:
+    kept = part if keep is None else keep(part)
+    return None if kept is part else _constant(kept)
 
 
 def _leaf(part: Leaf, leaves: list[Leaf], seen: dict[int, int]) -> int:
@@ -132,7 +146,10 @@ def _holds_nothing(part: Any) -> bool:
 
 def _is_movable(part: Any) -> bool:
     # isinstance(part, Movable) says the same, and takes 15 µs for each part of each batch.
-    return callable(getattr(part, "to", None))
+    try:
+        return callable(getattr(part, "to", None))
+    except Exception:  # noqa: BLE001 - what its own __getattr__ raises: then it has no .to
+        return False
 
 
 def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
@@ -154,20 +171,46 @@ def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
 def _container(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
     if isinstance(part, tuple):
         return _tuple(part, changing)
-    if isinstance(part, Mapping) and not hasattr(part, "__setitem__"):
-        kind: Callable[[dict[Any, Any]], Any] = type(part)
-        return lambda new: kind({**part, **{key: _rebuilt(child, new) for key, child in changing}})
-    put = _set_field if dataclasses.is_dataclass(part) and not isinstance(part, dict) else _set_item
+    has_fields = dataclasses.is_dataclass(part) and not isinstance(part, dict)
+    put = _set_field if has_fields else _set_item
+    can_be_set = has_fields or hasattr(part, "__setitem__")
 
-    def rebuild_copy(new: Sequence[Any]) -> Any:
-        # A shallow copy keeps what a constructor would not take back: default factories, extra attributes,
-        # fields with init=False.
-        twin = copy.copy(part)
-        for key, child in changing:
-            put(twin, key, _rebuilt(child, new))
-        return twin
+    def rebuild_container(new: Sequence[Any]) -> Any:
+        changed = [(key, _rebuilt(child, new)) for key, child in changing]
+        if can_be_set:
+            try:
+                twin = _twin(part)
+                for key, value in changed:
+                    put(twin, key, value)
+            except (TypeError, NotImplementedError):
+                if has_fields:
+                    raise
+            else:
+                return twin
+        # It cannot be set, or says so when one tries: it is made anew.
+        kind: Callable[[Any], Any] = type(part)
+        whole = dict(part) if isinstance(part, Mapping) else list(part)
+        for key, value in changed:
+            whole[key] = value
+        return kind(whole)
 
-    return rebuild_copy
+    return rebuild_container
+
+
+def _twin(part: Any) -> Any:
+    """Return a shallow copy: it keeps what a constructor would not take back, as attributes and factories.
+
+    But not what it has derived from its fields, nor the original as the place of its attributes.
+    """
+    twin = copy.copy(part)
+    attributes = getattr(part, "__dict__", None)
+    if attributes is part:
+        twin.__dict__ = twin
+    elif attributes:
+        for name in attributes:
+            if isinstance(getattr(type(part), name, None), cached_property):
+                twin.__dict__.pop(name, None)
+    return twin
 
 
 def _tuple(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
@@ -175,9 +218,21 @@ def _tuple(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
         items = list(part)
         for index, child in changing:
             items[index] = _rebuilt(child, new)
-        return part._make(items) if hasattr(part, "_make") else type(part)(items)
+        return tuple(items) if type(part) is tuple else _like(part, items)
 
     return rebuild_tuple
+
+
+def _like(part: Any, items: list[Any]) -> Any:
+    """Return a tuple of the same kind, with the same attributes."""
+    kind = type(part)
+    try:
+        made = part._make(items) if hasattr(part, "_make") else kind(items)
+    except TypeError:  # its constructor takes them one by one, or something else
+        made = tuple.__new__(kind, items)
+    if getattr(part, "__dict__", None):
+        made.__dict__.update(part.__dict__)
+    return made
 
 
 def _set_item(container: Any, key: Any, value: Any) -> None:

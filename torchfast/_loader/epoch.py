@@ -203,6 +203,7 @@ class InlineFeed:
         self._snapshot = snapshot
         self._tally = tally
         self._device = device
+        self._is_closed = False
         self.state = snapshot()
 
     def take(self) -> Any:
@@ -211,6 +212,8 @@ class InlineFeed:
         try:
             batch = next(self._source)
         except StopIteration:
+            if self._is_closed:  # by another thread: this is not the end
+                raise closed_error() from None
             self.state = self._snapshot()
             raise
         self.state = self._snapshot()
@@ -224,6 +227,7 @@ class InlineFeed:
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""
+        self._is_closed = True  # first: another thread may be asking for a batch
         self._source = iter(())
 
     abandon = close

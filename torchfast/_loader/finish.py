@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 
-from torchfast._layout import is_image, to_channels_last_tensor
+from torchfast._layout import is_expanded, is_image, to_channels_last_tensor
 from torchfast._loader.normalize import Normalization
 from torchfast._tree import flatten, map_tensors, places
 
@@ -76,6 +76,12 @@ class Into:
                 f"into= holds {_text(_kinds(leaves)) or 'nothing'}: give a batch of tensors, as many "
                 "and in the same places as each batch will have, which a CUDA graph then reads."
             )
+        if not all(map(_has_places, self._targets)):
+            raise ValueError(
+                f"into= holds tensors of {_text(_kinds(leaves))}, not each of which has a place of its own "
+                "for every element: nested, sparse and expanded ones have not. Give dense tensors, as "
+                "torch.empty makes them."
+            )
         if any(target.device != device or target.requires_grad for target in self._targets):
             found = ", ".join(
                 f"{target.device}{' with requires_grad' * target.requires_grad}" for target in self._targets
@@ -96,8 +102,9 @@ class Into:
                 "A CUDA graph reads the same memory each time, so every batch must fill it exactly. "
                 "drop_last=True leaves out a smaller last batch."
             )
-        for target, leaf in zip(self._targets, leaves, strict=True):
-            target.copy_(cast(torch.Tensor, leaf))
+        with torch.no_grad():  # a graph would go on from batch to batch
+            for target, leaf in zip(self._targets, leaves, strict=True):
+                target.copy_(cast(torch.Tensor, leaf))
         return structure.rebuild(self._targets)
 
     def _where(self, leaves: Sequence[Any]) -> str:
@@ -105,12 +112,19 @@ class Into:
         return ", in other places of the batch or in another order" if are_alike else ""
 
 
-Kind = tuple[tuple[int, ...], torch.dtype]
+def _has_places(tensor: torch.Tensor) -> bool:
+    is_dense = tensor.layout is torch.strided and not tensor.is_nested
+    return is_dense and not is_expanded(tensor)
+
+
+Kind = tuple[tuple[int, ...] | str, torch.dtype]
 """A tensor's shape and type."""
 
 
 def _kind(leaf: Any) -> Kind | None:
-    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return "nested" if leaf.is_nested else tuple(leaf.shape), leaf.dtype
 
 
 def _kinds(leaves: Sequence[Any]) -> list[Kind | None]:

@@ -1,6 +1,8 @@
-"""Leaves that move by themselves, by their own `.to`, when their batch is handed out."""
+"""What is not copied to the device ahead: leaves that move by their own `.to`, and parts without tensors."""
 
 import copy
+import sys
+from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ _PARTS = {
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
 """The methods that return the tensors of which a sparse one consists."""
+
+_PARTS_OF_NESTED = {torch.strided: ("values",), torch.jagged: ("values", "offsets", "lengths")}
 
 
 def moved(leaf: Leaf, device: torch.device, /) -> Any:
@@ -38,6 +42,16 @@ def copied(leaf: Leaf, /) -> Any:
         ) from error
 
 
+_PLAIN = (list, dict, set, bytearray, deque, OrderedDict, defaultdict)
+
+
+def kept(part: Any, /) -> Any:
+    """Return plain data without tensors where the loader cannot write over it; any other object as it is."""
+    numpy = sys.modules.get("numpy")
+    is_array = numpy is not None and isinstance(part, numpy.ndarray)
+    return copy.copy(part) if is_array or type(part) in _PLAIN else part
+
+
 def pinned(part: Any, /) -> Any:
     """Return a leaf, or an object without any, in pinned memory, if it knows how and is not on a device."""
     pin = getattr(part, "pin_memory", None)
@@ -54,9 +68,8 @@ def record_use(leaf: Any, stream: torch.cuda.Stream, /) -> None:
         if not parts and callable(getattr(leaf, "record_stream", None)):
             leaf.record_stream(stream)
     elif leaf.is_nested:
-        places = (leaf.offsets(), leaf.lengths()) if leaf.layout is torch.jagged else ()
-        for part in (leaf.values(), *places):
-            record_use(part, stream)
+        for name in _PARTS_OF_NESTED[leaf.layout]:
+            record_use(getattr(leaf, name)(), stream)
     elif leaf.layout in _PARTS:
         for name in _PARTS[leaf.layout]:
             getattr(leaf, name)().record_stream(stream)

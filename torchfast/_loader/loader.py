@@ -126,7 +126,7 @@ class DeviceLoader(Generic[T]):
             channels_last=channels_last,
             normalize=normalization and (normalization.mean, normalization.std),
             image_dtype=normalization and image_dtype,
-            transform=getattr(transform, "__name__", transform),
+            transform=None if transform is None else getattr(transform, "__name__", type(transform).__name__),
             into=None if into is None else "...",
             streams=len(self._streams),
             across_epochs=across_epochs,
@@ -188,6 +188,8 @@ class DeviceLoader(Generic[T]):
         checks.check_dataset(dataset)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
         n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
+        if num_workers is None and (options.get("persistent_workers") or options.get("prefetch_factor")):
+            n_workers = max(1, n_workers)  # on a single CPU too: who says how workers are to be wants some
         if n_workers > 0:
             options = {"persistent_workers": True, "prefetch_factor": 4, **options}
         loader: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=n_workers, **options)
@@ -212,6 +214,13 @@ class DeviceLoader(Generic[T]):
     def __len__(self) -> int:
         """Return the loader's own length; `TypeError` where it has none."""
         return len(self.loader)  # type: ignore[arg-type]  # the error of a loader without length is the right one
+
+    def __bool__(self) -> bool:
+        """Say whether there are batches; where the loader has no length there may be."""
+        try:
+            return bool(self.loader)
+        except TypeError:
+            return True
 
     def __getattr__(self, name: str) -> Any:
         """Take the attributes in `FORWARDED` from the loader; have a state if it has one."""
@@ -271,11 +280,11 @@ class DeviceLoader(Generic[T]):
         # As of the batch handed out last, whatever was loaded ahead since; after an early break too.
         return wrapped.snapshot_of(self.loader)() if self._feed is None else self._feed.state
 
-    def _load_state_dict(self, state: Any, /) -> None:
+    def _load_state_dict(self, state_dict: Any) -> None:
         self.close()
         self._feed = None
         loader: Any = self.loader
-        loader.load_state_dict(state)
+        loader.load_state_dict(state_dict)
 
     def close(self) -> None:
         """End the pass that is open, if any: no thread, worker or batch of it is left."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from torchfast._layout import is_image
-
 
 class Normalization:
     """(x - 255 * mean) / (255 * std), computed in float32 and rounded once to `dtype`.
@@ -23,15 +21,17 @@ class Normalization:
         self.mean, self.std = tuple(mean), tuple(std)
         self.n_channels = len(mean)
         self._channels_last = channels_last
-        means, stds = torch.tensor(mean, device="cpu"), torch.tensor(std, device="cpu")
-        values = torch.arange(256, dtype=torch.float32, device="cpu")
-        table = (values - 255 * means.float()[:, None]) / (255 * stds.float()[:, None])
+        exact: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+        means, stds = (torch.tensor(numbers, **exact)[:, None] for numbers in (mean, std))
+        table = (torch.arange(256, **exact) - 255 * means) / (255 * stds)
         self._table = table.to(dtype)
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     def applies(self, leaf: torch.Tensor, /) -> bool:
-        """Say whether a leaf is a uint8 image with as many channels as there are means."""
-        return leaf.dtype is torch.uint8 and is_image(leaf) and leaf.shape[1] == self.n_channels
+        """Say whether a leaf is uint8 images of as many channels as there are means, and no shorter sides."""
+        if leaf.dtype is not torch.uint8 or leaf.is_nested or leaf.layout is not torch.strided:
+            return False
+        return leaf.dim() == 4 and leaf.shape[1] == self.n_channels <= min(leaf.shape[2:])
 
     def __call__(self, images: torch.Tensor, /) -> torch.Tensor:
         """Return the normalised images, (N, C, H, W) as before, channels last if so asked."""

@@ -124,7 +124,7 @@ class Plan:
         self.large = [index for index, layout in layouts.items() if layout.n_bytes >= PACK_BELOW_BYTES]
         """Indexes of the leaves that travel by themselves."""
         self.loose = {index for index in self.large if not _is_dense(leaves[index])}
-        """Those of them that must be made contiguous first."""
+        """Those of them that must be made dense first."""
         self.probes = set(_firsts(self.large, lambda index: index if index in self.loose else layouts[index]))
         """Those that are asked whether they are pinned; the ones behind each are alike, and as it is."""
         self.n_leaves = len(leaves)
@@ -209,8 +209,8 @@ def _is_dense(leaf: torch.Tensor) -> bool:
 
 
 def _arrival(leaf: torch.Tensor) -> Layout:
-    """Keep the strides of dense tensors, as `.to` does; others become contiguous."""
-    stride = leaf.stride() if _is_dense(leaf) else torch.empty(leaf.shape, device="meta").stride()
+    """Keep the strides of dense tensors; others become dense as by `.to`, in the order of their strides."""
+    stride = leaf.stride() if _is_dense(leaf) else leaf.to("meta").stride()
     return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())
 
 

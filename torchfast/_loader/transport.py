@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._layout import laid_out_like
 from torchfast._loader.driver import current_raw_stream
-from torchfast._loader.late import copied, moved, pinned, record_use
+from torchfast._loader.late import copied, kept, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
@@ -67,7 +68,6 @@ class Parcel:
 class Unpacked(NamedTuple):
     """A batch taken apart, and how it travels."""
 
-    batch: Any
     leaves: list[Any]
     structure: Structure
     plan: Plan
@@ -248,26 +248,26 @@ class CudaTransport:
         return parcel
 
     def _unpacked(self, batch: Any) -> Unpacked:
-        leaves, structure = flatten(batch)
-        return Unpacked(batch, leaves, structure, self._plans.plan(leaves))
+        leaves, structure = flatten(batch, keep=kept if self._borrows else None)
+        return Unpacked(leaves, structure, self._plans.plan(leaves))
 
     def _send(self, unpacked: Unpacked, blank: Blank | None) -> Parcel:
-        batch, leaves, structure, plan = unpacked
+        leaves, structure, plan = unpacked
         ready = []
         if plan.n_late:
             leaves = [leaf if is_plain(leaf) else self._kept(leaf) for leaf in leaves]
-            batch = structure.rebuild(leaves)
             # What the loader itself put on the device, it enqueued on this thread's current stream.
             ready.append(torch.cuda.current_stream(self._device).record_event())
-        elif not leaves and self._pins:
-            batch = pinned(batch)  # an object of the user's own that is all of the batch
         if not plan.buffer_layouts:
+            batch = structure.rebuild(leaves)
+            if not leaves and self._pins:
+                batch = pinned(batch)  # an object of the user's own that is all of the batch
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
             blank = self._fitting(blank, plan)
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
-            return Parcel(_map_leaves(copied, batch), None, ready, has_late=True)
+            return Parcel(structure.rebuild([*map(copied, leaves)]), None, ready, has_late=True)
         try:
             shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
@@ -303,7 +303,7 @@ class CudaTransport:
         pageable, is_pinned = [], False
         large_targets = targets[1:] if plan.groups else targets
         for index, target in zip(plan.large, large_targets, strict=True):
-            source = leaves[index].contiguous() if index in plan.loose else leaves[index]
+            source = laid_out_like(leaves[index], target) if index in plan.loose else leaves[index]
             leaves[index] = target
             # A pageable leaf among others that are pinned is slow to copy, not wrong.
             is_pinned = source.is_pinned() if index in plan.probes else is_pinned
