@@ -4,6 +4,7 @@ Checked first: every peer hands out the right batches in the right order (races 
 `device_loader_reliability.py`). Then timed, as `loader_timing.py` does it.
 
 - `workloads`  large batches and many tensors, under a light and a heavy step
+- `small`      batches of a few KB, which a copy in the loop brings too
 - `resnet50`   a training step, on float images and on bytes to normalise
 - `workers`    a DataLoader with eight workers, some of whose batches are late
 - `loading`    the same without work: how fast batches of workers get to the GPU at all
@@ -15,7 +16,8 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import loader_peers as peers
@@ -45,6 +47,7 @@ def main() -> None:
     )
     parts: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
         "workloads": workloads,
+        "small": small,
         "resnet50": resnet50,
         "workers": workers,
         "loading": loading,
@@ -101,7 +104,22 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from compared_on(batches, step(), names, n_samples, workload=what, source=source)
 
 
+SMALL = ((1, 4 * 2**10), (1, 64 * 2**10), (3, 16 * 2**10), (8, 4 * 2**10), (8, 64 * 2**10))
+"""Tensors of a batch, and bytes of each."""
+
+
+def small(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time batches that take so little that bringing them ahead may not pay."""
+    loops = {"light": light, "0.3 ms of products, item": with_item(products(0.3))}
+    for (n_leaves, n_bytes), source, loop in itertools.product(SMALL, ("pinned", "pageable"), loops):
+        batches = host_batches(n_leaves, n_bytes // 4, source, 200)
+        what = {"n_leaves": n_leaves, "leaf_bytes": n_bytes, "source": source, "loop": loop}
+        yield from compared_on(batches, loops[loop], SWEPT, n_samples, **what)
+
+
 RATIOS = (0.25, 0.5, 1, 2, 4, 16)
+WORKER_RATIOS = (0.25, 0.5, 1, 2, 4)
+"""Of compute to loading, which takes longer than copying: 16 times that is 20 ms, under which all hides."""
 SWEPT = [
     name
     for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "SPDL", "torchfast")
@@ -138,13 +156,13 @@ def sweep_lists(source: str, n_leaves: int, n_samples: int) -> Iterator[dict[str
 
 def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with workers, which is what most steps wait for."""
-    for pin_memory, consumer in itertools.product((True, False), CONSUMERS):
-        by = ByWorkers(Made(48, 0.01), pin_memory=pin_memory)
+    for n_leaves, pin_memory in itertools.product((1, 8), (True, False)):
+        by = ByWorkers(Made(48, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)
         load_ms = by.load_ms(1)
-        for ratio in (0.25, 1, 2, 4):
+        for consumer, ratio in itertools.product(CONSUMERS, WORKER_RATIOS):
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
-            what = {"ratio": ratio, "n_leaves": 1, "source": source, "consumer": consumer}
+            what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
             yield from by.compared(step, n_samples, load_ms, budget_s=LOADING_CELL_S, **what)
 
 
@@ -184,39 +202,33 @@ def resnet50(n_samples: int) -> Iterator[dict[str, Any]]:
     yield {**what, "peer": "torchfast", "step_ms": record.median(samples), "samples_ms": samples}
 
 
-class Made(Dataset[torch.Tensor]):
+@dataclass
+class Made(Dataset[peers.Batch]):
     """Batches of images that take so long to make; one in ten five times as long, if jittered."""
 
-    def __init__(
-        self,
-        n_batches: int,
-        make_s: float,
-        *,
-        n_images: int = 64,
-        dtype: torch.dtype = torch.uint8,
-        is_jittered: bool = False,
-    ) -> None:
-        self._n_batches = n_batches
-        self._make_s = make_s
-        self._n_images = n_images
-        self._dtype = dtype
-        self._is_jittered = is_jittered
+    n_batches: int
+    make_s: float
+    n_leaves: int = 1
+    n_images: int = 64
+    dtype: torch.dtype = torch.uint8
+    is_jittered: bool = False
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return self._n_batches
+        return self.n_batches
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Make a batch."""
-        time.sleep(self._make_s * (5 if self._is_jittered and index % 10 == 7 else 1))
-        return torch.full((self._n_images, 3, 224, 224), index % 256, dtype=self._dtype)
+    def __getitem__(self, index: int) -> peers.Batch:
+        """Make a batch, with as many images in each tensor."""
+        time.sleep(self.make_s * (5 if self.is_jittered and index % 10 == 7 else 1))
+        shape = (self.n_images // self.n_leaves, 3, 224, 224)
+        return [torch.full(shape, index % 256, dtype=self.dtype) for _ in range(self.n_leaves)]
 
 
 class ByWorkers:
     """Every way to take the batches of a DataLoader with eight workers."""
 
     def __init__(self, made: Made, *, pin_memory: bool) -> None:
-        def loader() -> DataLoader[torch.Tensor]:
+        def loader() -> DataLoader[peers.Batch]:
             return DataLoader(
                 made,
                 batch_size=None,
@@ -229,15 +241,14 @@ class ByWorkers:
         # Two, since workers that stay go on as they were begun: pinned by PyTorch's thread, or by us.
         self._bare = loader()
         self.ways: dict[str, Callable[[], Any]] = {
-            name: functools.partial(fed, PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
+            name: functools.partial(PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
         }
-        self.ways["torchfast"] = functools.partial(fed, iter, DeviceLoader(loader(), "cuda"))
+        ours = DeviceLoader(loader(), "cuda")
+        self.ways["torchfast"] = lambda: ours
 
     def load_ms(self, n_samples: int) -> float:
         """Return the time of a batch that nothing is done with, not even copied."""
-        return float(
-            record.median(passes_ms(functools.partial(fed, iter, self._bare), lambda _: None, n_samples))
-        )
+        return float(record.median(passes_ms(lambda: self._bare, lambda _: None, n_samples)))
 
     def compared(
         self, step: Step, n_samples: int, load_ms: float, /, **what: Any
@@ -280,11 +291,6 @@ def loading(n_samples: int) -> Iterator[dict[str, Any]]:
 
 IMAGES_BYTES = 64 * 3 * 224 * 224
 """64 images in bytes."""
-
-
-def fed(peer: Callable[[Any], Any], loader: Iterable[torch.Tensor]) -> Any:
-    """Return a pass of a peer over a loader whose batches are bare tensors."""
-    return peer([batch] for batch in loader)
 
 
 def host_time(n_samples: int) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ def jobs_of(part: str, options: argparse.Namespace) -> Iterator[Job]:
         ],
         "memory": [
             (loader_leftovers.count_memory, {"source": source, "depth": depth, "n_epochs": options.n_epochs})
-            for source, depth in (("pinned", 1), ("pinned", 2), ("pageable", 2), ("pageable", 4))
+            for source, depth in loader_leftovers.MEMORY_KINDS
         ],
         "breaks": [
             (loader_leftovers.count_breaks, {"options": workers, "n_breaks": n_breaks, **limited})

@@ -28,18 +28,24 @@ Report = Callable[[dict[str, Any]], None]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+MEMORY_KINDS = [
+    *(("pinned", 1), ("pinned", 2), ("pageable", 2), ("pageable", 4)),
+    *(("small tensors", 2), ("workers", 2)),
+]
+"""Sources, and depths, of batches of 32 MiB: one tensor of them, or 128."""
+
+
 def count_memory(report: Report, *, source: str, depth: int, n_epochs: int) -> None:
     """Compare the memory reserved after the first epoch with that of all later ones."""
     batch_bytes, n_batches = 32 * 2**20, 20
-    host = torch.zeros(batch_bytes // 4, pin_memory=source == "pinned")
-    loader = DeviceLoader([host] * n_batches, "cuda", depth=depth)
+    loader = DeviceLoader(_batches(source, batch_bytes, n_batches), "cuda", depth=depth)
     torch.cuda._sleep(1)
     before_bytes = torch.cuda.memory_reserved()
     reserved, pinned = list[int](), list[int]()
     for _ in range(n_epochs):
         for batch in loader:
             torch.cuda._sleep(200_000)
-            batch.add_(1)
+            torch._foreach_add_(batch, 1)
             del batch
         reserved.append(torch.cuda.memory_reserved() - before_bytes)
         pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
@@ -58,6 +64,15 @@ def count_memory(report: Report, *, source: str, depth: int, n_epochs: int) -> N
             + int(pinned[-1] != pinned[0]),
         }
     )
+
+
+def _batches(source: str, batch_bytes: int, n_batches: int) -> Any:
+    n_leaves = 128 if source == "small tensors" else 1
+    n_elements = batch_bytes // 4 // n_leaves
+    if source == "workers":
+        dataset = TensorDataset(torch.zeros(n_batches, n_elements))
+        return DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    return [[torch.zeros(n_elements, pin_memory=source != "pageable") for _ in range(n_leaves)]] * n_batches
 
 
 def count_breaks(report: Report, *, options: dict[str, Any], n_breaks: int, limit_s: float) -> None:
@@ -97,11 +112,11 @@ def _settled(loader: DeviceLoader[Any]) -> "Leftovers":
 
 
 def _left_at_the_end(empty: "Leftovers") -> dict[str, int]:
-    """Return what outlives the loader; the CUDA context, its handles and pinned caches stay by design."""
+    """Return what outlives the loader; memory that PyTorch keeps for the next to ask stays by design."""
     patience_s = time.perf_counter() + 10  # a queue's feeder thread ends a moment after its queue
     while True:
         left = Leftovers().beyond(empty)
-        left = {name: n for name, n in left.items() if name in ("threads", "processes", "device_bytes")}
+        left = {name: n for name, n in left.items() if name not in ("pinned allocations", "reserved_bytes")}
         if not left or time.perf_counter() > patience_s:
             return left
 
