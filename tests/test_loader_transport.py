@@ -178,6 +178,23 @@ def test_what_is_cropped_stays_channels_last(size: int, *, is_pinned: bool) -> N
     assert arrived.stride() == (3 * size * size, 1, 3 * size, 3)
 
 
+def test_a_batch_without_room_is_out_of_the_loaders_reach_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, a batch waits on the host in copies of its tensors and of its plain data."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    numbers, names = torch.zeros(3), ["a"]
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        monkeypatch.setattr(to_device, "_allocate", full)
+        parcel = to_device.send({"numbers": numbers, "names": names}, None)
+        to_device.settle()
+        numbers.fill_(7)
+        names[0] = "b"
+        batch = to_device.deliver(parcel)
+    assert (batch["numbers"].tolist(), batch["names"]) == ([0, 0, 0], ["a"])
+
+
 def test_plain_data_is_out_of_the_loaders_reach_too() -> None:
     """Arrays, lists, dicts and sets that the loader writes over arrive as they were, other objects whole."""
     numpy = pytest.importorskip("numpy")

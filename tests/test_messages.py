@@ -426,6 +426,27 @@ def test_loader_of_a_dataset_that_is_none() -> None:
     )
 
 
+def test_loader_of_the_class_of_a_dataset() -> None:
+    """A class is to be called first."""
+    with pytest.raises(TypeError, match="from_dataset") as error:
+        DeviceLoader.from_dataset(TensorDataset, batch_size=1)  # type: ignore[arg-type]  # the mistake
+    assert text_of(error) == (
+        "from_dataset takes a dataset, and was given the class TensorDataset. Make one first: "
+        "from_dataset(TensorDataset(...), ...)."
+    )
+
+
+@pytest.mark.parametrize("num_workers", ["2", 1.5, True])
+def test_loader_with_no_number_of_workers(num_workers: Any) -> None:
+    """A word, a fraction and a switch are no number of processes."""
+    with pytest.raises(TypeError, match="num_workers") as error:
+        DeviceLoader.from_dataset(TensorDataset(torch.ones(2)), batch_size=1, num_workers=num_workers)
+    assert text_of(error) == (
+        f"num_workers={num_workers!r}: the number of worker processes, a whole number; 0 loads in the "
+        "process itself, and None chooses."
+    )
+
+
 @pytest.mark.parametrize("depth", [0, -1, 1.5, True, "2"])
 def test_loader_depth_below_one(depth: object) -> None:
     """A depth that is no positive whole number is answered with what depth means."""

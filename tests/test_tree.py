@@ -1,7 +1,7 @@
 """The walk over nested batches."""
 
 import dataclasses
-from collections import UserDict, defaultdict
+from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -100,8 +100,12 @@ def test_containers_keep_what_a_constructor_would_lose() -> None:
         "sample": sample,
         "encoding": Encoding({"ids": torch.ones(1)}, n_sequences=7),
         "proxy": MappingProxyType({"ids": torch.ones(1)}),
+        "deque": deque([0, torch.ones(1)], maxlen=2),
+        "list": UserList([torch.ones(1)]),
     }
     mapped = map_tensors(torch.neg, batch)
+    assert (mapped["deque"].maxlen, mapped["deque"][1].item()) == (2, -1)
+    assert (type(mapped["list"]), mapped["list"][0].item()) == (UserList, -1)
     assert mapped["factory"].default_factory is list
     assert mapped["pair"].first.item() == -1
     assert (mapped["sample"].name, mapped["sample"].extra.item()) == ("sample", 0)

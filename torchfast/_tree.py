@@ -1,6 +1,7 @@
 """The one walk over nested batches.
 
-A batch is any nesting of dicts, lists, tuples, named tuples, dataclasses and other mappings around tensors.
+A batch is any nesting of dicts, lists, tuples, named tuples, deques, dataclasses and other mappings around
+tensors.
 `flatten` takes it apart into its tensors and a `Structure` that puts equal ones together again:
 
 - a tensor that occurs twice is one leaf, so aliases stay aliases;
@@ -11,7 +12,7 @@ A batch is any nesting of dicts, lists, tuples, named tuples, dataclasses and ot
 
 import copy
 import dataclasses
-from collections import UserDict
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
@@ -160,7 +161,7 @@ def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
         return None
     if isinstance(part, Mapping):
         return iter(part.items())
-    if isinstance(part, (list, tuple)):
+    if isinstance(part, (list, tuple, UserList, deque)):
         return iter(enumerate(part))
     if dataclasses.is_dataclass(part):
         names = [field.name for field in dataclasses.fields(part)]

@@ -201,6 +201,24 @@ def test_the_consumer_may_change_streams() -> None:
     assert [int(wrong) for wrong in wrongs] == [0, 0]
 
 
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("n_leaves", [1, 20], ids=["by the thread", "by either"])
+def test_batches_go_to_the_gpu_that_was_named(n_leaves: int) -> None:
+    """They are whole on a second GPU while the first is the current one."""
+    batches = [
+        [torch.full((5120,), float(number)).pin_memory() for _ in range(n_leaves)] for number in range(80)
+    ]
+    wrong = torch.zeros((), dtype=torch.long, device="cuda:1")
+    for number, batch in enumerate(DeviceLoader(batches, "cuda:1")):
+        assert torch.cuda.current_device() == 0
+        assert {leaf.device for leaf in batch} == {wrong.device}
+        with torch.cuda.device(1):
+            torch.cuda._sleep(MS)
+        wrong += (torch.cat(batch) != number).any()
+        del batch
+    assert int(wrong) == 0
+
+
 def test_memory_is_constant() -> None:
     """No more than depth + 2 batches are reserved, and no more after ten epochs than after the first."""
     torch.cuda.empty_cache()
@@ -252,6 +270,8 @@ def test_structures_layouts_and_types_arrive_as_by_to() -> None:
     packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)])
     batch: dict[str, Any] = {
         "nhwc": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
+        "cropped": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)[:, :, 1:6, :7],
+        "large": torch.randn(8, 3, 256, 256).to(memory_format=torch.channels_last)[:, :, :250, 5:],
         "aliases": (shared, [shared]),
         "odd": [torch.tensor(True), torch.zeros(0, 3), torch.ones(3, dtype=torch.bfloat16), 1 + 2j],
         "complex": torch.ones(3, dtype=torch.complex64).conj(),
@@ -262,7 +282,9 @@ def test_structures_layouts_and_types_arrive_as_by_to() -> None:
         "name": "no tensor",
     }
     (there,) = DeviceLoader([batch], "cuda")
-    assert there["nhwc"].stride() == batch["nhwc"].stride()
+    for name in ("nhwc", "cropped", "large"):
+        assert there[name].stride() == batch[name].to("cuda").stride()
+        assert torch.equal(there[name].cpu(), batch[name])
     assert there["aliases"][0] is there["aliases"][1][0]
     assert there["name"] is batch["name"]
     assert there["resident"] is batch["resident"]

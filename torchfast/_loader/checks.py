@@ -87,10 +87,20 @@ def streams_of(streams: Any) -> tuple[torch.cuda.Stream, ...]:
     return found
 
 
-def check_dataset(dataset: object) -> None:
+def check_dataset(dataset: object, num_workers: Any) -> None:
     """Refuse what no `DataLoader` can be built for."""
     from torch.utils.data import IterableDataset
 
+    if num_workers is not None and (isinstance(num_workers, bool) or not hasattr(num_workers, "__index__")):
+        raise TypeError(
+            f"num_workers={num_workers!r}: the number of worker processes, a whole number; 0 loads in the "
+            "process itself, and None chooses."
+        )
+    if isinstance(dataset, type):
+        raise TypeError(
+            f"from_dataset takes a dataset, and was given the class {dataset.__name__}. Make one first: "
+            f"from_dataset({dataset.__name__}(...), ...)."
+        )
     if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
         raise TypeError(
             "from_dataset takes samples by their index, or an IterableDataset of them; "

@@ -185,7 +185,7 @@ class DeviceLoader(Generic[T]):
         """
         from torch.utils.data import DataLoader
 
-        checks.check_dataset(dataset)
+        checks.check_dataset(dataset, num_workers)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
         n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
         if num_workers is None and (options.get("persistent_workers") or options.get("prefetch_factor")):
