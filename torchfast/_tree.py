@@ -174,7 +174,7 @@ def _container(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
         return _tuple(part, changing)
     has_fields = dataclasses.is_dataclass(part) and not isinstance(part, dict)
     put = _set_field if has_fields else _set_item
-    can_be_set = has_fields or hasattr(part, "__setitem__")
+    can_be_set = has_fields or hasattr(type(part), "__setitem__")
 
     def rebuild_container(new: Sequence[Any]) -> Any:
         changed = [(key, _rebuilt(child, new)) for key, child in changing]
