@@ -265,7 +265,7 @@ def test_state_does_not_count_what_the_transform_is_to_be_given_again(
     assert loader.state_dict() == {"n_made": 10}
 
 
-@pytest.mark.filterwarnings("default")  # torchdata's own, of what PyTorch deprecates
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
 def test_torchdatas_stateful_loader_resumes_where_the_loop_was(n_workers: int, *, is_ahead: bool) -> None:
