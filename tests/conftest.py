@@ -54,5 +54,4 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(normalize, "_launch", functools.cache(lambda: fail))
-    monkeypatch.setattr(normalize, "_failed", [])
+    monkeypatch.setattr(normalize, "_launches", functools.cache(lambda: [fail]))

@@ -1,5 +1,6 @@
 """What DeviceLoader does to batches on a GPU and tells about passes: normalisation, graphs, poison, stats."""
 
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,7 @@ def test_normalisation_in_one_kernel_is_exact(
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     options: dict[str, Any] = {"image_dtype": dtype, "channels_last": channels_last}
     (normalised,) = DeviceLoader([images], "cuda", normalize=(mean, std), **options)
-    assert normalize._launch() is not None  # by Triton's kernel, and not without a word by several
+    assert normalize._launches()  # by Triton's kernel, and not without a word by several
     means, stds = (255 * torch.tensor(numbers, device="cuda").view(1, 3, 1, 1) for numbers in (mean, std))
     assert torch.equal(normalised, ((images.cuda().float() - means) / stds).to(dtype))
     assert normalised.is_contiguous(memory_format=torch.channels_last) is channels_last
@@ -43,16 +44,11 @@ def test_images_are_normalised_without_a_compiler_too(monkeypatch: pytest.Monkey
     def launch(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(normalize, "_failed", [])
-    monkeypatch.setattr("torchfast._loader.normalize_kernel.launch", launch)
-    normalize._launch.cache_clear()
+    monkeypatch.setattr(normalize, "_launches", functools.cache(lambda: [launch]))
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     loader = DeviceLoader([images, images], "cuda", normalize=((0.5,), (0.25,)))
-    try:
-        with pytest.warns(RuntimeWarning, match="could not build") as warned:
-            first, second = loader
-    finally:
-        normalize._launch.cache_clear()
+    with pytest.warns(RuntimeWarning, match="could not build") as warned:
+        first, second = loader
     assert len(warned) == 1
     # By a tensor: a number would be turned into a product with its rounded reciprocal.
     assert torch.equal(first, (images.cuda().float() - 127.5) / torch.tensor(63.75, device="cuda"))

@@ -53,7 +53,7 @@ class Normalization:
 
 def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.Tensor) -> bool:
     """Look the values up by Triton's kernel, and say whether there is one: its wheels are Linux's alone."""
-    launch = _launch()
+    launch = next(iter(_launches()), None)
     if launch is None:
         return False
     pixels_are_even = images.stride(2) == images.shape[3] * images.stride(3)
@@ -63,8 +63,7 @@ def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.
         raise
     except RuntimeError as error:
         # Triton needs a C compiler, at the first launch.
-        _failed.append(str(error))  # not the error, whose traceback holds the batch and what the loop has
-        _launch.cache_clear()
+        _launches().clear()
         warnings.warn(
             f"Triton could not build the kernel that normalises images ({error}). They are normalised by "
             "several kernels instead: the same values, more slowly. Installing a C compiler usually helps.",
@@ -75,15 +74,11 @@ def _in_one_kernel(images: torch.Tensor, normalised: torch.Tensor, table: torch.
     return True
 
 
-_failed: list[str] = []
-
-
 @cache
-def _launch() -> Any:
-    if _failed:
-        return None
+def _launches() -> list[Any]:
+    """Return what launches the kernel: one function, or none where it is not to be had."""
     try:
         from torchfast._loader.normalize_kernel import launch
     except ImportError:
-        return None
-    return launch
+        return []
+    return [launch]
