@@ -16,7 +16,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,7 +241,7 @@ class ByWorkers:
         # Two, since workers that stay go on as they were begun: pinned by PyTorch's thread, or by us.
         self._bare = loader()
         self.ways: dict[str, Callable[[], Any]] = {
-            name: functools.partial(PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
+            name: functools.partial(fed, PEERS[name], self._bare) for name in SWEPT if name != "torchfast"
         }
         ours = DeviceLoader(loader(), "cuda")
         self.ways["torchfast"] = lambda: ours
@@ -291,6 +291,11 @@ def loading(n_samples: int) -> Iterator[dict[str, Any]]:
 
 IMAGES_BYTES = 64 * 3 * 224 * 224
 """64 images in bytes."""
+
+
+def fed(peer: Callable[[Any], Any], loader: Iterable[peers.Batch]) -> Any:
+    """Return a pass of a peer over a generator: of a loader torchtnt's makes two iterators for each pass."""
+    return peer(batch for batch in loader)
 
 
 def host_time(n_samples: int) -> Iterator[dict[str, Any]]:

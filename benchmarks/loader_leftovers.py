@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loader_numbered import Filled, Shape
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchfast import DeviceLoader
@@ -70,7 +71,7 @@ def _batches(source: str, batch_bytes: int, n_batches: int) -> Any:
     n_leaves = 128 if source == "small tensors" else 1
     n_elements = batch_bytes // 4 // n_leaves
     if source == "workers":
-        dataset = TensorDataset(torch.zeros(n_batches, n_elements))
+        dataset = Filled(Shape(1, (n_elements,), n_per_pass=n_batches))
         return DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     return [[torch.zeros(n_elements, pin_memory=source != "pageable") for _ in range(n_leaves)]] * n_batches
 
@@ -184,7 +185,7 @@ class Leftovers:
                 "device_bytes": torch.cuda.memory_allocated(),
                 "reserved_bytes": torch.cuda.memory_reserved(),
                 "pinned allocations": host["num_host_alloc"],
-                "pinned bytes": host["allocated_bytes.current"],
+                "pinned bytes": host.get("active_bytes.current", host["allocated_bytes.current"]),
             }
 
     def beyond(self, before: "Leftovers") -> dict[str, int]:

@@ -159,5 +159,5 @@ def copying_threads() -> int:
 def threaded(loader: Any, **options: Any) -> DeviceLoader[Any]:
     """Return a DeviceLoader that works as on a GPU, with a transport that hands batches over."""
     device_loader: DeviceLoader[Any] = DeviceLoader(loader, "cpu", **options)
-    device_loader.device, device_loader._transport = torch.device("cuda", 0), HostTransport()
+    vars(device_loader).update(device=torch.device("cuda", 0), _transport=HostTransport())
     return device_loader

@@ -96,6 +96,9 @@ def test_from_dataset_chooses_settings_and_takes_others(monkeypatch: pytest.Monk
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers == 0
     loader = DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4, prefetch_factor=2)
     assert (loader.num_workers, loader.prefetch_factor) == (1, 2)
+    for option in ({"timeout": 9}, {"multiprocessing_context": "spawn"}, {"persistent_workers": True}):
+        loader = DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4, **option)
+        assert loader.num_workers == 1
     monkeypatch.undo()
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers < (os.cpu_count() or 1)
 
@@ -421,5 +424,19 @@ def test_a_loader_tells_its_options() -> None:
 
 def test_it_is_true_where_there_may_be_batches() -> None:
     """As the loader itself, but that one without a length does not tell, and so is no error."""
-    loaders = [[], [1], (number for number in range(2)), DataLoader(Stream()), DataLoader(Pids())]
+    numpy = pytest.importorskip("numpy")
+    loaders = [[], [1], (number for number in range(2)), DataLoader(Stream()), numpy.zeros((2, 2))]
     assert [bool(DeviceLoader(loader, "cpu")) for loader in loaders] == [False, True, True, True, True]
+
+
+def test_the_batches_of_a_transform_are_of_its_type() -> None:
+    """What it returns is what is yielded, for a type checker too."""
+
+    def named(batch: tuple[torch.Tensor, int]) -> dict[str, torch.Tensor]:
+        return {"images": batch[0]}
+
+    pairs = [(torch.ones(2), 1)]
+    for batch in DeviceLoader(pairs, "cpu", transform=named):
+        assert batch["images"].tolist() == [1, 1]
+    for images, label in DeviceLoader(pairs, "cpu"):
+        assert (images.tolist(), label + 1) == ([1, 1], 2)

@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytest
 import torch
@@ -228,7 +228,7 @@ def test_state_after_an_early_break_is_that_of_the_last_batch() -> None:
     from tests.loader_transport import HostTransport
 
     loader = DeviceLoader(Stateful(), "cpu", depth=3)
-    loader.device, loader._transport = torch.device("cuda", 0), HostTransport()
+    vars(loader).update(device=torch.device("cuda", 0), _transport=HostTransport())
     for batch in loader:
         if batch == 2:
             break
@@ -313,6 +313,104 @@ def test_the_last_batch_of_an_accelerate_loader_is_known_as_the_last() -> None:
     assert prepared.base_dataloader is source
 
 
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
+def test_state_at_the_end_is_the_end_though_the_last_batches_came_again(*, is_ahead: bool) -> None:
+    """A transform that takes batches runs out of memory at the last ones: after all, the pass is over."""
+    errors = [torch.OutOfMemoryError("full")]
+
+    def four(batch: int) -> Any:
+        if batch % 4 != 1:
+            return batch
+        group = [batch, *itertools.islice(batches, 3)]
+        if len(group) < 4 and errors:
+            raise errors.pop()
+        return group
+
+    make = threaded if is_ahead else functools.partial(DeviceLoader, device="cpu")
+    loader: DeviceLoader[Any] = make(Rewinding(), transform=four)
+    batches = iter(loader)
+    assert [next(batches), next(batches)] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    with pytest.raises(torch.OutOfMemoryError):
+        next(batches)
+    assert loader.state_dict() == {"n_made": 8}
+    assert list(batches) == [[9, 10]]
+    assert loader.state_dict() == {"n_made": 0}
+
+
+class Rewinding(Stateful):
+    """One that begins anew when it has ended."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from super().__iter__()
+        self.n_made = 0
+
+
+class Shuffled(Stateful):
+    """One whose state is what a test wants."""
+
+    state: Any = None
+
+    def state_dict(self) -> Any:
+        """Return it, or raise it."""
+        if isinstance(self.state, Exception):
+            raise self.state
+        return self.state
+
+
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["inline", "ahead"])
+def test_a_state_that_cannot_be_had_troubles_only_who_asks(*, is_ahead: bool) -> None:
+    """A loop that does not save it goes on, whatever it is."""
+    make = threaded if is_ahead else functools.partial(DeviceLoader, device="cpu")
+    for state, error in ((NotImplementedError("none"), "none"), ({"lock": threading.Lock()}, "pickle")):
+        source = Shuffled()
+        source.state = state
+        loader: DeviceLoader[int] = make(source)
+        assert list(loader) == list(range(1, 11))
+        with pytest.raises(Exception, match=error):
+            loader.state_dict()
+
+
+def test_the_state_is_a_copy_and_each_time_a_new_one() -> None:
+    """Neither the loader nor who asked can change it; what cannot be pickled is copied otherwise."""
+    for kept in ([1], lambda: 1):
+        source = Shuffled()
+        source.state = {"kept": kept, "numbers": [1]}
+        loader: DeviceLoader[int] = threaded(source)
+        batches = iter(loader)
+        next(batches)
+        while not loader._feed._work.ready:  # type: ignore[union-attr]  # a threaded one
+            threading.Event().wait(0.001)
+        source.state["numbers"][0] = 2
+        loader.state_dict()["numbers"].append(3)
+        assert loader.state_dict()["numbers"] == [1]
+        loader.close()
+
+
+def test_a_loader_with_a_state_has_its_methods_on_the_class() -> None:
+    """So that protocols find them, as that of PyTorch's distributed checkpoints does; others have none."""
+
+    class Mine(DeviceLoader[int]):
+        pass
+
+    for kind in (DeviceLoader, Mine):
+        loader = kind(Stateful(), "cpu")
+        assert isinstance(loader, Resumable)
+        assert isinstance(loader, kind)
+        assert type(loader).__name__ == kind.__name__
+        assert not isinstance(kind([1], "cpu"), Resumable)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What can be saved and put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put it back."""
+
+
 def test_the_state_is_loaded_by_its_name_too() -> None:
     """The parameter is called as that of torchdata's loader is."""
     loader = DeviceLoader(Stateful(), "cpu")
@@ -326,7 +424,6 @@ class LooksAhead:
     def __init__(self, base: Any) -> None:
         self.base_dataloader = base
         self.end_of_dataloader = False
-        self.num_workers, self.persistent_workers = 1, False
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.base_dataloader)
@@ -357,6 +454,9 @@ def test_passes_over_one_loader_that_looks_ahead_leave_it_as_it_was() -> None:
     first.close()
     assert [*others] == [2, 3]
     assert prepared.base_dataloader is source
+    other_source = prepared.base_dataloader = [4]
+    list(first)
+    assert prepared.base_dataloader is other_source
 
 
 def test_a_loader_that_looks_ahead_has_a_state_if_what_it_is_around_has_one() -> None:
@@ -371,7 +471,9 @@ def test_a_loader_that_looks_ahead_has_a_state_if_what_it_is_around_has_one() ->
 def test_lost_workers_of_a_loader_that_looks_ahead_are_told_of_once() -> None:
     """The loader that stands in it keeps still."""
     base = DataLoader(TensorDataset(torch.arange(4)), num_workers=1)
-    loader = DeviceLoader(LooksAhead(base), "cpu")
+    prepared: Any = LooksAhead(base)
+    prepared.num_workers, prepared.persistent_workers = 1, False
+    loader = DeviceLoader(prepared, "cpu")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -541,13 +643,8 @@ def test_a_transform_that_takes_further_batches_loses_none(
 def test_streams_and_numbers_may_come_from_anywhere() -> None:
     """Options that are read once are kept: a generator, a number of numpy's."""
     numpy = pytest.importorskip("numpy")
-    loader: DeviceLoader[Any] = DeviceLoader(
-        [],
-        "cpu",
-        depth=numpy.int64(3),
-        normalize=((0.5,) for _ in range(2)),  # type: ignore[arg-type]  # not a tuple
-        streams=iter(()),  # type: ignore[arg-type]  # nor a sequence
-    )
+    options: dict[str, Any] = {"normalize": ((0.5,) for _ in range(2)), "streams": iter(())}
+    loader = DeviceLoader([], "cpu", depth=numpy.int64(3), **options)
     assert repr(loader) == (
         "DeviceLoader(list, device='cpu', depth=3, normalize=((0.5,), (0.5,)), image_dtype=torch.float32)"
     )

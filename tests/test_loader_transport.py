@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.late_stream import LateEvent, LateStream
 from tests.loader_transport import computing_with, grow_unpinned
+from tests.strategies import Sample
 from torchfast._loader import plan, shipment, staging, transport
 from torchfast._loader.plan import bytes_of
 from torchfast._loader.staging import PinnedBuffer
@@ -168,7 +169,7 @@ def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor
 @pytest.mark.parametrize("is_pinned", [False, True])
 @pytest.mark.parametrize("size", [4, 60])
 def test_what_is_cropped_stays_channels_last(size: int, *, is_pinned: bool) -> None:
-    """Tensors with gaps become dense in the order of their strides, as by `.to`, small and large ones."""
+    """Tensors with gaps become dense as by `.to`, small ones and large ones."""
     images = torch.arange(2 * 3 * 64 * 64.0).view(2, 3, 64, 64).to(memory_format=torch.channels_last)
     cropped = images[:, :, :size, :size]
     pinned = {images.untyped_storage().data_ptr()} if is_pinned else set[int]()
@@ -198,10 +199,12 @@ def test_a_batch_without_room_is_out_of_the_loaders_reach_too(monkeypatch: pytes
 def test_plain_data_is_out_of_the_loaders_reach_too() -> None:
     """Arrays, lists, dicts and sets that the loader writes over arrive as they were, other objects whole."""
     numpy = pytest.importorskip("numpy")
-    numbers, names, notes, seen, other = torch.zeros(3), ["a"], {"n": [1]}, {1}, object()
+    numbers, names, notes, seen, other = torch.zeros(3), ["a"], {"n": [1]}, {1}, Sample(["a"])
     ids = numpy.zeros(2)
     pair = (ids, torch.eye(2).to_sparse())
+    file = numpy.zeros(2).view(type("memmap", (numpy.ndarray,), {}))
     whole = {"numbers": numbers, "ids": ids, "names": names, "notes": notes, "seen": seen, "other": other}
+    whole |= {"again": names, "file": file}
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
         parcels = [to_device.send(batch, None) for batch in (whole, ids, notes, pair)]
         to_device.settle()
@@ -210,7 +213,10 @@ def test_plain_data_is_out_of_the_loaders_reach_too() -> None:
         names[0], notes["n"][0] = "b", 7
         seen.add(2)
         first, array, noted, (in_pair, _) = map(to_device.deliver, parcels)
+    assert first.pop("again") is first["names"]
+    assert first.pop("file") is file
     assert first.pop("numbers").tolist() == [0, 0, 0]
     assert first.pop("ids").tolist() == array.tolist() == in_pair.tolist() == [0, 0]
-    assert first == {"names": ["a"], "notes": {"n": [1]}, "seen": {1}, "other": other}
+    assert first.pop("other") is other
+    assert first == {"names": ["a"], "notes": {"n": [1]}, "seen": {1}}
     assert noted == {"n": [1]}

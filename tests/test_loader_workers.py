@@ -59,10 +59,19 @@ def check_that_a_pass_takes_over(open_one: DeviceLoader[Any], new_one: DeviceLoa
         next(first)
 
 
-def test_another_loader_around_the_same_workers_steals_nothing_either() -> None:
+class Announcing(DataLoader[Any]):
+    """A loader with an `__iter__` of its own, as many have."""
+
+    def __iter__(self) -> Any:
+        self.is_begun = True
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", [DataLoader, Announcing])
+def test_another_loader_around_the_same_workers_steals_nothing_either(kind: type[DataLoader[Any]]) -> None:
     """It is whole, and the pass that had the workers before is closed; without workers both are whole."""
     dataset = TensorDataset(torch.arange(24))
-    workers = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
+    workers = kind(dataset, batch_size=2, num_workers=1, persistent_workers=True)
     one, another = threaded(workers), threaded(workers)
     check_that_a_pass_takes_over(one, another)
     for loader in (another, one, one):

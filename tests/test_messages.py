@@ -335,7 +335,7 @@ def test_converting_a_weight_that_others_look_into() -> None:
 def test_loader_that_is_no_iterable() -> None:
     """Something that cannot be iterated over is answered with what can, and the way for a dataset."""
     with pytest.raises(TypeError, match="wraps an iterable") as error:
-        DeviceLoader(7)  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader(7)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         "DeviceLoader wraps an iterable of batches, such as a DataLoader; int cannot be iterated over. "
         "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...); a function that yields "
@@ -365,7 +365,7 @@ def test_loader_of_what_are_no_batches(loader: Any, kind: str, yielded: str) -> 
 def test_loader_that_is_a_class() -> None:
     """A class is answered with how to make a loader of it."""
     with pytest.raises(TypeError, match="the class") as error:
-        DeviceLoader(DataLoader)  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader(DataLoader)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         "DeviceLoader wraps an iterable of batches, and was given the class DataLoader. Make one first: "
         "DeviceLoader(DataLoader(...))."
@@ -384,14 +384,14 @@ def test_loader_switch_that_is_neither_on_nor_off(name: str, value: object) -> N
     )
 
 
-@pytest.mark.parametrize("name", ["batch_size", "depth"])
+@pytest.mark.parametrize("name", ["batch_size", "depth", "device", "loader"])
 def test_loader_attribute_that_would_change_nothing(name: str) -> None:
     """What was settled when the loader was built cannot be set on what wraps it."""
     loader = DeviceLoader(DataLoader(TensorDataset(torch.zeros(4))), "cpu")
     with pytest.raises(AttributeError, match="cannot be set") as error:
         setattr(loader, name, 4)
     assert text_of(error) == (
-        f"{name!r} of a DeviceLoader cannot be set: it would change nothing. Build the loader, and a "
+        f"{name!r} of a DeviceLoader cannot be set: it was read when that was made. Build the loader, and a "
         "DeviceLoader around it, with what you want."
     )
 
@@ -406,7 +406,7 @@ def test_loader_option_that_is_asked_for() -> None:
 def test_loader_that_is_a_dataset() -> None:
     """A dataset of samples could be iterated over, some of them for ever: the ways to batches are named."""
     with pytest.raises(TypeError, match="is a dataset") as error:
-        DeviceLoader(TensorDataset(torch.zeros(4)))  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader(TensorDataset(torch.zeros(4)))  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         "DeviceLoader wraps an iterable of batches, and TensorDataset is a dataset, of samples: each would "
         "be yielded by itself, without end if it raises no IndexError. Use "
@@ -451,7 +451,7 @@ def test_loader_with_no_number_of_workers(num_workers: Any) -> None:
 def test_loader_depth_below_one(depth: object) -> None:
     """A depth that is no positive whole number is answered with what depth means."""
     with pytest.raises(ValueError, match="depth=") as error:
-        DeviceLoader([], "cpu", depth=depth)  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader([], "cpu", depth=depth)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of at "
         "least 1. 2 hides most jitter; each one more costs the device memory of a batch."
@@ -461,7 +461,7 @@ def test_loader_depth_below_one(depth: object) -> None:
 def test_loader_transform_that_cannot_be_called() -> None:
     """A transform that is no function is answered with what one is."""
     with pytest.raises(TypeError, match="transform=") as error:
-        DeviceLoader([], "cpu", transform=3)  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader([], "cpu", transform=3)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         "transform=3 cannot be called. Give a function that takes a batch, on the device, and returns what "
         "is to be yielded in its place."
@@ -541,7 +541,7 @@ def test_loader_that_throws_its_workers_away() -> None:
 def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
     """Means and stds that do not match, divide by zero or are of 0 to 255 are answered with what they are."""
     with pytest.raises(ValueError, match="normalize=") as error:
-        DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[arg-type]  # the mistake under test
+        DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
         "as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255), each std "

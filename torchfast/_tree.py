@@ -1,7 +1,6 @@
 """The one walk over nested batches.
 
-A batch is any nesting of dicts, lists, tuples, named tuples, deques, dataclasses and other mappings around
-tensors.
+A batch is any nesting of dicts, lists, tuples, named tuples, dataclasses and other mappings around tensors.
 `flatten` takes it apart into its tensors and a `Structure` that puts equal ones together again:
 
 - a tensor that occurs twice is one leaf, so aliases stay aliases;
@@ -12,7 +11,7 @@ tensors.
 
 import copy
 import dataclasses
-from collections import UserDict, UserList, deque
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
@@ -57,14 +56,16 @@ def flatten(tree: Any, /, *, keep: Keep | None = None) -> tuple[list[Leaf], Stru
 
     Args:
         tree: the batch.
-        keep: what becomes of each part without leaves, innermost first; by default it stays the same object.
+        keep: what becomes of each part without leaves, as a whole; by default it stays the same object.
     """
     is_row = type(tree) in (list, tuple) and set(map(type, tree)) == {torch.Tensor}
     if is_row and len(set(map(id, tree))) == len(tree):  # the plainest of batches, in a fifth of the time
         return list(tree), Structure(len(tree), type(tree))
     leaves: list[Leaf] = []
     part = _take_apart(tree, leaves, {}, [], keep)
-    return leaves, Structure(len(leaves), _constant(tree) if part is None else _rebuilding(part))
+    if part is None:
+        return leaves, Structure(0, _constant(tree if keep is None else keep(tree)))
+    return leaves, Structure(len(leaves), _rebuilding(part))
 
 
 def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor], tree: T, /) -> T:
@@ -91,7 +92,7 @@ def places(tree: Any, /) -> list[tuple[Any, ...]]:
     return [(key, *further) for key, child in children for further in places(child)]
 
 
-# Each of the following returns what rebuilds its part from the leaves, or None for one that stays as it is.
+# Each of the following returns what rebuilds its part from the leaves, or None for a part without leaves.
 # `seen` maps id(leaf) to its index; `path` holds the containers we are inside of.
 
 
@@ -104,7 +105,7 @@ def _take_apart(
         return None
     children = _children(part)
     if children is None:
-        return _leaf(part, leaves, seen) if _is_movable(part) else _kept(part, keep)
+        return _leaf(part, leaves, seen) if _is_movable(part) else None
     if id(part) in path:
         raise ValueError(
             f"a batch must be a tree, but this {type(part).__name__} contains itself. "
@@ -118,12 +119,16 @@ def _take_apart(
         if taken is not None:
             changing.append((key, taken))
     path.pop()
-    return _container(part, changing) if changing else _kept(part, keep)
+    if not changing:
+        return None
+    return _container(part, changing if keep is None else [*changing, *_kept(part, dict(changing), keep)])
 
 
-def _kept(part: Any, keep: Keep | None) -> Part | None:
-    kept = part if keep is None else keep(part)
-    return None if kept is part else _constant(kept)
+def _kept(part: Any, changing: dict[Any, Part], keep: Keep) -> Iterator[tuple[Any, Part]]:
+    """Return what becomes of the children without leaves, where it is not the same object."""
+    for key, child in _children(part) or ():
+        if key not in changing and (kept := keep(child)) is not child:
+            yield key, _constant(kept)
 
 
 def _leaf(part: Leaf, leaves: list[Leaf], seen: dict[int, int]) -> int:
@@ -161,7 +166,7 @@ def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
         return None
     if isinstance(part, Mapping):
         return iter(part.items())
-    if isinstance(part, (list, tuple, UserList, deque)):
+    if isinstance(part, (list, tuple)):
         return iter(enumerate(part))
     if dataclasses.is_dataclass(part):
         names = [field.name for field in dataclasses.fields(part)]
@@ -203,15 +208,20 @@ def _twin(part: Any) -> Any:
 
     But not what it has derived from its fields, nor the original as the place of its attributes.
     """
+    if type(part) in (dict, list):
+        return part.copy()
     twin = copy.copy(part)
-    attributes = getattr(part, "__dict__", None)
-    if attributes is part:
-        twin.__dict__ = twin
-    elif attributes:
-        for name in attributes:
-            if isinstance(getattr(type(part), name, None), cached_property):
-                twin.__dict__.pop(name, None)
+    if getattr(part, "__dict__", None) is part:
+        object.__setattr__(twin, "__dict__", twin)
+    for name in _derived(part):
+        twin.__dict__.pop(name, None)
     return twin
+
+
+def _derived(part: Any) -> list[str]:
+    """Return the attributes that were derived from the rest, and are to be derived anew."""
+    attributes = getattr(part, "__dict__", None) or ()
+    return [name for name in attributes if isinstance(getattr(type(part), name, None), cached_property)]
 
 
 def _tuple(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
@@ -233,6 +243,8 @@ def _like(part: Any, items: list[Any]) -> Any:
         made = tuple.__new__(kind, items)
     if getattr(part, "__dict__", None):
         made.__dict__.update(part.__dict__)
+        for name in _derived(part):
+            del made.__dict__[name]
     return made
 
 

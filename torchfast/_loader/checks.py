@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
 from torchfast._loader import wrapped
 from torchfast._loader.normalize import Normalization
@@ -12,8 +13,6 @@ from torchfast._loader.normalize import Normalization
 
 def check(loader: object, transform: object) -> None:
     """Refuse what is no loader, or no transform."""
-    from torch.utils.data import Dataset
-
     if isinstance(loader, type):
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, and was given the class {loader.__name__}. Make one "
@@ -89,8 +88,6 @@ def streams_of(streams: Any) -> tuple[torch.cuda.Stream, ...]:
 
 def check_dataset(dataset: object, num_workers: Any) -> None:
     """Refuse what no `DataLoader` can be built for."""
-    from torch.utils.data import IterableDataset
-
     if num_workers is not None and (isinstance(num_workers, bool) or not hasattr(num_workers, "__index__")):
         raise TypeError(
             f"num_workers={num_workers!r}: the number of worker processes, a whole number; 0 loads in the "

@@ -57,6 +57,8 @@ class Epoch(Iterator[T]):
         self._has_failed = False
         self._unfinished: list[tuple[T, Any]] = []
         """Batches that `transform` is to be given once more, each with the loader's state behind it."""
+        self._state_at_end: Any = None
+        """The loader's, where a transform had come to the end before it was to be called again."""
         self._inside = Inside()
         to_close_at_exit().add(self)
 
@@ -66,10 +68,7 @@ class Epoch(Iterator[T]):
         return self._state == "open" and not self._has_failed
 
     def __next__(self) -> T:
-        if self._state == "over" and not self._unfinished:
-            raise StopIteration
-        if self._state == "closed":
-            raise closed_error()
+        self._raise_if_over()
         if self._finish is None:
             return self._taken()
         state = self._feed.state
@@ -79,31 +78,40 @@ class Epoch(Iterator[T]):
         else:
             batch = self._taken()
         taken = (batch, self._feed.state)
-        # From here to `finally`, but for the transform itself, no call, which an interrupt could follow.
+        # From here on, but for the transform itself, no call, which an interrupt could follow.
         outer = self._inside.taken
         inside = self._inside.taken = []
-        is_done = False
+        is_done = is_lost = False
         try:
             finished: T = self._finish(batch)
             is_done = True
             if outer is not None:
                 outer += [taken, *inside]
-        except StopIteration as error:
-            raise stopped_by_transform() from error
         except torch.OutOfMemoryError:
-            self._unfinished[:0] = [taken, *inside]  # the same batch again, and then those that were taken
-            self._feed.state = state
             raise
+        except StopIteration as error:
+            is_lost = True
+            raise stopped_by_transform() from error
         except Exception:
-            raise
-        except BaseException:
-            self._unfinished[:0] = [taken, *inside]
-            self._feed.state = state
+            is_lost = True
             raise
         finally:
             self._inside.taken = outer
+            if not (is_done or is_lost):  # the same batch again, and then those that were taken
+                self._unfinished[:0] = [taken, *inside]
+                if self._state == "over" and self._state_at_end is None:
+                    self._state_at_end = self._feed.state
+                self._feed.state = state
             self._has_failed = self._has_failed or not is_done
         return finished
+
+    def _raise_if_over(self) -> None:
+        if self._state == "closed":
+            raise closed_error()
+        if self._state == "over" and not self._unfinished:
+            if self._state_at_end is not None:
+                self._feed.state, self._state_at_end = self._state_at_end, None
+            raise StopIteration
 
     def _taken(self) -> T:
         try:
@@ -204,7 +212,7 @@ class InlineFeed:
         self._tally = tally
         self._device = device
         self._is_closed = False
-        self.state = snapshot()
+        self._state_put_back: Any = None
 
     def take(self) -> Any:
         """Return the next batch, on the device."""
@@ -214,9 +222,9 @@ class InlineFeed:
         except StopIteration:
             if self._is_closed:  # by another thread: this is not the end
                 raise closed_error() from None
-            self.state = self._snapshot()
             raise
-        self.state = self._snapshot()
+        finally:
+            self._state_put_back = None
         waited_s = time.perf_counter() - began_s
         self._tally.load_s += waited_s
         self._tally.taken(waited_s)
@@ -224,6 +232,15 @@ class InlineFeed:
         return structure.rebuild([leaf.to(self._device) for leaf in leaves])
 
     goes_on = False
+
+    @property
+    def state(self) -> Any:
+        """The loader's state: nothing is loaded ahead, but a transform may be given its last batch again."""
+        return self._snapshot() if self._state_put_back is None else self._state_put_back
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state_put_back = state
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""

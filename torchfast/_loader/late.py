@@ -1,8 +1,9 @@
 """What is not copied to the device ahead: leaves that move by their own `.to`, and parts without tensors."""
 
 import copy
+import operator
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
@@ -42,14 +43,35 @@ def copied(leaf: Leaf, /) -> Any:
         ) from error
 
 
-_PLAIN = (list, dict, set, bytearray, deque, OrderedDict, defaultdict)
+class Keeper:
+    """Copies the plain data of one batch, to where the loader cannot write over it; not any other object.
 
+    Arrays that are files, of a class of their own, are left alone too: they may be the whole dataset.
+    """
 
-def kept(part: Any, /) -> Any:
-    """Return plain data without tensors where the loader cannot write over it; any other object as it is."""
-    numpy = sys.modules.get("numpy")
-    is_array = numpy is not None and isinstance(part, numpy.ndarray)
-    return copy.copy(part) if is_array or type(part) in _PLAIN else part
+    def __init__(self) -> None:
+        self._copies: dict[int, Any] = {}
+        numpy = sys.modules.get("numpy")
+        self._flat = (set, bytearray) if numpy is None else (set, bytearray, numpy.ndarray)
+
+    def __call__(self, part: Any, /) -> Any:
+        """Return the part, or a copy if it is plain: the same one wherever it occurs."""
+        if id(part) not in self._copies:
+            self._copies[id(part)] = self._copied(part)
+        return self._copies[id(part)]
+
+    def _copied(self, part: Any) -> Any:
+        kind = type(part)
+        if kind in self._flat:
+            return part.copy()
+        if kind in (list, tuple):
+            items = kind(map(self, part))
+            return part if kind is tuple and all(map(operator.is_, items, part)) else items
+        if kind in (dict, OrderedDict, defaultdict):
+            twin = part.copy()
+            twin.update({key: self(value) for key, value in part.items()})
+            return twin
+        return part
 
 
 def pinned(part: Any, /) -> Any:

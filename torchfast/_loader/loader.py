@@ -3,9 +3,10 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from torchfast import _holders
 from torchfast._device import resolve_device
@@ -14,9 +15,6 @@ from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, u
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.finish import Into, finishing
 from torchfast._loader.stats import LoaderStats, Tally
-
-if TYPE_CHECKING:
-    from torch.utils.data import Dataset
 
 T = TypeVar("T")
 
@@ -35,6 +33,8 @@ OPTIONS = frozenset(
 )
 """The options of `DeviceLoader` itself, which `from_dataset` tells from those of `DataLoader`."""
 
+_FIXED = ("device", "loader")
+
 
 class DeviceLoader(Generic[T]):
     """Wrap a `DataLoader` or any iterable of batches; yield the same batches, on the device, ahead of use.
@@ -43,7 +43,7 @@ class DeviceLoader(Generic[T]):
     waits for the last use of the memory it goes to, and the consumer's stream waits for the copy, so no
     batch is ever overwritten or seen half-copied, however far the host runs ahead; batches that are kept
     stay intact. Device memory is `depth + 2` batches, for any number of epochs. On the CPU batches pass
-    through, under the same contract.
+    through as the loader makes them: one that it writes over, or that is changed in place, is so as bare.
 
     Order, length, errors, early `break`, persistent workers: as if the loader were used bare. A batch is any
     nesting of dicts, lists, tuples, dataclasses and mappings; what is no tensor passes through.
@@ -93,9 +93,45 @@ class DeviceLoader(Generic[T]):
     with `pin_memory=True` is spared pinning, which is done here.
     """
 
-    def __init__(  # noqa: PLR0913 - options, all of them keyword-only
+    @overload
+    def __init__(
         self,
         loader: Iterable[T],
+        /,
+        device: torch.device | str | int | None = ...,
+        *,
+        depth: int = ...,
+        channels_last: bool = ...,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = ...,
+        image_dtype: torch.dtype = ...,
+        transform: None = ...,
+        into: Any = ...,
+        streams: Sequence[torch.cuda.Stream] = ...,
+        across_epochs: bool = ...,
+        poison: bool = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        /,
+        device: torch.device | str | int | None = ...,
+        *,
+        depth: int = ...,
+        channels_last: bool = ...,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = ...,
+        image_dtype: torch.dtype = ...,
+        transform: Callable[[Any], T],
+        into: Any = ...,
+        streams: Sequence[torch.cuda.Stream] = ...,
+        across_epochs: bool = ...,
+        poison: bool = ...,
+    ) -> None: ...
+
+    def __init__(  # noqa: PLR0913 - options, all of them keyword-only
+        self,
+        loader: Iterable[Any],
         /,
         device: torch.device | str | int | None = None,
         *,
@@ -132,26 +168,28 @@ class DeviceLoader(Generic[T]):
             across_epochs=across_epochs,
             poison=poison,
         )
-        self._is_inner = False
+        self.stands_in = False
         """Whether it stands in a loader that looks ahead, which another `DeviceLoader` wraps."""
         self._inner: DeviceLoader[Any] | None = None
         if wrapped.looks_ahead(loader):
-            base: Any = wrapped.base_of(loader)
-            base = base.loader if isinstance(base, DeviceLoader) and base._is_inner else base
+            base = wrapped.base_of(loader)
             self._inner = DeviceLoader(base, self.device, depth=depth, streams=streams, poison=poison)
-            self._inner._is_inner = True
+            self._inner.stands_in = True
         self._transport: Any = None
         self._is_pinned_by_us = False
         self._epoch: weakref.ref[Epoch[T]] | None = None
         self._feed: Feed | None = None
         self._n_passes = 0
         self._tally = Tally()
+        if wrapped.has_state(loader):
+            kind: Any = type(self)
+            self.__class__ = _with_state(kind)
         _holders.register(self)
 
     @classmethod
     def from_dataset(
         cls,
-        dataset: "Dataset[Any]",
+        dataset: Dataset[Any],
         /,
         device: torch.device | str | int | None = None,
         *,
@@ -183,12 +221,10 @@ class DeviceLoader(Generic[T]):
             **options: anything else that `DeviceLoader` takes, such as `channels_last=True`, or that
                 `DataLoader` takes, such as `shuffle=True`.
         """
-        from torch.utils.data import DataLoader
-
         checks.check_dataset(dataset, num_workers)
         own = {name: options.pop(name) for name in OPTIONS & options.keys()}
         n_workers = wrapped.default_workers(dataset) if num_workers is None else num_workers
-        if num_workers is None and (options.get("persistent_workers") or options.get("prefetch_factor")):
+        if num_workers is None and any(options.get(name) for name in wrapped.OF_WORKERS):
             n_workers = max(1, n_workers)  # on a single CPU too: who says how workers are to be wants some
         if n_workers > 0:
             options = {"persistent_workers": True, "prefetch_factor": 4, **options}
@@ -204,7 +240,7 @@ class DeviceLoader(Generic[T]):
         self._close_last_pass(stacklevel=4)
         self._n_passes += 1
         self._tally = Tally()
-        if self._n_passes == 2 and not self._is_inner:
+        if self._n_passes == 2 and not self.stands_in:
             wrapped.warn_of_lost_workers(self.loader, stacklevel=3)
         self._feed = self._open_feed()
         epoch: Epoch[T] = Epoch(self._feed, self._finish, owner=self)
@@ -218,17 +254,14 @@ class DeviceLoader(Generic[T]):
     def __bool__(self) -> bool:
         """Say whether there are batches; where the loader has no length there may be."""
         try:
-            return bool(self.loader)
-        except TypeError:
+            return len(self) > 0
+        except (TypeError, NotImplementedError):
             return True
 
     def __getattr__(self, name: str) -> Any:
-        """Take the attributes in `FORWARDED` from the loader; have a state if it has one."""
-        loader = self.__dict__.get("loader")
+        """Take the attributes in `FORWARDED` from the loader."""
         if name in wrapped.FORWARDED:
-            return getattr(loader, name)
-        if name in ("state_dict", "load_state_dict") and hasattr(loader, name) and wrapped.has_state(loader):
-            return self._state_dict if name == "state_dict" else self._load_state_dict
+            return getattr(self.__dict__.get("loader"), name)
         if name in OPTIONS:
             raise AttributeError(f"{name!r} is an option of DeviceLoader, which its repr shows.")
         raise AttributeError(
@@ -237,10 +270,10 @@ class DeviceLoader(Generic[T]):
         )
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in wrapped.FORWARDED or name in OPTIONS:
+        if name in wrapped.FORWARDED or name in OPTIONS or (name in _FIXED and name in vars(self)):
             raise AttributeError(
-                f"{name!r} of a DeviceLoader cannot be set: it would change nothing. Build the loader, and a "
-                "DeviceLoader around it, with what you want."
+                f"{name!r} of a DeviceLoader cannot be set: it was read when that was made. Build the "
+                "loader, and a DeviceLoader around it, with what you want."
             )
         super().__setattr__(name, value)
 
@@ -275,16 +308,6 @@ class DeviceLoader(Generic[T]):
             "it has a thread, streams and batches under way. Copy or send the loader it wraps, .loader, and "
             "wrap that where it is used.",
         )
-
-    def _state_dict(self) -> Any:
-        # As of the batch handed out last, whatever was loaded ahead since; after an early break too.
-        return wrapped.snapshot_of(self.loader)() if self._feed is None else self._feed.state
-
-    def _load_state_dict(self, state_dict: Any) -> None:
-        self.close()
-        self._feed = None
-        loader: Any = self.loader
-        loader.load_state_dict(state_dict)
 
     def close(self) -> None:
         """End the pass that is open, if any: no thread, worker or batch of it is left."""
@@ -365,6 +388,27 @@ class DeviceLoader(Generic[T]):
         if self._across_epochs:
             to_close_at_exit().add(self)
         return feed
+
+
+@functools.cache
+def _with_state(kind: Any) -> Any:
+    """Return the class of those that have a state, by the same name: protocols look for methods there."""
+
+    def state_dict(self: Any) -> Any:
+        """Return the loader's state as of the batch handed out last, whatever was loaded ahead since."""
+        state = wrapped.State(self.loader) if self._feed is None else self._feed.state
+        return state()
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        """End the pass that is open, and put the loader in this state."""
+        self.close()
+        self._feed = None
+        self.loader.load_state_dict(state_dict)
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(
+        kind.__name__, (kind,), {**names, "state_dict": state_dict, "load_state_dict": load_state_dict}
+    )
 
 
 def _shown(**options: object) -> str:

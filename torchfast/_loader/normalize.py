@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torchfast._layout import MAX_IMAGE_CHANNELS
+
 
 class Normalization:
     """(x - 255 * mean) / (255 * std), computed in float32 and rounded once to `dtype`.
@@ -40,7 +42,8 @@ class Normalization:
             images.shape, dtype=self._table.dtype, device=images.device, memory_format=layout
         )
         table = self._table_on(images.device)
-        if not (images.is_cuda and _in_one_kernel(images, normalised, table)):
+        is_unrolled = self.n_channels <= MAX_IMAGE_CHANNELS  # which takes the longer to compile the more
+        if not (images.is_cuda and is_unrolled and _in_one_kernel(images, normalised, table)):
             for channel in range(self.n_channels):
                 normalised[:, channel] = table[channel][images[:, channel].int()]
         return normalised

@@ -209,7 +209,7 @@ def _is_dense(leaf: torch.Tensor) -> bool:
 
 
 def _arrival(leaf: torch.Tensor) -> Layout:
-    """Keep the strides of dense tensors; others become dense as by `.to`, in the order of their strides."""
+    """Keep the strides of dense tensors; others become dense as by `.to`, which keeps channels last."""
     stride = leaf.stride() if _is_dense(leaf) else leaf.to("meta").stride()
     return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())
 

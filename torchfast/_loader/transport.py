@@ -27,7 +27,7 @@ import torch
 from torchfast._bytes import MIB
 from torchfast._layout import laid_out_like
 from torchfast._loader.driver import current_raw_stream
-from torchfast._loader.late import copied, kept, moved, pinned, record_use
+from torchfast._loader.late import Keeper, copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
 from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
@@ -248,7 +248,7 @@ class CudaTransport:
         return parcel
 
     def _unpacked(self, batch: Any) -> Unpacked:
-        leaves, structure = flatten(batch, keep=kept if self._borrows else None)
+        leaves, structure = flatten(batch, keep=Keeper() if self._borrows else None)
         return Unpacked(leaves, structure, self._plans.plan(leaves))
 
     def _send(self, unpacked: Unpacked, blank: Blank | None) -> Parcel:
