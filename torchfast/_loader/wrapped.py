@@ -52,7 +52,7 @@ ROOM_OF_A_BATCH_BYTES = 256 * MIB
 def has_state(loader: object) -> bool:
     """Say whether a loader has a state. One that looks ahead has it if what it is around has one."""
     part = base_of(loader) if looks_ahead(loader) else loader
-    return all(callable(getattr(part, name, None)) for name in ("state_dict", "load_state_dict"))
+    return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
 
 
 class State:
