@@ -25,7 +25,7 @@ from torchfast._loader.late import copied, pinned
 from torchfast._loader.plan import empty, separated
 from torchfast._loader.plans import Plans
 from torchfast._loader.staging import team_size
-from torchfast._loader.stats import LoaderStats, Tally
+from torchfast._loader.stats import LoaderStats, Moment, Tally
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -488,6 +488,7 @@ def test_lost_workers_of_a_loader_that_looks_ahead_are_told_of_once() -> None:
 def stats(**changed: Any) -> LoaderStats:
     """Return the record of a pass of 11 batches that took a second."""
     times = {"elapsed_s": 1.0, "load_s": 0.1, "stage_s": 0.1, "copy_s": 0.2, "stall_s": 0.0, "wait_s": 0.0}
+    times["stall_copy_s"] = 0.0
     return LoaderStats(n_batches=11, n_bytes=10**9, **{**times, **changed})
 
 
@@ -517,6 +518,44 @@ def test_overlap_efficiency_runs_from_the_sum_to_the_longest(parts: tuple[float,
         ).overlap_efficiency
         is_nothing_to_hide = sum(parts) - max(parts) <= 0.01 * sum(parts)
         assert found == pytest.approx(1.0 if is_nothing_to_hide else efficiency, abs=1e-6)
+
+
+class At:
+    """An event that the device passed at a certain time."""
+
+    def __init__(self, ms: float) -> None:
+        self.ms = ms
+
+    def query(self) -> bool:
+        """Say that it was passed."""
+        return True
+
+    def elapsed_time(self, other: "At") -> float:
+        """Return the time from this event to another."""
+        return other.ms - self.ms
+
+
+@pytest.mark.parametrize(
+    ("spans", "stall_copy_ms"),
+    [
+        ([], 0),
+        ([(1, 3)], 0),  # over before it was asked for
+        ([(8, 14)], 4),
+        ([(12, 14), (17, 21)], 5),  # staged in pieces; the end of the last is what was waited for
+        ([(4, 30)], 10),
+    ],
+)
+def test_waiting_for_a_copy_is_told_from_waiting_for_the_host(
+    spans: list[tuple[float, float]], stall_copy_ms: float
+) -> None:
+    """The device stood from 10 to 20 ms: for the copy as long as that was under way, else for the host."""
+    tally: Any = Tally()
+    tally.note(Moment(At(0), At(1), [], 0))  # type: ignore[arg-type]  # of the imagination
+    copies: Any = [(At(began), At(ended)) for began, ended in spans]
+    tally.note(Moment(At(10), At(20), copies, 1))  # type: ignore[arg-type]  # as above
+    found = tally.stats()
+    assert (found.stall_s, found.stall_copy_s) == (pytest.approx(0.01), pytest.approx(stall_copy_ms / 1e3))
+    assert found.copy_s == pytest.approx(sum(ended - began for began, ended in spans) / 1e3)
 
 
 def test_a_pass_on_the_cpu_is_counted_too() -> None:

@@ -54,6 +54,9 @@ class LoaderStats:
     stall_s: float
     """The device had nothing to do because a batch was not there yet."""
 
+    stall_copy_s: float
+    """Of that, while the batch was being copied; the rest of it, the device waited for the host."""
+
     wait_s: float
     """The loop's thread stood in `next`. Harmless where the device is behind anyway."""
 
@@ -147,7 +150,7 @@ class Tally:
         self.wait_s = 0.0
         self.n_bytes = 0
         self._copy_s = 0.0
-        self._stall_s = 0.0
+        self._stall_s = self._stall_copy_s = 0.0
         self._elapsed_s = 0.0
         self._n_read: int | None = None
         self._moments: deque[Moment] = deque()
@@ -199,6 +202,7 @@ class Tally:
             stage_s=self.stage_s - self._before_first[1],
             copy_s=self._copy_s,
             stall_s=self._stall_s,
+            stall_copy_s=self._stall_copy_s,
             wait_s=self.wait_s,
         )
 
@@ -207,9 +211,13 @@ class Tally:
         if self._first_there is None:
             self._first_there = moment.there
             return
-        self._stall_s += moment.asked.elapsed_time(moment.there) / 1e3
+        stall_s = moment.asked.elapsed_time(moment.there) / 1e3
+        self._stall_s += stall_s
         self._elapsed_s = self._first_there.elapsed_time(moment.there) / 1e3
-        self._copy_s += sum(began.elapsed_time(ended) for began, ended in moment.spans) / 1e3
+        for began, ended in moment.spans:
+            copy_s, since_asked_s = began.elapsed_time(ended) / 1e3, moment.asked.elapsed_time(began) / 1e3
+            self._copy_s += copy_s
+            self._stall_copy_s += max(0.0, min(since_asked_s + copy_s, stall_s) - max(since_asked_s, 0.0))
         self.n_bytes += moment.n_bytes
         # Not those that others may still wait for: gates, and the ends of copies.
         self.idle_events += [moment.there, *(began for began, _ in moment.spans)]
