@@ -1,6 +1,6 @@
 """The transport as a whole, on a device of the imagination that lags: every byte of every batch arrives."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -194,6 +194,34 @@ def test_a_batch_without_room_is_out_of_the_loaders_reach_too(monkeypatch: pytes
         names[0] = "b"
         batch = to_device.deliver(parcel)
     assert (batch["numbers"].tolist(), batch["names"]) == ([0, 0, 0], ["a"])
+
+
+class Fresh(Mapping[str, Any]):
+    """A mapping that makes its values when it is asked for them, and keeps none."""
+
+    def __init__(self, **made: Any) -> None:
+        self._made = made
+
+    def __getitem__(self, key: str) -> Any:
+        made = self._made[key]
+        return made if isinstance(made, torch.Tensor) else [made]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._made[key] = value
+
+
+def test_data_that_goes_at_once_is_not_taken_for_what_comes_in_its_place() -> None:
+    """A list that nobody else holds may be followed by another at the same address."""
+    batch = Fresh(numbers=torch.zeros(3), **{str(number): number for number in range(50)})
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        arrived = to_device.deliver(to_device.send(batch, None))
+    assert [arrived[str(number)] for number in range(50)] == [[[number]] for number in range(50)]
 
 
 def test_plain_data_is_out_of_the_loaders_reach_too() -> None:

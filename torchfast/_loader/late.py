@@ -50,15 +50,17 @@ class Keeper:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[int, Any] = {}
+        self._copies: dict[int, tuple[Any, Any]] = {}
+        """Each part that was asked for, held so that no other takes its address, and what became of it."""
         numpy = sys.modules.get("numpy")
         self._flat = (set, bytearray) if numpy is None else (set, bytearray, numpy.ndarray)
 
     def __call__(self, part: Any, /) -> Any:
         """Return the part, or a copy if it is plain: the same one wherever it occurs."""
         if id(part) not in self._copies:
-            self._copies[id(part)] = self._copied(part)
-        return self._copies[id(part)]
+            self._copies[id(part)] = part, self._copied(part)
+        _, twin = self._copies[id(part)]
+        return twin
 
     def _copied(self, part: Any) -> Any:
         kind = type(part)
