@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchfast import _holders
 from torchfast._device import resolve_device
-from torchfast._loader import checks, wrapped
+from torchfast._loader import checks, state, wrapped
 from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, uncopyable, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.finish import Into, finishing
@@ -181,9 +181,9 @@ class DeviceLoader(Generic[T]):
         self._feed: Feed | None = None
         self._n_passes = 0
         self._tally = Tally()
-        if wrapped.has_state(loader):
+        if state.has_state(loader):
             kind: Any = type(self)
-            self.__class__ = _with_state(kind)
+            self.__class__ = state.with_state(kind)
         _holders.register(self)
 
     @classmethod
@@ -357,7 +357,7 @@ class DeviceLoader(Generic[T]):
         if (ahead := self._ahead()) is not None:
             ahead.begin_pass(self._tally)
             return ahead
-        loader, snapshot = self.loader, wrapped.snapshot_of(self.loader)
+        loader, snapshot = self.loader, state.snapshot_of(self.loader)
         if self._inner is not None:
             return InlineFeed(wrapped.through(loader, self._inner), self.device, self._tally, snapshot)
         if self.device.type != "cuda":
@@ -388,27 +388,6 @@ class DeviceLoader(Generic[T]):
         if self._across_epochs:
             to_close_at_exit().add(self)
         return feed
-
-
-@functools.cache
-def _with_state(kind: Any) -> Any:
-    """Return the class of those that have a state, by the same name: protocols look for methods there."""
-
-    def state_dict(self: Any) -> Any:
-        """Return the loader's state as of the batch handed out last, whatever was loaded ahead since."""
-        state = wrapped.State(self.loader) if self._feed is None else self._feed.state
-        return state()
-
-    def load_state_dict(self: Any, state_dict: Any) -> None:
-        """End the pass that is open, and put the loader in this state."""
-        self.close()
-        self._feed = None
-        self.loader.load_state_dict(state_dict)
-
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(
-        kind.__name__, (kind,), {**names, "state_dict": state_dict, "load_state_dict": load_state_dict}
-    )
 
 
 def _shown(**options: object) -> str:

@@ -1,13 +1,10 @@
 """What a `DeviceLoader` knows about the loaders it wraps."""
 
-import copy
-import functools
 import gc
 import os
-import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import cpu_share, ranks_here
-from torchfast._loader.thread import no_state
 
 T = TypeVar("T")
 
@@ -47,45 +43,6 @@ MAX_WORKERS = 8
 
 ROOM_OF_A_BATCH_BYTES = 256 * MIB
 """Shared memory that must be free for each batch that workers may make ahead; 256 float images are 154 MB."""
-
-
-def has_state(loader: object) -> bool:
-    """Say whether a loader has a state. One that looks ahead has it if what it is around has one."""
-    part = base_of(loader) if looks_ahead(loader) else loader
-    return callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
-
-
-class State:
-    """A loader's state as it is at one moment, to be told when it is asked for.
-
-    So is the error that reading it came to: a loop that does not ask has no business with it. Pickled, since
-    it may go on changing: in C, 0.2 ms for 20,000 numbers where `copy.deepcopy` takes 2.8 of the interpreter.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self._error: Exception | None = None
-        try:
-            self._recall = _recalling(loader.state_dict())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where the state is asked for
-            self._error = error
-
-    def __call__(self) -> Any:
-        """Return the state, a new copy each time."""
-        if self._error is not None:
-            raise self._error
-        return self._recall()
-
-
-def _recalling(state: Any) -> Callable[[], Any]:
-    try:
-        return functools.partial(pickle.loads, pickle.dumps(state))
-    except Exception:  # noqa: BLE001 - what cannot be pickled says so in many ways
-        return functools.partial(copy.deepcopy, copy.deepcopy(state))
-
-
-def snapshot_of(loader: object) -> Callable[[], State | None]:
-    """Return what notes the loader's state, or `no_state`."""
-    return functools.partial(State, loader) if has_state(loader) else no_state
 
 
 def writes_afresh(loader: object) -> bool:
