@@ -177,30 +177,38 @@ def _children(part: Any) -> Iterator[tuple[Any, Any]] | None:
 def _container(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
     if isinstance(part, tuple):
         return _tuple(part, changing)
-    has_fields = dataclasses.is_dataclass(part) and not isinstance(part, dict)
-    put = _set_field if has_fields else _set_item
-    can_be_set = has_fields or hasattr(type(part), "__setitem__")
+    if dataclasses.is_dataclass(part) and not isinstance(part, dict):
+        rebuild = _with_fields
+    elif hasattr(type(part), "__setitem__"):
+        rebuild = _with_items
+    else:
+        rebuild = _made_anew
+    return lambda new: rebuild(part, [(key, _rebuilt(child, new)) for key, child in changing])
 
-    def rebuild_container(new: Sequence[Any]) -> Any:
-        changed = [(key, _rebuilt(child, new)) for key, child in changing]
-        if can_be_set:
-            try:
-                twin = _twin(part)
-                for key, value in changed:
-                    put(twin, key, value)
-            except (TypeError, NotImplementedError):
-                if has_fields:
-                    raise
-            else:
-                return twin
-        # It cannot be set, or says so when one tries: it is made anew.
-        kind: Callable[[Any], Any] = type(part)
-        whole = dict(part) if isinstance(part, Mapping) else list(part)
+
+def _with_fields(part: Any, changed: list[tuple[str, Any]]) -> Any:
+    twin = _twin(part)
+    for name, value in changed:
+        object.__setattr__(twin, name, value)  # frozen dataclasses too
+    return twin
+
+
+def _with_items(part: Any, changed: list[tuple[Any, Any]]) -> Any:
+    try:
+        twin = _twin(part)
         for key, value in changed:
-            whole[key] = value
-        return kind(whole)
+            twin[key] = value
+    except (TypeError, NotImplementedError):  # an immutable one, which says so only to who tries
+        return _made_anew(part, changed)
+    return twin
 
-    return rebuild_container
+
+def _made_anew(part: Any, changed: list[tuple[Any, Any]]) -> Any:
+    whole: Any = dict(part) if isinstance(part, Mapping) else list(part)
+    for key, value in changed:
+        whole[key] = value
+    kind: Callable[[Any], Any] = type(part)
+    return kind(whole)
 
 
 def _twin(part: Any) -> Any:
@@ -246,14 +254,6 @@ def _like(part: Any, items: list[Any]) -> Any:
         for name in _derived(part):
             del made.__dict__[name]
     return made
-
-
-def _set_item(container: Any, key: Any, value: Any) -> None:
-    container[key] = value
-
-
-def _set_field(instance: Any, name: str, value: Any) -> None:
-    object.__setattr__(instance, name, value)  # frozen dataclasses too
 
 
 def _constant(value: Any) -> Rebuild:
