@@ -29,10 +29,14 @@ Report = Callable[[dict[str, Any]], None]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-MEMORY_KINDS = [
-    *(("pinned", 1), ("pinned", 2), ("pageable", 2), ("pageable", 4)),
-    *(("small tensors", 2), ("workers", 2)),
-]
+MEMORY_KINDS = (
+    ("pinned", 1),
+    ("pinned", 2),
+    ("pageable", 2),
+    ("pageable", 4),
+    ("small tensors", 2),
+    ("workers", 2),
+)
 """Sources, and depths, of batches of 32 MiB: one tensor of them, or 128."""
 
 

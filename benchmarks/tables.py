@@ -162,13 +162,9 @@ def device_loader(result: dict[str, Any]) -> str:
         lines.append(
             f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
             f"| {best['step_ms']:.4g} ms ({best['peer']}) "
-            f"| {ours['step_ms']:.4g} ms | {_hidden(ours['overlap_efficiency'])} |"
+            f"| {ours['step_ms']:.4g} ms | {_efficiency(rows, '.0%')} |"
         )
     return "\n".join([*lines, "", _source(result), ""])
-
-
-def _hidden(efficiency: float) -> str:
-    return f"{efficiency:.0%}" if efficiency >= 0 else "-"
 
 
 def loader_workers(result: dict[str, Any]) -> str:
@@ -261,9 +257,9 @@ def _over_best(rows: dict[str, dict[str, Any]]) -> str:
     return f"**{text}**" if _is_lost(rows) else text
 
 
-def _efficiency(rows: dict[str, dict[str, Any]]) -> str:
+def _efficiency(rows: dict[str, dict[str, Any]], form: str = ".2f") -> str:
     efficiency = rows["torchfast"]["overlap_efficiency"]
-    return f"{efficiency:.2f}" if efficiency >= 0 else "-"
+    return f"{efficiency:{form}}" if efficiency >= 0 else "-"
 
 
 def _three(rows: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ from tests.loader_transport import threaded
 from torchfast import DeviceLoader
 from torchfast._loader import normalize
 from torchfast._loader.cpus import chosen_threads
-from torchfast._loader.late import copied, pinned
+from torchfast._loader.late import copied, pinned, record_use
 from torchfast._loader.plan import empty, separated
 from torchfast._loader.plans import Plans
 from torchfast._loader.staging import team_size
@@ -139,6 +139,33 @@ def test_what_moves_by_itself_is_kept_in_a_copy_of_its_own() -> None:
     assert kept[0].tolist() == kept[1].data.tolist() == [0] * 3
     assert isinstance(kept[1], PackedSequence)
     assert kept[2].numbers.tolist() == kept[3].numbers.tolist() == [0] * 3
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR")
+def test_all_that_a_tensor_consists_of_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator is told of each part of nested and sparse tensors, and of plain ones in a sequence."""
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda part, _: recorded.append(part.data_ptr()))
+    stream: Any = None
+    rows, offsets, lengths = torch.ones(6), torch.tensor([0, 2, 6]), torch.tensor([1, 4])
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    jagged = torch.nested.nested_tensor_from_jagged(rows, offsets)
+    holey = torch.nested.nested_tensor_from_jagged(rows, offsets, lengths)
+    pairs, csr = torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()
+    packed = pack_sequence([torch.ones(2), torch.ones(1)])
+    for leaf, parts in (
+        (rows, [rows]),
+        (nested, [nested.values()]),
+        (jagged, [rows, offsets]),
+        (holey, [rows, offsets, lengths]),
+        (pairs, [pairs._indices(), pairs._values()]),
+        (csr, [csr.crow_indices(), csr.col_indices(), csr.values()]),
+        (packed, [packed.data, packed.batch_sizes]),
+    ):
+        recorded.clear()
+        record_use(leaf, stream)
+        assert recorded == [part.data_ptr() for part in parts]
 
 
 class Pinnable:

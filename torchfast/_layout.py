@@ -28,12 +28,17 @@ def is_image(tensor: torch.Tensor, /, *, rank_5: bool = False) -> bool:
         >>> is_image(torch.zeros(8, 3, 32, 32)), is_image(torch.zeros(8, 32, 32, 3))
         (True, False)
     """
-    if tensor.is_nested or tensor.layout != torch.strided or tensor.dim() not in ((4, 5) if rank_5 else (4,)):
+    if not is_strided(tensor) or tensor.dim() not in ((4, 5) if rank_5 else (4,)):
         return False
     if not (tensor.is_floating_point() or tensor.dtype == torch.uint8):
         return False
     channels, *sides = tensor.shape[1:]
     return 1 <= channels <= min(MAX_IMAGE_CHANNELS, *sides) and not is_expanded(tensor)
+
+
+def is_strided(tensor: torch.Tensor, /) -> bool:
+    """Say whether the tensor has a shape and strides; a nested one says it is strided, and has neither."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def is_expanded(tensor: torch.Tensor, /) -> bool:

@@ -63,16 +63,21 @@ def check_switches(**switches: object) -> None:
 
 def depth_of(depth: Any) -> int:
     """Return a depth as an `int`; refuse what is none."""
-    try:
-        n_batches = 0 if isinstance(depth, bool) else operator.index(depth)
-    except TypeError:
-        n_batches = 0
-    if n_batches < 1:
+    n_batches = _whole(depth)
+    if n_batches is None or n_batches < 1:
         raise ValueError(
             f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
             "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
         )
     return n_batches
+
+
+def _whole(number: Any) -> int | None:
+    """Return a whole number, of any type, as an `int`; None for what is none, True and False included."""
+    try:
+        return None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return None
 
 
 def streams_of(streams: Any) -> tuple[torch.cuda.Stream, ...]:
@@ -88,7 +93,7 @@ def streams_of(streams: Any) -> tuple[torch.cuda.Stream, ...]:
 
 def check_dataset(dataset: object, num_workers: Any) -> None:
     """Refuse what no `DataLoader` can be built for."""
-    if num_workers is not None and (isinstance(num_workers, bool) or not hasattr(num_workers, "__index__")):
+    if num_workers is not None and _whole(num_workers) is None:
         raise TypeError(
             f"num_workers={num_workers!r}: the number of worker processes, a whole number; 0 loads in the "
             "process itself, and None chooses."

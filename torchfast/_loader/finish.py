@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 
-from torchfast._layout import is_expanded, is_image, to_channels_last_tensor
+from torchfast._layout import is_expanded, is_image, is_strided, to_channels_last_tensor
 from torchfast._loader.normalize import Normalization
 from torchfast._tree import flatten, map_tensors, places
 
@@ -76,7 +76,7 @@ class Into:
                 f"into= holds {_text(_kinds(leaves)) or 'nothing'}: give a batch of tensors, as many "
                 "and in the same places as each batch will have, which a CUDA graph then reads."
             )
-        if not all(map(_has_places, self._targets)):
+        if not all(is_strided(target) and not is_expanded(target) for target in self._targets):
             raise ValueError(
                 f"into= holds tensors of {_text(_kinds(leaves))}, not each of which has a place of its own "
                 "for every element: nested, sparse and expanded ones have not. Give dense tensors, as "
@@ -110,11 +110,6 @@ class Into:
     def _where(self, leaves: Sequence[Any]) -> str:
         are_alike = _kinds(leaves) == _kinds(self._targets)
         return ", in other places of the batch or in another order" if are_alike else ""
-
-
-def _has_places(tensor: torch.Tensor) -> bool:
-    is_dense = tensor.layout is torch.strided and not tensor.is_nested
-    return is_dense and not is_expanded(tensor)
 
 
 Kind = tuple[tuple[int, ...] | str, torch.dtype]

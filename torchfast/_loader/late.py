@@ -16,10 +16,10 @@ _PARTS = {
     torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+    torch.jagged: ("values", "offsets", "lengths"),
 }
-"""The methods that return the tensors of which a sparse one consists."""
-
-_PARTS_OF_NESTED = {torch.strided: ("values",), torch.jagged: ("values", "offsets", "lengths")}
+"""The methods that return the tensors of which a tensor of such a layout consists; of other nested ones,
+`values`."""
 
 
 def moved(leaf: Leaf, device: torch.device, /) -> Any:
@@ -91,11 +91,8 @@ def record_use(leaf: Any, stream: torch.cuda.Stream, /) -> None:
             record_use(part, stream)
         if not parts and callable(getattr(leaf, "record_stream", None)):
             leaf.record_stream(stream)
-    elif leaf.is_nested:
-        for name in _PARTS_OF_NESTED[leaf.layout]:
+    elif leaf.is_nested or leaf.layout in _PARTS:
+        for name in _PARTS.get(leaf.layout, ("values",)):
             record_use(getattr(leaf, name)(), stream)
-    elif leaf.layout in _PARTS:
-        for name in _PARTS[leaf.layout]:
-            getattr(leaf, name)().record_stream(stream)
     elif leaf.is_cuda:
         leaf.record_stream(stream)

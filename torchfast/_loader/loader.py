@@ -255,7 +255,7 @@ class DeviceLoader(Generic[T]):
         """Say whether there are batches; where the loader has no length there may be."""
         try:
             return len(self) > 0
-        except (TypeError, NotImplementedError):
+        except (TypeError, NotImplementedError):  # so iterable datasets say that they have none
             return True
 
     def __getattr__(self, name: str) -> Any:

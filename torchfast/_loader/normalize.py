@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchfast._layout import MAX_IMAGE_CHANNELS
+from torchfast._layout import MAX_IMAGE_CHANNELS, is_strided
 
 
 class Normalization:
@@ -31,9 +31,9 @@ class Normalization:
 
     def applies(self, leaf: torch.Tensor, /) -> bool:
         """Say whether a leaf is uint8 images of as many channels as there are means, and no shorter sides."""
-        if leaf.dtype is not torch.uint8 or leaf.is_nested or leaf.layout is not torch.strided:
+        if leaf.dtype is not torch.uint8 or not is_strided(leaf) or leaf.dim() != 4:
             return False
-        return leaf.dim() == 4 and leaf.shape[1] == self.n_channels <= min(leaf.shape[2:])
+        return leaf.shape[1] == self.n_channels <= min(leaf.shape[2:])
 
     def __call__(self, images: torch.Tensor, /) -> torch.Tensor:
         """Return the normalised images, (N, C, H, W) as before, channels last if so asked."""
