@@ -1,6 +1,7 @@
 """DeviceLoader on the CPU: the same contract as on a GPU, with batches passed through."""
 
 import gc
+import inspect
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from tests.loader_transport import threaded
 from torchfast import DeviceLoader
 from torchfast._loader import cpus
+from torchfast._loader.loader import OPTIONS
 from torchfast._loader.wrapped import FORWARDED
 
 
@@ -101,6 +103,12 @@ def test_from_dataset_chooses_settings_and_takes_others(monkeypatch: pytest.Monk
         assert loader.num_workers == 1
     monkeypatch.undo()
     assert DeviceLoader.from_dataset(Pids(), "cpu", batch_size=4).num_workers < (os.cpu_count() or 1)
+
+
+def test_from_dataset_knows_every_option() -> None:
+    """What the constructor takes by name goes there, and not to the DataLoader."""
+    parameters = inspect.signature(DeviceLoader.__init__).parameters.values()
+    assert {one.name for one in parameters if one.kind is one.KEYWORD_ONLY} == OPTIONS
 
 
 class Stream(IterableDataset[int]):

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,20 +18,22 @@ from torchfast._loader.stats import LoaderStats, Tally
 
 T = TypeVar("T")
 
-OPTIONS = frozenset(
-    {
-        "across_epochs",
-        "channels_last",
-        "depth",
-        "image_dtype",
-        "into",
-        "normalize",
-        "poison",
-        "streams",
-        "transform",
-    }
-)
-"""The options of `DeviceLoader` itself, which `from_dataset` tells from those of `DataLoader`."""
+
+class Options(TypedDict, total=False):
+    """The options of `DeviceLoader` that do not decide of what type its batches are."""
+
+    depth: int
+    channels_last: bool
+    normalize: tuple[Sequence[float], Sequence[float]] | None
+    image_dtype: torch.dtype
+    into: Any
+    streams: Sequence[torch.cuda.Stream]
+    across_epochs: bool
+    poison: bool
+
+
+OPTIONS = frozenset({"transform", *Options.__annotations__})
+"""All of them, which `from_dataset` tells from those of `DataLoader`."""
 
 _FIXED = ("device", "loader")
 
@@ -100,15 +102,8 @@ class DeviceLoader(Generic[T]):
         /,
         device: torch.device | str | int | None = ...,
         *,
-        depth: int = ...,
-        channels_last: bool = ...,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = ...,
-        image_dtype: torch.dtype = ...,
         transform: None = ...,
-        into: Any = ...,
-        streams: Sequence[torch.cuda.Stream] = ...,
-        across_epochs: bool = ...,
-        poison: bool = ...,
+        **options: Unpack[Options],
     ) -> None: ...
 
     @overload
@@ -118,15 +113,8 @@ class DeviceLoader(Generic[T]):
         /,
         device: torch.device | str | int | None = ...,
         *,
-        depth: int = ...,
-        channels_last: bool = ...,
-        normalize: tuple[Sequence[float], Sequence[float]] | None = ...,
-        image_dtype: torch.dtype = ...,
         transform: Callable[[Any], T],
-        into: Any = ...,
-        streams: Sequence[torch.cuda.Stream] = ...,
-        across_epochs: bool = ...,
-        poison: bool = ...,
+        **options: Unpack[Options],
     ) -> None: ...
 
     def __init__(  # noqa: PLR0913 - options, all of them keyword-only
