@@ -1,5 +1,6 @@
 """The transport as a whole, on a device of the imagination that lags: every byte of every batch arrives."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ def lagging(
     schedule=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=16),
     is_batched=st.booleans(),
     team=st.sampled_from([1, 3, 16]),
-    way=st.sampled_from(["thread", "here", "workers"]),
+    way=st.sampled_from(["thread", "here", "late", "workers"]),
 )
 def test_every_byte_arrives(
     likes: list[list[Kind]], schedule: list[tuple[int, int]], *, is_batched: bool, team: int, way: str
@@ -130,6 +131,7 @@ def test_every_byte_arrives(
     n_workers = int(way == "workers")
     with lagging(pinned, is_batched=is_batched, team=team, n_workers=n_workers) as (late, to_device):
         send = to_device.send_here if way == "here" else to_device.send
+        to_device._is_loops_turn = way == "late"
         for number, (which, n_done) in enumerate([*schedule, (0, 0), (0, 0)]):
             kinds = likes[which % len(likes)]
             batch = [kind.leaf(number + place) for place, kind in enumerate(kinds)]
@@ -164,6 +166,66 @@ def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor
     for leaf, should_be in zip(to_device.deliver(parcel), expected, strict=True):
         assert (leaf.dtype, leaf.shape) == (should_be.dtype, should_be.shape)
         assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
+
+
+SMALL = [torch.zeros(100), torch.zeros(3, dtype=torch.uint8)]
+"""A batch that either thread may copy, at either end of its way."""
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [*SMALL, torch.zeros(2).to_sparse()],
+        [*SMALL, torch.zeros(64 * KIB)],
+        [torch.zeros(3) for _ in range(5)],
+        ["no tensors"],
+    ],
+    ids=["of another kind", "large", "many", "none"],
+)
+def test_only_small_batches_are_copied_late(batch: list[Any]) -> None:
+    """In the loop's turn others are copied ahead all the same, but for what moves by itself."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device._is_loops_turn = True
+        assert to_device._plans.plan([torch.zeros(3)] * 4).is_small
+        parcel = to_device.send(batch, None)
+        assert (parcel.blank is None) is (batch == ["no tensors"])
+
+
+def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead in the thread's turn; late in the loop's, and then no memory is set aside."""
+    turns = itertools.cycle([False, False, True, True, True])
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        monkeypatch.setattr(to_device._turns, "is_here", lambda _: next(turns))
+        found = []
+        for _ in range(11):
+            to_device.follow()
+            blank = to_device.blank()
+            parcel = to_device.send(SMALL, blank)
+            found.append((blank is not None, parcel.blank is not None))
+            assert parcel.n_bytes == 403
+            to_device.deliver(parcel)
+    ahead, first_ahead, late, first_late = (True, True), (False, True), (False, False), (True, False)
+    later_turns = [ahead, ahead, first_late, late, late]
+    assert found == [first_ahead, *later_turns, first_ahead, *later_turns[1:]]
+
+
+def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:
+    """Memory that is not the loader's own cannot show a late read."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device._is_loops_turn = to_device._poison = True
+        assert to_device.send(SMALL, None).blank is not None
+
+
+def test_what_is_copied_late_is_fit_for_a_backward() -> None:
+    """Also where the loop is in inference mode: as is what was copied ahead."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device._is_loops_turn = True
+        to_device._device = torch.device("meta")  # where a copy is one
+        parcel = to_device.send(SMALL, None)
+        with torch.inference_mode():
+            arrived = to_device.deliver(parcel)
+    assert [leaf.is_meta for leaf in arrived] == [True, True]
+    assert not any(leaf.is_inference() for leaf in arrived)
 
 
 @pytest.mark.parametrize("is_pinned", [False, True])

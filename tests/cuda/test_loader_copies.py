@@ -13,7 +13,7 @@ from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from tests.loader_transport import computing_with
 from torchfast import DeviceLoader
 from torchfast._bytes import MIB
-from torchfast._loader import driver, helpers, shipment, staging, transport
+from torchfast._loader import driver, helpers, shipment, staging, transport, turns
 
 pytestmark = pytest.mark.cuda
 
@@ -71,7 +71,7 @@ def test_no_leaf_is_wrong(
 ) -> None:
     """Under a lagging GPU every leaf holds its batch's number, whoever enqueues the copies, and how."""
     monkeypatch.setattr(transport, "HERE_FROM_LEAVES", 1)
-    monkeypatch.setattr(transport.CudaTransport, "is_sent_here", lambda self: is_sent_here and self._is_light)
+    monkeypatch.setattr(turns.Turns, "is_here", lambda *_: is_sent_here)
     n_here = count_calls(monkeypatch, transport.CudaTransport, "send_here")
     n_helped = count_calls(monkeypatch, helpers.Share, "copied")
     monkeypatch.setattr(staging, "team_size", lambda _: 4)

@@ -18,6 +18,10 @@ PACK_BELOW_BYTES = MIB
 STAGE_BELOW_BYTES = 16 * 2**10
 """Pinned leaves smaller than this are staged too: the host copies 16 KiB in the time of enqueueing them."""
 
+LATE_LEAVES, LATE_BYTES = 4, 256 * 2**10
+"""Batches of no more than that may be copied when they are handed out, as by `.to`: each tensor then takes
+10 us of the loop's thread and up to 8 of the device, which may be less than another thread costs the loop."""
+
 CHUNK_BYTES = 64 * MIB
 """Pageable memory is staged in pieces of at most this size: each takes the interpreter from the loop."""
 
@@ -106,6 +110,7 @@ class Plan:
         "_is_uniform",
         "buffer_layouts",
         "groups",
+        "is_small",
         "large",
         "loose",
         "n_bytes",
@@ -131,6 +136,8 @@ class Plan:
         self.n_late = len(leaves) - len(layouts)
         """How many leaves move by their own `.to`, once they are asked for."""
         self.n_bytes = sum(layout.n_bytes for layout in layouts.values())
+        self.is_small = not self.n_late and 0 < self.n_leaves <= LATE_LEAVES and self.n_bytes <= LATE_BYTES
+        """Whether the batch may be copied as late as those: then as a whole."""
         packed_bytes = self._pack(staged, layouts, 0, may_go_straight=False)
         packed_bytes = self._pack(straight, layouts, packed_bytes, may_go_straight=True)
         rows = self.groups[0].rows if len(self.groups) == 1 else None

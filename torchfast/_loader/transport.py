@@ -104,7 +104,7 @@ class CudaTransport:
         self._plans = Plans()
         self._borrowed: torch.cuda.Event | None = None
         self._idle_events: list[torch.cuda.Event] = []
-        self._is_light = False
+        self._is_light = self._is_loops_turn = False
         self._turns = Turns()
 
     # In the consumer's thread.
@@ -128,6 +128,7 @@ class CudaTransport:
             )
         if stream != self._consumer.cuda_stream:
             self._consumer = self._owners[stream] = torch.cuda.current_stream(self._device)
+        self._is_loops_turn = self._is_light and self._turns.is_here(time.perf_counter())
 
     def blank(self) -> Blank | None:
         """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
@@ -186,7 +187,8 @@ class CudaTransport:
                 record_use(leaf, stream)
             return leaf
 
-        return _map_leaves(there, batch)
+        with _outside_inference_mode():
+            return _map_leaves(there, batch)
 
     def evict(self, parcel: Parcel) -> None:
         """Bring a batch that nobody has seen yet back to the host, and free its device memory."""
@@ -206,7 +208,7 @@ class CudaTransport:
 
     def is_sent_here(self) -> bool:
         """Say whether the consumer's thread had better send the next batch than the copying thread."""
-        return self._is_light and self._turns.is_here(time.perf_counter())
+        return self._is_loops_turn
 
     def send_here(self, batch: Any, blank: Blank | None) -> Parcel | None:
         """Send a batch from the consumer's thread; None for one that only the other thread may send."""
@@ -253,6 +255,8 @@ class CudaTransport:
 
     def _send(self, unpacked: Unpacked, blank: Blank | None) -> Parcel:
         leaves, structure, plan = unpacked
+        if plan.is_small and self._is_loops_turn and not self._poison:
+            return self._put_off(unpacked)
         ready = []
         if plan.n_late:
             leaves = [leaf if is_plain(leaf) else self._kept(leaf) for leaf in leaves]
@@ -271,7 +275,7 @@ class CudaTransport:
         try:
             shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
-            self._is_light = (
+            self._is_light = plan.is_small or (
                 not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES and shipment.staged_bytes < MIB
             )
         except BaseException:
@@ -281,6 +285,15 @@ class CudaTransport:
             _, ended = shipment.spans[-1]  # one stream: the last copy ends last
             ready.append(ended)
         parcel.spans, parcel.n_bytes = shipment.spans, plan.n_bytes
+        return parcel
+
+    def _put_off(self, unpacked: Unpacked) -> Parcel:
+        """Leave the copies to the delivery, which needs no memory set aside."""
+        leaves, structure, plan = unpacked
+        self._expected = ()
+        leaves = [*map(copied, leaves)] if self._borrows else leaves
+        parcel = Parcel(structure.rebuild(leaves), None, [], has_late=True)
+        parcel.n_bytes = plan.n_bytes
         return parcel
 
     def _kept(self, leaf: Any) -> Any:
