@@ -213,32 +213,51 @@ def count_kills(report: Report, *, n_kills: int, limit_s: float) -> None:
 
 
 def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
-    dataset = Deadly()
+    dataset, errors, words = Deadly(), list[Exception](), list[str]()
     bare = DataLoader(dataset, BATCH_SIZE, num_workers=2, persistent_workers=is_persistent, prefetch_factor=1)
-    loader = DeviceLoader(bare, DEVICE)
-    epoch = iter(loader)
-    pids = set()
+    passes = [iter(DeviceLoader(bare, DEVICE))]
+    del bare
+
+    def check() -> str | None:
+        while errors:
+            words.append(repr(errors[-1]))
+            errors.pop()
+        if not words or (words[0].startswith("RuntimeError") and "DataLoader worker" not in words[0]):
+            return f"{n_taken}: {words or 'no error'}"
+        passes.clear()
+        if _has_thread():
+            return f"{n_taken}: a thread is left"
+        n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
+        return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} of {N_BATCHES} batches afterwards"
+
     try:
-        for number, batch in enumerate(epoch):
-            pids |= set(batch[:, 1].tolist())
-            if number == n_taken % 4:
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            return f"{n_taken}: {error!r}"
-    except (ConnectionError, EOFError):
-        pass  # it was just being asked for a batch's memory; the bare loop gets the same
-    else:
-        return f"{n_taken}: no error"
-    try:  # noqa: SIM105 - PyTorch's signal handler raises it anywhere, in the call of `suppress` too
-        del epoch, loader
-    except RuntimeError:
-        pass
-    if _has_thread():
-        return f"{n_taken}: a thread is left"
-    n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
-    return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} batches of {N_BATCHES} afterwards"
+        _kill_workers_at(n_taken % 4, passes[0])
+    # Errors of a connection: it was just being asked for a batch's memory; the bare loop gets the same.
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        errors.append(error)
+    return _undisturbed(check)
+
+
+def _kill_workers_at(last: int, batches: Iterator[torch.Tensor]) -> None:
+    pids = set[int]()
+    for number, batch in enumerate(batches):
+        pids |= set(batch[:, 1].tolist())
+        if number == last:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+
+def _undisturbed(check: Callable[[], str | None]) -> str | None:
+    """Return what a check finds that may begin anew.
+
+    PyTorch's signal handler tells of a dead worker wherever it interrupts, and of two workers twice.
+    """
+    while True:
+        try:
+            return check()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
 
 
 class Deadly(Numbers):
