@@ -104,17 +104,28 @@ def workloads(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from compared_on(batches, step(), names, n_samples, workload=what, source=source)
 
 
-SMALL = ((1, 4 * 2**10), (1, 64 * 2**10), (3, 16 * 2**10), (8, 4 * 2**10), (8, 64 * 2**10))
-"""Tensors of a batch, and bytes of each."""
+SMALL = ((1, 4 * 2**10), (3, 16 * 2**10), (4, 64 * 2**10), (8, 32 * 2**10))
+"""Tensors of a batch, and bytes of each: three that may be copied late, and one of too many tensors."""
 
 
 def small(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time batches that take so little that bringing them ahead may not pay."""
-    loops = {"light": light, "0.3 ms of products, item": with_item(products(0.3))}
-    for (n_leaves, n_bytes), source, loop in itertools.product(SMALL, ("pinned", "pageable"), loops):
-        batches = host_batches(n_leaves, n_bytes // 4, source, 200)
-        what = {"n_leaves": n_leaves, "leaf_bytes": n_bytes, "source": source, "loop": loop}
-        yield from compared_on(batches, loops[loop], SWEPT, n_samples, **what)
+    loops = {
+        "light": (light, 200),
+        "0.3 ms, item": (with_item(products(0.3)), 200),
+        "2 ms, item": (with_item(products(2.0)), 60),
+    }
+    for (n_leaves, n_bytes), source in itertools.product(SMALL, ("pinned", "pageable", "DataLoader")):
+        for loop, (step, n_batches) in loops.items():
+            batches = host_batches(n_leaves, n_bytes // 4, source, n_batches)
+            resident = [[leaf.cuda() for leaf in batches[0]]] * n_batches
+            loader = DataLoader(peers.Listed(batches), batch_size=None) if source == "DataLoader" else batches
+            ways = {name: functools.partial(PEERS[name], loader) for name in SWEPT}
+            what = {"n_leaves": n_leaves, "leaf_bytes": n_bytes, "source": source, "loop": loop}
+            limits_ms = [copy_ms(n_leaves * n_bytes)]
+            yield from compared(
+                ways, resident, step, n_samples=n_samples, limits_ms=limits_ms, budget_s=SMALL_CELL_S, **what
+            )
 
 
 RATIOS = (0.25, 0.5, 1, 2, 4, 16)
@@ -138,7 +149,8 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
 
 CELL_S = 2.5
 """There are many cells: after so long, none begins another round."""
-LOADING_CELL_S = 3.0
+SMALL_CELL_S = 1.2
+LOADING_CELL_S = 2.5
 """Loading by processes scatters by a fifth from pass to pass."""
 
 

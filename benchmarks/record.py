@@ -45,6 +45,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def source(result: dict[str, Any]) -> str:
+    """Say, below a table, where its result comes from."""
+    machine, versions = result["machine"], result["versions"]
+    note = f" {result['note']}" if "note" in result else ""
+    return (
+        f"Medians on one {machine['gpu']}, torch {versions['torch']}, {result['date']}: "
+        f"{result['protocol']}{note}"
+    )
+
+
 def times_ms(step: Callable[[], object], *, n_samples: int, n_steps: int, n_warmup: int) -> list[float]:
     """Return `n_samples` times of one step, each the mean of `n_steps`, the GPU drained around them."""
     for _ in range(n_warmup):

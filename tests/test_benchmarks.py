@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-from benchmarks import tables
+import tables
 
 RESULTS = sorted((Path(tables.__file__).parent / "results").glob("*.json"))
 
@@ -31,9 +30,8 @@ def test_tables_are_those_of_the_results(page: Path) -> None:
     assert page.read_text() == tables.rendered(page)
 
 
-def test_every_job_of_the_reliability_count_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_job_of_the_reliability_count_takes_its_arguments() -> None:
     """No job that only a GPU can run waits for one to find out that its function wants other arguments."""
-    monkeypatch.syspath_prepend(Path(tables.__file__).parent)
     count = importlib.import_module("device_loader_reliability")
     names = (
         "n_batches",
