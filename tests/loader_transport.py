@@ -37,7 +37,7 @@ class HostTransport:
     def begin(self, tally: Tally) -> None:
         """Begin a pass."""
 
-    def follow(self) -> None:
+    def follow(self, now_s: float) -> None:
         """Nothing to follow."""
 
     def blank(self) -> None:

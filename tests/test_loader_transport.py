@@ -198,7 +198,7 @@ def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.Monke
         monkeypatch.setattr(to_device._turns, "is_here", lambda _: next(turns))
         found = []
         for _ in range(11):
-            to_device.follow()
+            to_device.follow(0.0)
             blank = to_device.blank()
             parcel = to_device.send(SMALL, blank)
             found.append((blank is not None, parcel.blank is not None))
@@ -207,6 +207,17 @@ def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.Monke
     ahead, first_ahead, late, first_late = (True, True), (False, True), (False, False), (True, False)
     later_turns = [ahead, ahead, first_late, late, late]
     assert found == [first_ahead, *later_turns, first_ahead, *later_turns[1:]]
+
+
+def test_only_steps_of_the_loop_are_timed() -> None:
+    """Neither what is between two passes, nor the time until the first batch of one."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device.send(SMALL, None)
+        for first_s in (0.0, 100.0):
+            to_device.begin(Tally())
+            for number in range(2):
+                to_device.follow(first_s + number)
+        assert to_device._turns._steps_s == [1.0, 1.0]
 
 
 def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:

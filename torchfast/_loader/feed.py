@@ -77,8 +77,9 @@ class ThreadedFeed:
             )
         work = self._work
         work.consumer = threading.get_ident()
-        work.permits.keep_pace(time.perf_counter())
-        self._transport.follow()
+        now_s = time.perf_counter()
+        work.permits.keep_pace(now_s)
+        self._transport.follow(now_s)
         try:
             if work.here:
                 work.go_on_here()  # where an interrupt came

@@ -115,9 +115,14 @@ class CudaTransport:
         tally.idle_events = self._idle_events
         self._turns.begin()
         self._staging.begin()
-        self.follow()
+        self._follow_stream()
 
-    def follow(self) -> None:
+    def follow(self, now_s: float, /) -> None:
+        """Note that the loop comes for a batch: on which stream, and whether it is its turn to send."""
+        self._follow_stream()
+        self._is_loops_turn = self._is_light and self._turns.is_here(now_s)
+
+    def _follow_stream(self) -> None:
         """Take the calling thread's current stream as the one that consumes the batches."""
         stream = current_raw_stream(self._device)
         if stream and torch.cuda.is_current_stream_capturing():  # the default stream, 0, cannot be captured
@@ -128,7 +133,6 @@ class CudaTransport:
             )
         if stream != self._consumer.cuda_stream:
             self._consumer = self._owners[stream] = torch.cuda.current_stream(self._device)
-        self._is_loops_turn = self._is_light and self._turns.is_here(time.perf_counter())
 
     def blank(self) -> Blank | None:
         """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""

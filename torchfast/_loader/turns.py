@@ -3,6 +3,8 @@
 A loop that launches kernels shares one interpreter with the copying thread, and a wake-up of that costs it
 more than the work would, unless the device is behind anyway. Whether it is cannot be seen from outside, so
 the time from batch to batch decides.
+
+A small batch is copied as it is handed out in the loop's turn, and ahead in the thread's.
 """
 
 import itertools
