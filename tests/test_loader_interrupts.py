@@ -274,7 +274,7 @@ def test_an_interrupt_leaves_the_turns_in_order() -> None:
     """Whenever it comes while turns are decided, the loop that goes on is told whose turn it is."""
 
     def decide(interrupt: Interrupt) -> Turns:
-        turns = Turns()
+        turns = Turns(2)
         for number in range(100):
             with contextlib.suppress(KeyboardInterrupt):
                 interrupt.during(functools.partial(turns.is_here, float(number)))

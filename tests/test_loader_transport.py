@@ -120,18 +120,46 @@ def lagging(
     schedule=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=16),
     is_batched=st.booleans(),
     team=st.sampled_from([1, 3, 16]),
-    way=st.sampled_from(["thread", "here", "late", "workers"]),
+    way=st.sampled_from(["thread", "here", "workers"]),
 )
 def test_every_byte_arrives(
     likes: list[list[Kind]], schedule: list[tuple[int, int]], *, is_batched: bool, team: int, way: str
 ) -> None:
     """Whatever batches there are, whoever sends them, though the loader uses its memory again at once."""
+    send_and_check(likes, schedule, is_batched=is_batched, team=team, way=way)
+
+
+@pytest.mark.parametrize("way", ["thread", "here", "workers"])
+@given(
+    likes=st.lists(st.lists(KINDS, min_size=1, max_size=4), min_size=1, max_size=3),
+    schedule=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=16),
+)
+def test_every_byte_of_small_batches_arrives_late(
+    likes: list[list[Kind]], schedule: list[tuple[int, int]], way: str
+) -> None:
+    """In the loop's turn as well: then small batches are put off, out of the loader's reach too."""
+    small = [kinds for kinds in likes if sum(kind.n_bytes for kind in kinds) <= 256 * KIB]
+    n_put_off = send_and_check(likes, schedule, is_batched=True, team=3, way=way, is_loops_turn=True)
+    sent = [likes[which % len(likes)] for which, _ in [*schedule, (0, 0), (0, 0)]]
+    assert n_put_off == sum(kinds in small for kinds in sent)
+
+
+def send_and_check(  # noqa: PLR0913 - what a test is about
+    likes: list[list[Kind]],
+    schedule: list[tuple[int, int]],
+    *,
+    is_batched: bool,
+    team: int,
+    way: str,
+    is_loops_turn: bool = False,
+) -> int:
+    """Send batches, overwrite their memory, and check what arrives; return how many were put off."""
     pinned = set[int]()
     sent = list[tuple[Any, list[torch.Tensor]]]()
-    n_workers = int(way == "workers")
+    n_workers, n_put_off = int(way == "workers"), 0
     with lagging(pinned, is_batched=is_batched, team=team, n_workers=n_workers) as (late, to_device):
         send = to_device.send_here if way == "here" else to_device.send
-        to_device._is_loops_turn = way == "late"
+        to_device._is_loops_turn = is_loops_turn
         for number, (which, n_done) in enumerate([*schedule, (0, 0), (0, 0)]):
             kinds = likes[which % len(likes)]
             batch = [kind.leaf(number + place) for place, kind in enumerate(kinds)]
@@ -144,6 +172,9 @@ def test_every_byte_arrives(
             }
             expected = [leaf.clone() for leaf in batch]
             parcel = send(batch, to_device.blank())
+            if parcel is None:  # too much for the loop's thread
+                parcel = to_device.send(batch, to_device.blank())
+            n_put_off += parcel.is_put_off
             sent.append((parcel, expected))
             late.go_on_to(late.n_done + n_done)
             to_device.settle()
@@ -152,6 +183,7 @@ def test_every_byte_arrives(
                 check(to_device, *sent.pop(0))
         for parcel, expected in sent:
             check(to_device, parcel, expected)
+    return n_put_off
 
 
 def spoil(batch: Sequence[torch.Tensor]) -> None:
@@ -172,23 +204,48 @@ SMALL = [torch.zeros(100), torch.zeros(3, dtype=torch.uint8)]
 """A batch that either thread may copy, at either end of its way."""
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        [*SMALL, torch.zeros(2).to_sparse()],
-        [*SMALL, torch.zeros(64 * KIB)],
-        [torch.zeros(3) for _ in range(5)],
-        ["no tensors"],
-    ],
-    ids=["of another kind", "large", "many", "none"],
-)
-def test_only_small_batches_are_copied_late(batch: list[Any]) -> None:
-    """In the loop's turn others are copied ahead all the same, but for what moves by itself."""
+@pytest.mark.parametrize("way", ["send", "send_here"])
+def test_only_small_batches_are_copied_late(way: str) -> None:
+    """In the loop's turn others are copied ahead all the same; by the thread, unless of many leaves."""
+    batches: dict[str, list[Any]] = {
+        "small": SMALL,
+        "as much as may be": [torch.zeros(16 * KIB) for _ in range(4)],
+        "a byte more": [*SMALL[1:], torch.zeros(64 * KIB)],
+        "a leaf more": [torch.zeros(3) for _ in range(5)],
+        "many": [torch.zeros(3) for _ in range(16)],
+        "of another kind": [*SMALL, torch.zeros(2).to_sparse()],
+        "empty": ["no tensors"],
+    }
+    found, parcels = dict[str, str](), list[Any]()
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
         to_device._is_loops_turn = True
-        assert to_device._plans.plan([torch.zeros(3)] * 4).is_small
-        parcel = to_device.send(batch, None)
-        assert (parcel.blank is None) is (batch == ["no tensors"])
+        for name, batch in batches.items():
+            parcels.append(parcel := getattr(to_device, way)(batch, None))
+            found[name] = "left" if parcel is None else "late" if parcel.is_put_off else "ahead"
+    others = dict.fromkeys(batches, "ahead" if way == "send" else "left")
+    assert found == others | {"small": "late", "as much as may be": "late", "many": "ahead"}
+
+
+def test_what_is_put_off_is_for_named_streams_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like what was copied ahead: they may use it after the loop dropped it."""
+    named, used = object(), list[tuple[torch.Tensor, object]]()
+    monkeypatch.setattr(transport, "record_use", lambda leaf, stream: used.append((leaf, stream)))
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device._is_loops_turn, to_device._streams = True, (named,)  # type: ignore[assignment]
+        batch = to_device.deliver(to_device.send(SMALL, None))
+    assert [(id(leaf), stream) for leaf, stream in used] == [(id(leaf), named) for leaf in batch]
+
+
+def test_pinned_memory_of_what_is_put_off_is_held_until_it_was_read() -> None:
+    """PyTorch does that for memory that it pinned; for that of others nobody else would."""
+    batch = [torch.zeros(100)]
+    with lagging({batch[0].data_ptr()}, is_batched=True, team=1, n_workers=0) as (late, to_device):
+        to_device._is_loops_turn, to_device._borrows = True, False
+        to_device.deliver(to_device.send(batch, None))
+        late.enqueue([0], [0], [0], 0)
+        to_device.deliver(to_device.send(batch, None))
+        held = [memory for _, memory in shipment._being_read]
+    assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
 
 
 def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,13 +267,18 @@ def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.Monke
 
 
 def test_only_steps_of_the_loop_are_timed() -> None:
-    """Neither what is between two passes, nor the time until the first batch of one."""
+    """Neither what is between two passes, nor the time until the first batch, nor what others take."""
+    large = [torch.zeros(80 * KIB)]
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
-        to_device.send(SMALL, None)
-        for first_s in (0.0, 100.0):
+        to_device.deliver(to_device.send(SMALL, None))
+        for begun_s in (0.0, 100.0):
             to_device.begin(Tally())
-            for number in range(2):
-                to_device.follow(first_s + number)
+            for taken_s in (1, 10, 11):  # the first is long in coming
+                to_device.follow(begun_s + taken_s)
+        assert to_device._turns._steps_s == [1.0, 1.0]
+        for number in range(8):
+            to_device.deliver(to_device.send(SMALL if number % 2 else large, None))
+            to_device.follow(200.0 + number)
         assert to_device._turns._steps_s == [1.0, 1.0]
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.loader_transport import open_feed, until
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.turns import TRIALS, Turns
+from torchfast._loader.turns import Turns, trials
 
-N_TRIED = sum(trial.n_batches for trial in TRIALS)
+N_TRIED = sum(trial.n_batches for trial in trials(2)) + 1
 """After so many batches it is decided who sends."""
 
 
@@ -125,7 +125,7 @@ def test_a_pass_that_is_closed_between_turns_leaves_nothing() -> None:
 
 def decisions(step_s: Callable[[bool], float], n_batches: int) -> list[bool]:
     """Return what is decided for each of so many batches, whose steps take as long as `step_s` says."""
-    turns, now_s, decided = Turns(), 0.0, []
+    turns, now_s, decided = Turns(2), 0.0, []
     for _ in range(n_batches):
         decided.append(turns.is_here(now_s))
         now_s += step_s(decided[-1])
@@ -139,6 +139,20 @@ def test_the_consumer_sends_where_that_is_faster(saved_us: int, step_s: float) -
     decided = decisions(lambda is_here: step_s - saved_us / 1e6 * is_here, 300)
     assert {True, False} == set(decided[:N_TRIED])
     assert set(decided[N_TRIED:]) == {saved_us > 50}
+
+
+@pytest.mark.parametrize("is_better", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3, 8, 12, 32])
+def test_what_a_turn_costs_later_is_put_down_to_it(depth: int, *, is_better: bool) -> None:
+    """A batch that is put off costs the loop once it is handed out, which is as many batches later."""
+    turns, now_s, decided = Turns(depth), 0.0, list[bool]()
+    thread_s, late_s = (200e-6, 100e-6) if is_better else (100e-6, 200e-6)
+    for number in range(500):
+        decided.append(turns.is_here(now_s))
+        was_put_off = number >= depth and decided[number - depth]
+        now_s += 1e-3 + thread_s * (not decided[-1]) + late_s * was_put_off
+    n_tried = sum(trial.n_batches for trial in trials(depth)) + 1
+    assert set(decided[n_tried:]) == {is_better}
 
 
 def test_noise_is_no_saving() -> None:
@@ -167,17 +181,17 @@ def test_a_loop_that_gets_faster_or_slower_is_no_saving(later_us: float) -> None
     assert sum(decided() for _ in range(200)) < 10
 
 
-@pytest.mark.parametrize("n_batches", [2, 7, 50, 99])
+@pytest.mark.parametrize("n_batches", [3, 7, 50, 99])
 def test_short_passes_are_tried_as_often(n_batches: int) -> None:
     """A decision ends after so many batches, in however many passes: a loop that changes is found out."""
-    turns, now_s, decided = Turns(), 0.0, list[bool]()
-    for number in range(6000):
+    turns, now_s, decided = Turns(2), 0.0, list[bool]()
+    for number in range(9000):
         if number % n_batches == 0:
             turns.begin()
         decided.append(turns.is_here(now_s))
-        now_s += 1e-3 - 3e-4 * (decided[-1] is (number < 1000))
-    assert sum(decided[200:1000]) > 700
-    assert sum(decided[3000:]) < 300
+        now_s += 1e-3 - 3e-4 * (decided[-1] is (number < 1500))
+    assert sum(decided[300:1500]) > 1000
+    assert sum(decided[5000:]) < 400
 
 
 def test_a_decision_is_tested_anew() -> None:
@@ -188,12 +202,14 @@ def test_a_decision_is_tested_anew() -> None:
 
 
 def test_time_between_passes_is_no_step() -> None:
-    """A pause before a pass, however long and often, speaks against neither way."""
-    turns, now_s, decided = Turns(), 0.0, list[bool]()
+    """A pause before a pass or its first batch, however long and often, speaks against neither way."""
+    turns, now_s, decided = Turns(2), 0.0, list[bool]()
     for number in range(200):
-        if number % 2 == 0:
+        if number % 5 == 0:
             turns.begin()
             now_s += 1000.0 * turns._trial.is_here  # where it would mislead most
+        elif number % 5 == 1:
+            now_s += 1000.0 * turns._trial.is_here  # the first batch of a pass is long in coming
         decided.append(turns.is_here(now_s))
         now_s += 0.5 if decided[-1] else 1.0
     assert all(decided[100:])

@@ -338,8 +338,21 @@ def test_loader_that_is_no_iterable() -> None:
         DeviceLoader(7)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         "DeviceLoader wraps an iterable of batches, such as a DataLoader; int cannot be iterated over. "
-        "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...); a function that yields "
-        "batches is to be called."
+        "For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
+    )
+
+
+def test_loader_that_is_a_function() -> None:
+    """A generator's function is answered with the call of it."""
+
+    def batches() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match="the function") as error:
+        DeviceLoader(batches)  # type: ignore[call-overload]  # the mistake under test
+    assert text_of(error) == (
+        "DeviceLoader wraps an iterable of batches, and was given the function batches. If it yields "
+        "batches, call it: DeviceLoader(batches()). What it returns then serves one epoch."
     )
 
 
@@ -362,6 +375,13 @@ def test_loader_of_what_are_no_batches(loader: Any, kind: str, yielded: str) -> 
     )
 
 
+def test_loader_that_is_an_array() -> None:
+    """An array would yield its rows, like a tensor."""
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(TypeError, match="ndarray would yield its rows one by one"):
+        DeviceLoader(numpy.zeros((2, 2)))
+
+
 def test_loader_that_is_a_class() -> None:
     """A class is answered with how to make a loader of it."""
     with pytest.raises(TypeError, match="the class") as error:
@@ -380,7 +400,7 @@ def test_loader_switch_that_is_neither_on_nor_off(name: str, value: object) -> N
     with pytest.raises(TypeError, match="neither") as error:
         DeviceLoader([], "cpu", **options)
     assert text_of(error) == (
-        f"{name}={value!r} is neither True nor False, and would count as one of them. Give that one."
+        f"{name}={value!r} is neither True nor False, and would count as one of them. Give True or False."
     )
 
 
@@ -453,8 +473,8 @@ def test_loader_depth_below_one(depth: object) -> None:
     with pytest.raises(ValueError, match="depth=") as error:
         DeviceLoader([], "cpu", depth=depth)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
-        f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of at "
-        "least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+        f"depth={depth!r} must be a whole number of at least 1: how many batches are brought to the device "
+        "ahead of use. 2 hides most jitter; each one more costs the device memory of a batch."
     )
 
 
@@ -531,6 +551,7 @@ def test_loader_that_throws_its_workers_away() -> None:
     [
         0.5,
         ((0.5,), (0.0,)),
+        ((0.5,), (2.0,)),
         ((0.5,), (0.5, 0.5)),
         ((123.0,), (58.0,)),
         ((0.5,), (-0.5,)),
@@ -544,16 +565,16 @@ def test_loader_normalisation_that_cannot_be(normalize: object) -> None:
         DeviceLoader([], "cpu", normalize=normalize)  # type: ignore[call-overload]  # the mistake under test
     assert text_of(error) == (
         f"normalize={normalize!r} with image_dtype=torch.float32: give (mean, std), as many numbers in each "
-        "as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255), each std "
-        "above 0, and a floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, "
-        "0.225))."
+        "as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255): each mean "
+        "from -1 to 1, each std above 0 and at most 1, and a floating-point dtype, as in normalize=((0.485, "
+        "0.456, 0.406), (0.229, 0.224, 0.225)), image_dtype=torch.bfloat16."
     )
 
 
 @pytest.mark.parametrize("image_dtype", ["bf16", torch.uint8])
 def test_loader_image_dtype_that_cannot_be(image_dtype: Any) -> None:
     """A type that is none, or not of floating point, is named in the same answer."""
-    with pytest.raises(ValueError, match=f"with image_dtype={image_dtype}: give "):
+    with pytest.raises(ValueError, match=f"with image_dtype={image_dtype!r}: give "):
         DeviceLoader([], "cpu", normalize=((0.5,), (0.5,)), image_dtype=image_dtype)
 
 

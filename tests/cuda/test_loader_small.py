@@ -123,6 +123,33 @@ def test_kept_batches_stay_intact_and_share_no_version() -> None:
         assert gradient.item() == pytest.approx(number)
 
 
+@torch.inference_mode()
+def test_leaves_are_as_by_to_in_inference_mode() -> None:
+    """What is fit for a backward is so late too, and what moves by itself moves as in the bare loop."""
+    with torch.inference_mode(mode=False):
+        host = [[torch.zeros(3), torch.nn.Parameter(torch.zeros(3))] for _ in range(40)]
+    for plain, parameter in DeviceLoader(host, "cuda"):
+        assert not plain.is_inference()
+        assert not parameter.requires_grad
+    for (plain,) in DeviceLoader([batch[:1] for batch in host], "cuda"):
+        assert not plain.is_inference()
+
+
+def test_next_does_not_wait_for_the_device() -> None:
+    """Nor where a copy of pageable memory stands behind a long kernel: the host goes on meanwhile."""
+    host = [[torch.full((64 * 1024,), float(number))] for number in range(40)]
+    batches = iter(DeviceLoader(host, "cuda"))
+    for _ in range(20):
+        next(batches)
+    torch.cuda.synchronize()
+    passed = torch.cuda.Event()
+    torch.cuda._sleep(2000 * MS)
+    passed.record()
+    batch = next(batches)
+    assert not passed.query()
+    assert bool((batch[0] == 20).all())
+
+
 def test_released_memory_loses_no_batch() -> None:
     """What is yet to be copied is on the host anyway."""
     loader = DeviceLoader(numbered(), "cuda", depth=3)
@@ -148,7 +175,7 @@ def test_memory_is_constant() -> None:
 
 
 def test_statistics_count_them() -> None:
-    """Their bytes, and every batch."""
+    """Their bytes, the time in which these were copied, and every batch."""
     loader = DeviceLoader(numbered(), "cuda")
     for batch in loader:
         torch.cuda._sleep(MS // 8)
@@ -156,10 +183,11 @@ def test_statistics_count_them() -> None:
     torch.cuda.synchronize()
     assert loader.stats.n_batches == N_BATCHES
     assert loader.stats.n_bytes == (N_BATCHES - 1) * 4 * (100 * 100 + 3)
+    assert 0 < loader.stats.bytes_per_s < 1e11
 
 
 @pytest.mark.parametrize("name", ["_put_off", "deliver"])
-def test_an_interrupt_loses_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_loses_none(name: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came between a batch and the loop is done again."""
     original, calls = getattr(CudaTransport, name), itertools.count(1)
 
@@ -169,14 +197,15 @@ def test_an_interrupt_loses_none(name: str, monkeypatch: pytest.MonkeyPatch) -> 
             raise KeyboardInterrupt
         return result
 
-    batches = iter(DeviceLoader(numbered(), "cuda"))
+    batches, n_interrupts = iter(DeviceLoader(numbered(), "cuda")), 0
     found = [float(next(batches)[1][0]) for _ in range(10)]
     monkeypatch.setattr(CudaTransport, name, interrupted)
     while True:
         try:
             found.append(float(next(batches)[1][0]))
         except KeyboardInterrupt:
-            continue
+            n_interrupts += 1
         except StopIteration:
             break
     assert found == list(range(N_BATCHES))
+    assert (n_interrupts > 5) is (when != "ahead" or name == "deliver")

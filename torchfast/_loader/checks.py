@@ -1,7 +1,9 @@
 """What a DeviceLoader refuses, each with what was found and what to give: before anything is changed."""
 
 import operator
+import sys
 from collections.abc import Iterable, Mapping
+from inspect import isfunction
 from typing import Any
 
 import torch
@@ -19,12 +21,17 @@ def check(loader: object, transform: object) -> None:
             f"first: DeviceLoader({loader.__name__}(...))."
         )
     if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        if isfunction(loader):
+            raise TypeError(
+                f"DeviceLoader wraps an iterable of batches, and was given the function {loader.__name__}. "
+                f"If it yields batches, call it: DeviceLoader({loader.__name__}()). What it returns then "
+                "serves one epoch."
+            )
         raise TypeError(
             f"DeviceLoader wraps an iterable of batches, such as a DataLoader; {type(loader).__name__} "
-            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...); "
-            "a function that yields batches is to be called."
+            "cannot be iterated over. For a dataset, use DeviceLoader.from_dataset(dataset, batch_size=...)."
         )
-    for kind, yielded in _YIELDS_NO_BATCHES:
+    for kind, yielded in _yielding_no_batches():
         if isinstance(loader, kind):
             raise TypeError(
                 f"DeviceLoader wraps an iterable of batches, and {type(loader).__name__} would yield its "
@@ -44,12 +51,15 @@ def check(loader: object, transform: object) -> None:
         )
 
 
-_YIELDS_NO_BATCHES: tuple[tuple[Any, str], ...] = (
-    ((str, bytes), "characters"),
-    (Mapping, "keys"),
-    (torch.Tensor, "rows"),
-    (torch.nn.Module, "parts"),
-)
+def _yielding_no_batches() -> list[tuple[Any, str]]:
+    numpy = sys.modules.get("numpy")
+    arrays = (torch.Tensor,) if numpy is None else (torch.Tensor, numpy.ndarray)
+    return [
+        ((str, bytes), "characters"),
+        (Mapping, "keys"),
+        (arrays, "rows"),
+        (torch.nn.Module, "parts"),
+    ]
 
 
 def check_switches(**switches: object) -> None:
@@ -57,7 +67,8 @@ def check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(
-                f"{name}={value!r} is neither True nor False, and would count as one of them. Give that one."
+                f"{name}={value!r} is neither True nor False, and would count as one of them. Give True or "
+                "False."
             )
 
 
@@ -66,8 +77,8 @@ def depth_of(depth: Any) -> int:
     n_batches = _whole(depth)
     if n_batches is None or n_batches < 1:
         raise ValueError(
-            f"depth={depth!r}: the number of batches to bring to the device ahead of use, a whole number of "
-            "at least 1. 2 hides most jitter; each one more costs the device memory of a batch."
+            f"depth={depth!r} must be a whole number of at least 1: how many batches are brought to the "
+            "device ahead of use. 2 hides most jitter; each one more costs the device memory of a batch."
         )
     return n_batches
 
@@ -140,9 +151,9 @@ def normalization_of(
         fits = False
     if not fits:
         raise ValueError(
-            f"normalize={normalize!r} with image_dtype={image_dtype}: give (mean, std), as many numbers in "
-            "each as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255), each "
-            "std above 0, and a floating-point dtype, as in normalize=((0.485, 0.456, 0.406), (0.229, 0.224, "
-            "0.225))."
+            f"normalize={normalize!r} with image_dtype={image_dtype!r}: give (mean, std), as many numbers in "
+            "each as images have channels, for images in [0, 1] (so those for 0 to 255 divided by 255): each "
+            "mean from -1 to 1, each std above 0 and at most 1, and a floating-point dtype, as in "
+            "normalize=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), image_dtype=torch.bfloat16."
         )
     return Normalization(mean, std, image_dtype, channels_last=channels_last)

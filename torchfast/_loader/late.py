@@ -1,4 +1,4 @@
-"""What is not copied to the device ahead: leaves that move by their own `.to`, and parts without tensors."""
+"""What no transfer is planned for: leaves that move by their own `.to`, and parts without tensors."""
 
 import copy
 import operator

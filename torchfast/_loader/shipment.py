@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 _being_read: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
 
 
+def hold_until_read(event: torch.cuda.Event, memory: list[torch.Tensor], /) -> None:
+    """Hold host memory until the device has passed an event, behind the last copy that reads it."""
+    if memory:
+        _being_read.append((event, memory))
+
+
 def let_go_of_what_was_read() -> None:
     """Drop the host memory that the device is past."""
     for read in list(_being_read):
@@ -90,7 +96,7 @@ class Shipment:
         ended = torch.cuda.Event(enable_timing=True, blocking=True)
         ended.record(self._stream)
         buffers = {part.buffer for part in self._parts}
-        _being_read.append((ended, [*self._sources, *(buffer.memory for buffer in buffers)]))
+        hold_until_read(ended, [*self._sources, *(buffer.memory for buffer in buffers)])
         self.spans.append((began, ended))
         for buffer in buffers:
             buffer.read = ended

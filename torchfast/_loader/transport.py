@@ -14,6 +14,9 @@ decides when one is free. A ring of our own would need to guess that from use co
 `record_stream` nor lend an idle slot to the model.
 
 The host memory that copies read is held until the device is past them, by `shipment.py`.
+
+A small batch may instead be copied as it is handed out, by the consumer's thread and on its stream, which
+`turns.py` decides.
 """
 
 import time
@@ -30,14 +33,14 @@ from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import Keeper, copied, moved, pinned, record_use
 from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
 from torchfast._loader.plans import Plans
-from torchfast._loader.shipment import Shipment, let_go_of_what_was_read
+from torchfast._loader.shipment import Shipment, hold_until_read, let_go_of_what_was_read
 from torchfast._loader.staging import Staging
 from torchfast._loader.stats import Moment, Span, Tally
 from torchfast._loader.turns import Turns
 from torchfast._tree import Structure, flatten
 
 HERE_FROM_LEAVES = 16
-"""Batches of fewer tensors are always sent by the copying thread: `next` should return at once."""
+"""Batches of fewer tensors, unless small, are always sent by the copying thread: `next` should be short."""
 
 
 class Blank(NamedTuple):
@@ -52,7 +55,7 @@ class Blank(NamedTuple):
 class Parcel:
     """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
 
-    __slots__ = ("batch", "blank", "has_late", "n_bytes", "ready", "spans")
+    __slots__ = ("batch", "blank", "has_late", "is_put_off", "n_bytes", "ready", "spans")
 
     def __init__(
         self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
@@ -61,6 +64,8 @@ class Parcel:
         self.blank = blank
         self.ready = ready
         self.has_late = has_late
+        self.is_put_off = False
+        """Whether it is `Unpacked`, and nothing of it was copied yet."""
         self.spans: list[Span] = []
         self.n_bytes = 0
 
@@ -105,7 +110,8 @@ class CudaTransport:
         self._borrowed: torch.cuda.Event | None = None
         self._idle_events: list[torch.cuda.Event] = []
         self._is_light = self._is_loops_turn = False
-        self._turns = Turns()
+        """Whether the last batch took so little work that the loop might bring the next; whether it does."""
+        self._turns = Turns(depth)
 
     # In the consumer's thread.
 
@@ -118,8 +124,10 @@ class CudaTransport:
         self._follow_stream()
 
     def follow(self, now_s: float, /) -> None:
-        """Note that the loop comes for a batch: on which stream, and whether it is its turn to send."""
+        """Note that the loop comes for a batch: on which stream, and whether it has the turn."""
         self._follow_stream()
+        if not self._is_light:
+            self._turns.begin()
         self._is_loops_turn = self._is_light and self._turns.is_here(now_s)
 
     def _follow_stream(self) -> None:
@@ -172,27 +180,35 @@ class CudaTransport:
             for buffer in blank.buffers:
                 for other in (stream, *self._streams):
                     buffer.record_stream(other)
-        batch = self._with_late_leaves(parcel.batch) if parcel.has_late else parcel.batch
+        if parcel.is_put_off:
+            return self._copied_late(parcel)
+        batch = _map_leaves(self._moved, parcel.batch) if parcel.has_late else parcel.batch
         # Each event is noted once, also where an interrupt makes this batch be delivered once more.
         spans, parcel.spans = parcel.spans, []
         there = self._mark(stream)
         self._tally.note(Moment(self._asked, there, spans, parcel.n_bytes))
         return batch
 
-    def _with_late_leaves(self, batch: Any) -> Any:
-        """Move what moves by itself. What the loader itself put on the device, it allocated in the thread."""
-        users = list(self._streams)
-        if self._consumer != self._loading:
-            users.append(self._consumer)
-
-        def there(leaf: Any) -> Any:
-            leaf = moved(leaf, self._device)
-            for stream in users:
-                record_use(leaf, stream)
-            return leaf
-
+    def _copied_late(self, parcel: Parcel) -> Any:
+        """Copy a batch that was put off, and hold what the device is still to read of its memory."""
+        leaves, structure, _ = parcel.batch
+        began = self._mark(self._consumer)
         with _outside_inference_mode():
-            return _map_leaves(there, batch)
+            copies = [self._moved(leaf) for leaf in leaves]
+        there = self._mark(self._consumer)
+        # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
+        hold_until_read(there, [leaf for leaf in leaves if leaf.is_pinned()])
+        self._tally.note(Moment(self._asked, there, [(began, there)], parcel.n_bytes))
+        return structure.rebuild(copies)
+
+    def _moved(self, leaf: Any) -> Any:
+        """Move what moves by itself. What the loader itself put on the device, it allocated in the thread."""
+        leaf = moved(leaf, self._device)
+        for stream in self._streams:
+            record_use(leaf, stream)
+        if self._consumer != self._loading:
+            record_use(leaf, self._consumer)
+        return leaf
 
     def evict(self, parcel: Parcel) -> None:
         """Bring a batch that nobody has seen yet back to the host, and free its device memory."""
@@ -219,7 +235,7 @@ class CudaTransport:
         began_s = time.perf_counter()
         with _outside_inference_mode():
             unpacked = self._unpacked(batch)
-            if unpacked.plan.n_late:
+            if not self._is_little_work(unpacked.plan):
                 return None
             parcel = self._send(unpacked, blank)
         self._tally.stage_s += time.perf_counter() - began_s
@@ -259,7 +275,7 @@ class CudaTransport:
 
     def _send(self, unpacked: Unpacked, blank: Blank | None) -> Parcel:
         leaves, structure, plan = unpacked
-        if plan.is_small and self._is_loops_turn and not self._poison:
+        if self._is_loops_turn and self._is_small(plan):
             return self._put_off(unpacked)
         ready = []
         if plan.n_late:
@@ -270,6 +286,7 @@ class CudaTransport:
             batch = structure.rebuild(leaves)
             if not leaves and self._pins:
                 batch = pinned(batch)  # an object of the user's own that is all of the batch
+            self._is_light = False
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
             blank = self._fitting(blank, plan)
@@ -279,9 +296,7 @@ class CudaTransport:
         try:
             shipment = self._copy(leaves, plan, blank)
             parcel = Parcel(structure.rebuild(leaves), blank, ready, has_late=plan.n_late > 0)
-            self._is_light = plan.is_small or (
-                not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES and shipment.staged_bytes < MIB
-            )
+            self._is_light = self._is_little_work(plan) and shipment.staged_bytes < MIB
         except BaseException:
             self.fence()
             raise
@@ -291,13 +306,21 @@ class CudaTransport:
         parcel.spans, parcel.n_bytes = shipment.spans, plan.n_bytes
         return parcel
 
+    def _is_little_work(self, plan: Plan) -> bool:
+        """Say whether the loop's thread may send such a batch, as far as its plan tells."""
+        return self._is_small(plan) or (not plan.n_late and plan.n_leaves >= HERE_FROM_LEAVES)
+
+    def _is_small(self, plan: Plan) -> bool:
+        """Say whether a batch may be copied late. Memory that is not ours could not show a late read."""
+        return plan.is_small and not self._poison
+
     def _put_off(self, unpacked: Unpacked) -> Parcel:
         """Leave the copies to the delivery, which needs no memory set aside."""
         leaves, structure, plan = unpacked
-        self._expected = ()
+        self._is_light, self._expected = True, ()
         leaves = [*map(copied, leaves)] if self._borrows else leaves
-        parcel = Parcel(structure.rebuild(leaves), None, [], has_late=True)
-        parcel.n_bytes = plan.n_bytes
+        parcel = Parcel(Unpacked(leaves, structure, plan), None, [], has_late=False)
+        parcel.is_put_off, parcel.n_bytes = True, plan.n_bytes
         return parcel
 
     def _kept(self, leaf: Any) -> Any:

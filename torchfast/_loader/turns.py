@@ -1,10 +1,11 @@
-"""Whose turn it is to send a batch that takes little work: found by trying both.
+"""Whose turn it is to bring a batch that takes little work: found by trying both.
 
 A loop that launches kernels shares one interpreter with the copying thread, and a wake-up of that costs it
 more than the work would, unless the device is behind anyway. Whether it is cannot be seen from outside, so
 the time from batch to batch decides.
 
-A small batch is copied as it is handed out in the loop's turn, and ahead in the thread's.
+In the loop's turn it sends batches of many tensors itself, and copies small ones as they are handed out; in
+the thread's turn all are sent ahead by that.
 """
 
 import itertools
@@ -14,25 +15,29 @@ from typing import NamedTuple
 
 
 class Trial(NamedTuple):
-    """So many batches in a row sent by one of the two, timed or not."""
+    """So many batches in a row in the turn of one of the two, timed or not."""
 
     is_here: bool
     n_batches: int
     is_timed: bool
 
 
-TRIALS = (
-    Trial(False, 4, False),
-    Trial(False, 6, True),
-    Trial(True, 2, False),
-    Trial(True, 12, True),
-    Trial(False, 2, False),
-    Trial(False, 6, True),
-)
-"""After a few batches in which the pipeline gets used to it: one way in the midst of the other.
+def trials(depth: int, /) -> tuple[Trial, ...]:
+    """Return what is tried: after a few batches to get used to, one way in the midst of the other.
 
-A loop that gets faster or slower all the while then speaks for neither.
-"""
+    A loop that gets faster or slower all the while then speaks for neither. Behind each change as many steps
+    are not timed as there are batches on their way, which the other brings.
+    """
+    n_on_their_way = max(2, depth)
+    return (
+        Trial(False, 4, False),
+        Trial(False, 6, True),
+        Trial(True, n_on_their_way, False),
+        Trial(True, 12, True),
+        Trial(False, n_on_their_way, False),
+        Trial(False, 6, True),
+    )
+
 
 N_BATCHES_DECIDED = 1000
 """Batches for which a decision holds before it is tested anew."""
@@ -41,29 +46,33 @@ N_BATCHES_IN_DOUBT = 100
 """Those for which it holds where noise may hide what is to be saved."""
 
 WORTH_IT_S = 50e-6
-"""The consumer sends if that saves so much a batch, beyond noise: `next` is the longer for it."""
+"""The loop has the turn if that saves so much a batch, beyond noise: `next` is the longer for it."""
 
 
 class Turns:
-    """Decides, batch by batch, whether the consumer's thread sends it."""
+    """Decides, batch by batch, whether the loop has the turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
+        self._trials = trials(depth)
         self._n_trials = 0
-        self._trial = TRIALS[0]
+        self._trial = self._trials[0]
         self._found_s: dict[int, list[float]] = {}
         """The steps of each of the trials that were timed, by its place among them."""
         self._steps_s: list[float] = []
         """Those of the trial under way."""
         self._last_s: float | None = None
+        self._is_first = True
 
     def begin(self) -> None:
-        """Begin a pass: the time since the last batch is no step."""
-        self._last_s = None
+        """Begin anew: no step is the time since the last batch, nor that in which the first is made."""
+        self._last_s, self._is_first = None, True
 
     def is_here(self, now_s: float, /) -> bool:
-        """Say whether the consumer's thread sends the batch of this moment."""
+        """Say whether the loop, which comes for a batch at this moment, has the turn."""
         if self._last_s is not None:
-            self._steps_s.append(now_s - self._last_s)
+            if not self._is_first:
+                self._steps_s.append(now_s - self._last_s)
+            self._is_first = False
         self._last_s = now_s
         if len(self._steps_s) >= self._trial.n_batches:
             self._conclude()
@@ -73,8 +82,8 @@ class Turns:
         """Note what was found and go on to the next trial; the same again after an interrupt."""
         if self._trial.is_timed:
             self._found_s[self._n_trials] = self._steps_s
-        n_trials = (self._n_trials + 1) % (len(TRIALS) + 1)
-        trial = TRIALS[n_trials] if n_trials < len(TRIALS) else self._decision()
+        n_trials = (self._n_trials + 1) % (len(self._trials) + 1)
+        trial = self._trials[n_trials] if n_trials < len(self._trials) else self._decision()
         self._n_trials, self._trial, self._steps_s = n_trials, trial, []
 
     def _decision(self) -> Trial:
@@ -86,7 +95,9 @@ class Turns:
         return Trial(is_here, N_BATCHES_DECIDED if is_sure else N_BATCHES_IN_DOUBT, is_timed=False)
 
     def _found(self, *, is_here: bool) -> list[float]:
-        found_s = [steps_s for number, steps_s in self._found_s.items() if TRIALS[number].is_here is is_here]
+        found_s = [
+            steps for number, steps in self._found_s.items() if self._trials[number].is_here is is_here
+        ]
         return [*itertools.chain.from_iterable(found_s)]
 
 
