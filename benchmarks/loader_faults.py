@@ -204,60 +204,46 @@ def count_kills(report: Report, *, n_kills: int, limit_s: float) -> None:
     faulthandler.dump_traceback_later(limit_s + 60, exit=True)
     torch.set_num_threads(1)
     choose = random.Random(0)  # noqa: S311 - which worker to kill is no secret
-    began_s, n_seen, failures = time.perf_counter(), 0, list[str]()
+    began_s, n_seen, n_disturbed, failures = time.perf_counter(), 0, 0, list[str]()
     while n_seen < n_kills and time.perf_counter() - began_s < limit_s:
-        failure = _killed_badly(choose.randrange(N_BATCHES), is_persistent=bool(n_seen % 2))
+        try:
+            failure = _killed_badly(choose.randrange(N_BATCHES), is_persistent=bool(n_seen % 2))
+        except RuntimeError as error:
+            # PyTorch's signal handler tells of the second dead worker wherever it interrupts, also in here.
+            if "is killed by signal" not in str(error):
+                raise
+            n_disturbed += 1
+            continue
         failures += [failure] if failure else []
         n_seen += 1
-        report(_row("a worker is killed", n_kills, n_seen, failures, began_s))
+        row = _row("a worker is killed", n_kills, n_seen, failures, began_s)
+        report({**row, "n_disturbed": n_disturbed})
 
 
 def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
-    dataset, errors, words = Deadly(), list[Exception](), list[str]()
+    dataset = Deadly()
     bare = DataLoader(dataset, BATCH_SIZE, num_workers=2, persistent_workers=is_persistent, prefetch_factor=1)
-    passes = [iter(DeviceLoader(bare, DEVICE))]
-    del bare
-
-    def check() -> str | None:
-        while errors:
-            words.append(repr(errors[-1]))
-            errors.pop()
-        if not words or (words[0].startswith("RuntimeError") and "DataLoader worker" not in words[0]):
-            return f"{n_taken}: {words or 'no error'}"
-        passes.clear()
-        if _has_thread():
-            return f"{n_taken}: a thread is left"
-        n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
-        return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} of {N_BATCHES} batches afterwards"
-
+    loader = DeviceLoader(bare, DEVICE)
+    epoch = iter(loader)
+    pids = set()
     try:
-        _kill_workers_at(n_taken % 4, passes[0])
-    # Errors of a connection: it was just being asked for a batch's memory; the bare loop gets the same.
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        errors.append(error)
-    return _undisturbed(check)
-
-
-def _kill_workers_at(last: int, batches: Iterator[torch.Tensor]) -> None:
-    pids = set[int]()
-    for number, batch in enumerate(batches):
-        pids |= set(batch[:, 1].tolist())
-        if number == last:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-
-
-def _undisturbed(check: Callable[[], str | None]) -> str | None:
-    """Return what a check finds that may begin anew.
-
-    PyTorch's signal handler tells of a dead worker wherever it interrupts, and of two workers twice.
-    """
-    while True:
-        try:
-            return check()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+        for number, batch in enumerate(epoch):
+            pids |= set(batch[:, 1].tolist())
+            if number == n_taken % 4:
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            return f"{n_taken}: {error!r}"
+    except (ConnectionError, EOFError):
+        pass  # it was just being asked for a batch's memory; the bare loop gets the same
+    else:
+        return f"{n_taken}: no error"
+    del epoch, loader
+    if _has_thread():
+        return f"{n_taken}: a thread is left"
+    n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
+    return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} batches of {N_BATCHES} afterwards"
 
 
 class Deadly(Numbers):

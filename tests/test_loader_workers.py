@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils
 
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
+from torchfast._loader import done_event, wrapped
+from torchfast._loader.done_event import survive_dead_workers
 from torchfast._loader.wrapped import begun, begun_unpinned, is_pinned_by_us, writes_afresh
 
 
@@ -114,6 +116,38 @@ def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     for _ in range(2):
         with suppress(RuntimeError):
             loader.close()
+    assert copying_threads() == 0
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_a_worker_that_dies_with_its_lock_is_no_hang_either(
+    *, is_persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as it looks whether it is to end, it keeps the lock for that: the loader does without."""
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr(done_event, "PATIENCE_S", 0.2)
+    made = list[Any]()
+
+    def survive(inner: Any) -> None:
+        survive_dead_workers(inner)
+        made.append(inner)
+
+    monkeypatch.setattr(wrapped, "survive_dead_workers", survive)
+    dataset = TensorDataset(torch.zeros(64))
+    loader = threaded(DataLoader(dataset, num_workers=2, persistent_workers=is_persistent))
+    batches = iter(loader)
+    next(batches)
+    stand_in, killed = made[0]._workers_done_event, made[0]._workers[0]
+    made.clear()
+    assert isinstance(stand_in, done_event.DoneEvent)
+    assert stand_in._event._cond.acquire(timeout=60)  # by whom does not matter: nobody gives it back
+    os.kill(killed.pid, signal.SIGKILL)
+    with suppress(RuntimeError), pytest.raises((RuntimeError, ConnectionError, EOFError)):
+        deque(batches, maxlen=0)
+    for _ in range(2):
+        with suppress(RuntimeError):
+            loader.close()
+    del loader, batches
     assert copying_threads() == 0
 
 

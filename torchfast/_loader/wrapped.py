@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import cpu_share, ranks_here
+from torchfast._loader.done_event import survive_dead_workers
 
 T = TypeVar("T")
 
@@ -102,12 +103,15 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
         return iter(loader)
     if gc.get_freeze_count() > _FROZEN_BY_PYTHON:
         gc.collect()  # quick, where somebody froze the rest; to unfreeze would undo that
-        return iter(loader)
-    gc.freeze()
-    try:
-        return iter(loader)
-    finally:
-        gc.unfreeze()
+        batches = iter(loader)
+    else:
+        gc.freeze()
+        try:
+            batches = iter(loader)
+        finally:
+            gc.unfreeze()
+    survive_dead_workers(batches)
+    return batches
 
 
 def default_workers(dataset: object) -> int:
