@@ -147,10 +147,10 @@ def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
         yield from sweep_lists(source, n_leaves, n_samples)
 
 
-CELL_S = 2.5
+CELL_S = 2.0
 """There are many cells: after so long, none begins another round."""
-SMALL_CELL_S = 1.2
-LOADING_CELL_S = 2.5
+SMALL_CELL_S = 1.0
+LOADING_CELL_S = 2.0
 """Loading by processes scatters by a fifth from pass to pass."""
 
 

@@ -432,8 +432,12 @@ def test_a_loader_tells_its_options() -> None:
 
 def test_it_is_true_where_there_may_be_batches() -> None:
     """As the loader itself, but that one without a length does not tell, and so is no error."""
-    numpy = pytest.importorskip("numpy")
-    loaders = [[], [1], (number for number in range(2)), DataLoader(Stream()), numpy.zeros((2, 2))]
+
+    class Unclear(list[int]):
+        def __bool__(self) -> bool:
+            raise ValueError("the truth value of an array is ambiguous")
+
+    loaders = [[], [1], (number for number in range(2)), DataLoader(Stream()), Unclear([1])]
     assert [bool(DeviceLoader(loader, "cpu")) for loader in loaders] == [False, True, True, True, True]
 
 
