@@ -137,7 +137,7 @@ def _pinned_anew(options: dict[str, Any]) -> dict[str, int]:
     if not torch.cuda.is_available():
         return {}
     before = Leftovers()
-    _settled(loader := _with_workers(**options))
+    loader = _with_workers(**options)
     for number in range(N_WARMUP):
         _break_and_go_on(loader, number)
     left = _settled(loader).beyond(before)
