@@ -184,8 +184,13 @@ def outcomes(loop: Iterator[Any]) -> list[str]:
 FAILING = ("fails_in_dataset", "fails_in_collate", "fails_in_transfer", "fails_in_transform")
 
 
-def _has_thread() -> bool:
-    return "torchfast-loader" in [thread.name for thread in threading.enumerate()]
+def _has_thread(patience_s: float = 0) -> bool:
+    until_s = time.perf_counter() + patience_s
+    while "torchfast-loader" in [thread.name for thread in threading.enumerate()]:
+        if time.perf_counter() >= until_s:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _row(place: str, n_asked: int, n_seen: int, failures: list[str], began_s: float) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def _killed_badly(n_taken: int, *, is_persistent: bool) -> str | None:
     else:
         return f"{n_taken}: no error"
     del epoch, loader
-    if _has_thread():
+    if _has_thread(patience_s=10):  # the handler may interrupt the waiting for it, too
         return f"{n_taken}: a thread is left"
     n_batches = len(list(DeviceLoader(DataLoader(dataset, BATCH_SIZE, num_workers=2), DEVICE)))
     return None if n_batches == N_BATCHES else f"{n_taken}: {n_batches} batches of {N_BATCHES} afterwards"

@@ -1,10 +1,12 @@
 """A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils
 
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
-from torchfast._loader import done_event, wrapped
-from torchfast._loader.done_event import survive_dead_workers
+from torchfast._loader import dead_workers, wrapped
+from torchfast._loader.dead_workers import survive_dead_workers
 from torchfast._loader.wrapped import begun, begun_unpinned, is_pinned_by_us, writes_afresh
 
 
@@ -119,13 +121,19 @@ def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     assert copying_threads() == 0
 
 
+@pytest.mark.parametrize("make", [threaded, DeviceLoader], ids=["by the thread", "inline"])
 @pytest.mark.parametrize("is_persistent", [False, True])
-def test_a_worker_that_dies_with_its_lock_is_no_hang_either(
-    *, is_persistent: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lock", ["_workers_done_event", "_worker_result_queue"])
+def test_a_worker_that_dies_with_a_lock_is_no_hang_either(
+    lock: str,
+    make: Callable[[Any], DeviceLoader[Any]],
+    *,
+    is_persistent: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed as it looks whether it is to end, it keeps the lock for that: the loader does without."""
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(done_event, "PATIENCE_S", 0.2)
+    """Killed as it looks whether it is to end, or as it writes, it keeps a lock that others wait for."""
+    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(dead_workers, "PATIENCE_S", 0.2)
     made = list[Any]()
 
     def survive(inner: Any) -> None:
@@ -134,21 +142,53 @@ def test_a_worker_that_dies_with_its_lock_is_no_hang_either(
 
     monkeypatch.setattr(wrapped, "survive_dead_workers", survive)
     dataset = TensorDataset(torch.zeros(64))
-    loader = threaded(DataLoader(dataset, num_workers=2, persistent_workers=is_persistent))
+    loader = make(DataLoader(dataset, num_workers=2, persistent_workers=is_persistent))
     batches = iter(loader)
     next(batches)
-    stand_in, killed = made[0]._workers_done_event, made[0]._workers[0]
-    made.clear()
-    assert isinstance(stand_in, done_event.DoneEvent)
-    assert stand_in._event._cond.acquire(timeout=60)  # by whom does not matter: nobody gives it back
-    os.kill(killed.pid, signal.SIGKILL)
-    with suppress(RuntimeError), pytest.raises((RuntimeError, ConnectionError, EOFError)):
-        deque(batches, maxlen=0)
+    inner = made.pop()
+    assert isinstance(inner._workers_done_event, dead_workers.DoneEvent)
+    taken = (
+        inner._workers_done_event._event._cond
+        if lock == "_workers_done_event"
+        else inner._worker_result_queue._wlock
+    )
+    assert taken.acquire(timeout=60)  # by whom does not matter: nobody gives it back
+    os.kill(inner._workers[0].pid, signal.SIGKILL)
+    del inner, taken
+    n_errors = 0
+    for _ in range(64):
+        try:
+            next(batches)
+        except StopIteration:
+            break
+        except (RuntimeError, ConnectionError, EOFError):
+            n_errors += 1
+    assert n_errors > 0
     for _ in range(2):
         with suppress(RuntimeError):
             loader.close()
     del loader, batches
     assert copying_threads() == 0
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_workers_are_told_of_their_end_under_the_lock(*, is_held: bool) -> None:
+    """One that is alive and late gives the lock back itself, and is not disturbed by who gave it up."""
+    event: Any = multiprocessing.get_context("spawn").Event()
+    stand_in = dead_workers.DoneEvent(event)
+    assert not stand_in.is_set()
+    if is_held:
+        event._cond.acquire()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dead_workers, "PATIENCE_S", 0.01)
+            stand_in.set()
+    else:
+        stand_in.set()
+        stand_in.set()
+    assert stand_in.is_set()
+    assert event.is_set()
+    event.clear()
+    assert not event.is_set()
 
 
 @pytest.mark.parametrize("is_dropped", [False, True], ids=["closed", "dropped"])

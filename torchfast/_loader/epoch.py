@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 
+from torchfast._loader.dead_workers import has_dead_worker
 from torchfast._loader.stats import Tally
 from torchfast._tree import flatten
 
@@ -222,6 +223,10 @@ class InlineFeed:
         except StopIteration:
             if self._is_closed:  # by another thread: this is not the end
                 raise closed_error() from None
+            raise
+        except Exception:
+            if has_dead_worker(self._source):
+                self._source = iter(())
             raise
         finally:
             self._state_put_back = None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
+from torchfast._loader.dead_workers import has_dead_worker
 from torchfast._loader.flag import Flag
 from torchfast._loader.helpers import helped_thread
 from torchfast._loader.modes import Modes
@@ -161,7 +162,7 @@ class Work:
             # It takes the place, and so the permit, of its batch.
             while (permit := self._permit()) is Sent:
                 pass
-            return permit is not Stop and self._failed(error)
+            return permit is not Stop and self._failed(error) and not self._is_broken()
         self._is_empty = False
         self.permits.load_s = time.perf_counter() - began_s
         self.tally.load_s += self.permits.load_s
@@ -269,6 +270,13 @@ class Work:
     def _next_permit(self) -> Any:
         permit = self.permits.get()
         return Stop if self.stopped else permit
+
+    def _is_broken(self) -> bool:
+        """Say whether the loader may hang if it is asked for another batch, and end the pass if so."""
+        if has_dead_worker(self.source):
+            self.arrive(Arrival(is_end=True))
+            return True
+        return False
 
     def _failed(self, error: BaseException) -> bool:
         unknot(error)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchfast._bytes import MIB
 from torchfast._loader.cpus import cpu_share, ranks_here
-from torchfast._loader.done_event import survive_dead_workers
+from torchfast._loader.dead_workers import survive_dead_workers
 
 T = TypeVar("T")
 
