@@ -31,7 +31,7 @@ class LateStream:
         """Return an event of this stream."""
         return LateEvent(self)
 
-    def mark(self, _: object) -> "LateEvent":
+    def mark(self, _: object = None) -> "LateEvent":
         """Return an event behind what was enqueued so far."""
         event = self.event()
         event.record(self)

@@ -241,11 +241,19 @@ def test_pinned_memory_of_what_is_put_off_is_held_until_it_was_read() -> None:
     batch = [torch.zeros(100)]
     with lagging({batch[0].data_ptr()}, is_batched=True, team=1, n_workers=0) as (late, to_device):
         to_device._is_loops_turn, to_device._borrows = True, False
+        to_device._consumer.record_event = late.mark  # type: ignore[assignment, method-assign]
         to_device.deliver(to_device.send(batch, None))
         late.enqueue([0], [0], [0], 0)
         to_device.deliver(to_device.send(batch, None))
         held = [memory for _, memory in shipment._being_read]
-    assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
+        assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
+        to_device._tally.read()
+        assert not {event for event, _ in shipment._being_read} & {*to_device._idle_events}
+        to_device.settle()
+        assert len(shipment._being_read) == 1
+        late.go_on_to(1)
+        to_device.settle()
+        assert not shipment._being_read
 
 
 def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,9 +285,10 @@ def test_only_steps_of_the_loop_are_timed() -> None:
                 to_device.follow(begun_s + taken_s)
         assert to_device._turns._steps_s == [1.0, 1.0]
         for number in range(8):
-            to_device.deliver(to_device.send(SMALL if number % 2 else large, None))
+            to_device.deliver(to_device.send(SMALL if number % 4 else large, None))
             to_device.follow(200.0 + number)
         assert to_device._turns._steps_s == [1.0, 1.0]
+        assert to_device._tally.stats().n_batches == 8
 
 
 def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:

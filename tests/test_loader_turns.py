@@ -147,12 +147,13 @@ def test_what_a_turn_costs_later_is_put_down_to_it(depth: int, *, is_better: boo
     """A batch that is put off costs the loop once it is handed out, which is as many batches later."""
     turns, now_s, decided = Turns(depth), 0.0, list[bool]()
     thread_s, late_s = (200e-6, 100e-6) if is_better else (100e-6, 200e-6)
-    for number in range(500):
+    for number in range(2500):
         decided.append(turns.is_here(now_s))
         was_put_off = number >= depth and decided[number - depth]
         now_s += 1e-3 + thread_s * (not decided[-1]) + late_s * was_put_off
     n_tried = sum(trial.n_batches for trial in trials(depth)) + 1
-    assert set(decided[n_tried:]) == {is_better}
+    assert set(decided[n_tried : n_tried + 1000]) == {is_better}
+    assert sum(decided) / 2500 == pytest.approx(float(is_better), abs=0.1)
 
 
 def test_noise_is_no_saving() -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,21 +172,31 @@ def test_a_worker_that_dies_with_a_lock_is_no_hang_either(
     assert copying_threads() == 0
 
 
+class Ended:
+    """A worker that ended, well or badly."""
+
+    def __init__(self, exitcode: int | None) -> None:
+        self.exitcode = exitcode
+
+
+@pytest.mark.parametrize("exitcode", [None, 0, 1, -9])
 @pytest.mark.parametrize("is_held", [False, True])
-def test_workers_are_told_of_their_end_under_the_lock(*, is_held: bool) -> None:
-    """One that is alive and late gives the lock back itself, and is not disturbed by who gave it up."""
+def test_workers_are_told_of_their_end(
+    *, is_held: bool, exitcode: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds the lock; one that is alive gives it back itself, and that of a dead one is free then."""
+    monkeypatch.setattr(dead_workers, "PATIENCE_S", 0.01)
     event: Any = multiprocessing.get_context("spawn").Event()
-    stand_in = dead_workers.DoneEvent(event)
+    inner = SimpleNamespace(_workers_done_event=event, _workers=[Ended(None), Ended(exitcode)])
+    stand_in = dead_workers.DoneEvent(inner)
     assert not stand_in.is_set()
     if is_held:
         event._cond.acquire()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dead_workers, "PATIENCE_S", 0.01)
-            stand_in.set()
-    else:
-        stand_in.set()
-        stand_in.set()
+    stand_in.set()
+    stand_in.set()
     assert stand_in.is_set()
+    if is_held and not exitcode:
+        event._cond.release()
     assert event.is_set()
     event.clear()
     assert not event.is_set()

@@ -6,12 +6,12 @@ the same event, and waits for ever: five of eight series of up to 150 kills hung
 an error, and waits for ever when it is asked for another batch, since the others wait for the lock.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 PATIENCE_S = 1.0
-"""How long the lock is waited for, which workers hold for microseconds."""
+"""How long the lock is waited for where a worker died: the others hold it for microseconds."""
 
 
 class DoneEvent:
@@ -20,40 +20,43 @@ class DoneEvent:
     It is asked once a worker has ended, and set when all are to: then the lock of a dead one is given back.
     """
 
-    def __init__(self, event: Any) -> None:
-        self._event = event
+    def __init__(self, batches: Any) -> None:
+        self._event = batches._workers_done_event
+        self._workers = batches._workers
         self._is_set = False
 
     def is_set(self) -> bool:
         """Say whether the workers were told to end."""
-        with self._locked():
-            return self._is_set
+        self._give_back_lock()
+        return self._is_set
 
     def set(self) -> None:
-        """Tell the workers to end."""
-        self._is_set = True
-        with self._locked():
-            self._event._flag.acquire(False)
+        """Tell the workers to end, without the lock, which is for those who wait: nobody does."""
+        if not self._is_set:
             self._event._flag.release()
+            self._is_set = True
+        self._give_back_lock()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        # In vain if its holder is dead, and then it is ours to give back.
+    def _give_back_lock(self) -> None:
+        if not _has_died(self._workers):
+            return
+        # In vain if its holder is dead; any process may give it back.
         self._event._cond.acquire(timeout=PATIENCE_S)
-        try:
-            yield
-        finally:
-            with suppress(ValueError):  # it was only late
-                self._event._cond.release()
+        with suppress(ValueError):  # its holder was only late
+            self._event._cond.release()
 
 
 def survive_dead_workers(batches: Any, /) -> None:
     """Put the stand-in into PyTorch's own iterator, if it has workers. Private: once gone, as bare."""
     event = getattr(batches, "_workers_done_event", None)
-    if hasattr(event, "_cond") and hasattr(event, "_flag"):
-        batches._workers_done_event = DoneEvent(event)
+    if hasattr(event, "_cond") and hasattr(event, "_flag") and hasattr(batches, "_workers"):
+        batches._workers_done_event = DoneEvent(batches)
 
 
 def has_dead_worker(batches: Any, /) -> bool:
     """Say, after an error, whether a worker ended badly: the pass is over then. Private, as above."""
-    return any(worker.exitcode for worker in getattr(batches, "_workers", ()))
+    return _has_died(getattr(batches, "_workers", ()))
+
+
+def _has_died(workers: Iterable[Any]) -> bool:
+    return any(worker.exitcode for worker in workers)

@@ -25,9 +25,11 @@ _being_read: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
 
 
 def hold_until_read(event: torch.cuda.Event, memory: list[torch.Tensor], /) -> None:
-    """Hold host memory until the device has passed an event, behind the last copy that reads it."""
-    if memory:
-        _being_read.append((event, memory))
+    """Hold host memory until the device has passed an event, behind the last copy that reads it.
+
+    An event of its own: one that is recorded again would hold it for longer.
+    """
+    _being_read.append((event, memory))
 
 
 def let_go_of_what_was_read() -> None:

@@ -127,7 +127,7 @@ class CudaTransport:
         """Note that the loop comes for a batch: on which stream, and whether it has the turn."""
         self._follow_stream()
         if not self._is_light:
-            self._turns.begin()
+            self._turns.pause()
         self._is_loops_turn = self._is_light and self._turns.is_here(now_s)
 
     def _follow_stream(self) -> None:
@@ -183,7 +183,7 @@ class CudaTransport:
         if parcel.is_put_off:
             return self._copied_late(parcel)
         batch = _map_leaves(self._moved, parcel.batch) if parcel.has_late else parcel.batch
-        # Each event is noted once, also where an interrupt makes this batch be delivered once more.
+        # The events of its copies are noted once, also where an interrupt makes it be delivered once more.
         spans, parcel.spans = parcel.spans, []
         there = self._mark(stream)
         self._tally.note(Moment(self._asked, there, spans, parcel.n_bytes))
@@ -197,12 +197,13 @@ class CudaTransport:
             copies = [self._moved(leaf) for leaf in leaves]
         there = self._mark(self._consumer)
         # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
-        hold_until_read(there, [leaf for leaf in leaves if leaf.is_pinned()])
+        if sources := [leaf for leaf in leaves if leaf.is_pinned()]:
+            hold_until_read(self._consumer.record_event(), sources)  # not `there`, which is recorded anew
         self._tally.note(Moment(self._asked, there, [(began, there)], parcel.n_bytes))
         return structure.rebuild(copies)
 
     def _moved(self, leaf: Any) -> Any:
-        """Move what moves by itself. What the loader itself put on the device, it allocated in the thread."""
+        """Move a leaf as it is handed out. What the loader put on the device, it allocated in the thread."""
         leaf = moved(leaf, self._device)
         for stream in self._streams:
             record_use(leaf, stream)

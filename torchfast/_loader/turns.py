@@ -30,7 +30,7 @@ def trials(depth: int, /) -> tuple[Trial, ...]:
     """
     n_on_their_way = max(2, depth)
     return (
-        Trial(False, 4, False),
+        Trial(False, max(4, depth), False),
         Trial(False, 6, True),
         Trial(True, n_on_their_way, False),
         Trial(True, 12, True),
@@ -61,18 +61,24 @@ class Turns:
         self._steps_s: list[float] = []
         """Those of the trial under way."""
         self._last_s: float | None = None
-        self._is_first = True
+        self._n_on_their_way = max(2, depth)
+        self._n_untimed = 1
 
     def begin(self) -> None:
-        """Begin anew: no step is the time since the last batch, nor that in which the first is made."""
-        self._last_s, self._is_first = None, True
+        """Begin a pass: no step is the time since the last one, nor that in which the first batch is made."""
+        self._last_s, self._n_untimed = None, 1
+
+    def pause(self) -> None:
+        """Go on behind a batch of another kind: no step is timed in which it may be handed out."""
+        self._last_s, self._n_untimed = None, self._n_on_their_way
 
     def is_here(self, now_s: float, /) -> bool:
         """Say whether the loop, which comes for a batch at this moment, has the turn."""
         if self._last_s is not None:
-            if not self._is_first:
+            if self._n_untimed:
+                self._n_untimed -= 1
+            else:
                 self._steps_s.append(now_s - self._last_s)
-            self._is_first = False
         self._last_s = now_s
         if len(self._steps_s) >= self._trial.n_batches:
             self._conclude()
