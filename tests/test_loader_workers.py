@@ -108,6 +108,7 @@ class Deadly(Dataset[int]):
         return index
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's signal handler
 @pytest.mark.parametrize("is_persistent", [False, True])
 def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     """A worker that is killed ends the pass with PyTorch's own error, and no thread stays behind."""
@@ -122,6 +123,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     assert copying_threads() == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's signal handler
 @pytest.mark.parametrize("make", [threaded, DeviceLoader], ids=["by the thread", "inline"])
 @pytest.mark.parametrize("is_persistent", [False, True])
 @pytest.mark.parametrize("lock", ["_workers_done_event", "_worker_result_queue"])
