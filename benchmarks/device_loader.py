@@ -118,13 +118,10 @@ def small(n_samples: int) -> Iterator[dict[str, Any]]:
     for (n_leaves, n_bytes), source in itertools.product(SMALL, ("pinned", "pageable", "DataLoader")):
         for loop, (step, n_batches) in loops.items():
             batches = host_batches(n_leaves, n_bytes // 4, source, n_batches)
-            resident = [[leaf.cuda() for leaf in batches[0]]] * n_batches
-            loader = DataLoader(peers.Listed(batches), batch_size=None) if source == "DataLoader" else batches
-            ways = {name: functools.partial(PEERS[name], loader) for name in SWEPT}
+            loader = DataLoader(peers.Listed(batches), batch_size=None) if source == "DataLoader" else None
             what = {"n_leaves": n_leaves, "leaf_bytes": n_bytes, "source": source, "loop": loop}
-            limits_ms = [copy_ms(n_leaves * n_bytes)]
-            yield from compared(
-                ways, resident, step, n_samples=n_samples, limits_ms=limits_ms, budget_s=SMALL_CELL_S, **what
+            yield from compared_on(
+                batches, step, SWEPT, n_samples, loader=loader, budget_s=SMALL_CELL_S, **what
             )
 
 

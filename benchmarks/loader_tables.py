@@ -9,11 +9,10 @@ import record
 def device_loader(result: dict[str, Any]) -> str:
     """Render the workloads: the floor, the fastest peer, torchfast, and how much of the transfer it hid."""
     lines = ["| step, source | resident | best peer | torchfast | hidden |", "|---|---:|---|---:|---:|"]
-    for what in dict.fromkeys((row["workload"], row["source"]) for row in result["rows"]):
-        rows = {row["peer"]: row for row in result["rows"] if (row["workload"], row["source"]) == what}
+    for (workload, source), rows in _cells(result, "workload", "source").items():
         resident, ours, best = _three(rows)
         lines.append(
-            f"| {what[0]}, {what[1]} | {resident['step_ms']:.4g} ms "
+            f"| {workload}, {source} | {resident['step_ms']:.4g} ms "
             f"| {best['step_ms']:.4g} ms ({best['peer']}) "
             f"| {ours['step_ms']:.4g} ms | {_efficiency(rows, '.0%')} |"
         )
@@ -25,10 +24,7 @@ def loader_small(result: dict[str, Any]) -> str:
     loops = list(dict.fromkeys(row["loop"] for row in result["rows"]))
     lines = [f"| tensors | bytes of each | source | {' | '.join(loops)} |"]
     lines.append("|---:|---:|---|" + "---:|" * len(loops))
-    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        where = (row["n_leaves"], row["leaf_bytes"], row["source"], row["loop"])
-        cells.setdefault(where, {})[row["peer"]] = row
+    cells = _cells(result, "n_leaves", "leaf_bytes", "source", "loop")
     for n_leaves, leaf_bytes, source in dict.fromkeys(where[:3] for where in cells):
         found = (_three(cells[n_leaves, leaf_bytes, source, loop]) for loop in loops)
         texts = [f"{ours['step_ms']:.3g} / {best['step_ms']:.3g} ms" for _, ours, best in found]
@@ -40,8 +36,7 @@ def loader_workers(result: dict[str, Any]) -> str:
     """Render loaders with workers: each peer's step, and the longest of its parts by itself."""
     lines = ["| `pin_memory` | work | loading | best peer | torchfast | ideal / torchfast |"]
     lines.append("|---|---:|---:|---|---:|---:|")
-    for is_pinned in dict.fromkeys(row["pin_memory"] for row in result["rows"]):
-        rows = {row["peer"]: row for row in result["rows"] if row["pin_memory"] == is_pinned}
+    for (is_pinned,), rows in _cells(result, "pin_memory").items():
         resident, ours, best = _three(rows)
         lines.append(
             f"| {is_pinned} | {resident['step_ms']:.4g} ms "
@@ -54,8 +49,7 @@ def loader_workers(result: dict[str, Any]) -> str:
 def loader_loading(result: dict[str, Any]) -> str:
     """Render how fast batches of workers get to the GPU: the fastest peer's time for one, and ours."""
     lines = ["| batches, by 8 workers | MB | best peer | torchfast |", "|---|---:|---|---:|"]
-    for what in dict.fromkeys(row["batches"] for row in result["rows"]):
-        rows = {row["peer"]: row for row in result["rows"] if row["batches"] == what}
+    for (what,), rows in _cells(result, "batches").items():
         ours = rows.pop("torchfast")
         best = min(rows.values(), key=lambda row: float(row["step_ms"]))
         lines.append(
@@ -84,10 +78,7 @@ def loader_host_time(result: dict[str, Any]) -> str:
 
 def loader_sweep(result: dict[str, Any]) -> str:
     """Render torchfast against the fastest peer in each cell of the sweep, and how much it hides there."""
-    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in result["rows"]:
-        where = (row["source"], row["n_leaves"], row["consumer"], row["ratio"])
-        cells.setdefault(where, {})[row["peer"]] = row
+    cells = _cells(result, "source", "n_leaves", "consumer", "ratio")
     cells = {where: rows for where, rows in cells.items() if "torchfast" in rows}
     n_lost = sum(_is_lost(rows) for rows in cells.values())
     ours = [rows["torchfast"] for rows in cells.values()]
@@ -103,6 +94,14 @@ def loader_sweep(result: dict[str, Any]) -> str:
     )
     tables = [_swept(cells, _over_best), slower, _swept(cells, _efficiency), hidden, record.source(result)]
     return "\n\n".join(tables) + "\n"
+
+
+def _cells(result: dict[str, Any], *names: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the rows of each cell by their peers; a cell is what rows have in common under these names."""
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in result["rows"]:
+        cells.setdefault(tuple(row[name] for name in names), {})[row["peer"]] = row
+    return cells
 
 
 def _swept(cells: dict[tuple[Any, ...], dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> str:

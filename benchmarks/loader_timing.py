@@ -149,11 +149,17 @@ def compared(  # noqa: PLR0913 - what is compared with what, most of it by name
 
 
 def compared_on(
-    batches: Sequence[peers.Batch], step: Step, names: Sequence[str], n_samples: int, **what: Any
+    batches: Sequence[peers.Batch],
+    step: Step,
+    names: Sequence[str],
+    n_samples: int,
+    *,
+    loader: Iterable[peers.Batch] | None = None,
+    **what: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Compare peers on a list of host batches."""
+    """Compare peers on a list of host batches, or on a loader that hands out the same."""
     torch.cuda.empty_cache()
     resident = [[leaf.cuda() for leaf in batches[0]]] * len(batches)
     limit_ms = copy_ms(sum(leaf.nbytes for leaf in batches[0]))
-    made = {name: functools.partial(PEERS[name], batches) for name in names}
+    made = {name: functools.partial(PEERS[name], batches if loader is None else loader) for name in names}
     yield from compared(made, resident, step, n_samples=n_samples, limits_ms=[limit_ms], **what)
