@@ -77,7 +77,8 @@ def test_none_is_wrong(source: str, depth: int, when: str, n_late: Callable[[], 
     """Under a lagging GPU each leaf holds its batch's number, wherever it came from."""
     loader = DeviceLoader(SOURCES[source](), "cuda", depth=depth)
     assert int(wrong_leaves(loader, N_BATCHES, sleep=MS)) == 0
-    low, high = {"ahead": (0, 0), "late": (80, 100), "in turn": (30, 80)}[when]
+    # Which of the batches on their way are sent before the turn changes is up to the two threads.
+    low, high = {"ahead": (0, 0), "late": (80, 100), "in turn": (1, 99)}[when]
     assert low <= n_late() <= high
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import oom_ranks
+from tests.gpu_memory import limited_gpu
 from torchfast import OutOfMemoryError, _holders, inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
 
@@ -21,15 +22,8 @@ LIMIT_BYTES = 2 * GIB
 @pytest.fixture
 def small_gpu() -> Iterator[torch.device]:
     """Give a GPU of which this process may use 2 GiB."""
-    device = torch.device("cuda", 0)
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(LIMIT_BYTES / total, device)
-    yield device
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
-    gc.collect()
-    torch.cuda.empty_cache()
+    with limited_gpu(LIMIT_BYTES) as device:
+        yield device
 
 
 def small_net(device: torch.device) -> nn.Sequential:
@@ -155,17 +149,12 @@ def test_failure_does_not_disturb_later_kernels(small_gpu: torch.device) -> None
 # --- trying again -----------------------------------------------------------------------------------------
 
 
-def losses_of(
-    device: torch.device, limit_bytes: int | None, *, n_steps: int = 6, **options: Any
-) -> list[float]:
-    """Train at an effective batch of 64 under a limit, and return the loss of each step."""
-    total = torch.cuda.get_device_properties(device).total_memory
+def losses_of(device: torch.device, *, n_steps: int = 6, **options: Any) -> tuple[list[float], int | None]:
+    """Train at an effective batch of 64; return the loss of each step, and the size that it was cut to."""
     torch.manual_seed(0)
     net = small_net(device).double()  # so that other kernels for smaller parts round alike
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
     retry = oom_guard().retry(model=net, optimizer=optimizer, **options)
-    if limit_bytes is not None:
-        torch.cuda.set_per_process_memory_fraction(limit_bytes / total, device)
     losses = []
     for step in range(n_steps):
         generator = torch.Generator(device=device).manual_seed(step)
@@ -181,21 +170,18 @@ def losses_of(
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(loss_sum)
-    if limit_bytes is not None:
-        assert retry.micro_batch_size is not None
-        assert retry.micro_batch_size < 64
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-    return losses
+    return losses, retry.micro_batch_size
 
 
 @pytest.mark.parametrize("copy", [False, True])
 def test_too_large_a_batch_trains_with_the_same_loss(copy: bool) -> None:  # noqa: FBT001 -- a parameter of the test
     """A batch of 64 that does not fit is trained in parts, with the losses of a card where it fits."""
-    device = torch.device("cuda", 0)
-    free = losses_of(device, None)
-    gc.collect()
-    torch.cuda.empty_cache()
-    limited = losses_of(device, 320 * MIB, copy=copy)
+    free, uncut = losses_of(torch.device("cuda", 0))
+    with limited_gpu(320 * MIB) as device:
+        limited, micro_batch_size = losses_of(device, copy=copy)
+    assert uncut is None
+    assert micro_batch_size is not None
+    assert micro_batch_size < 64
     assert limited == pytest.approx(free, rel=1e-6)
 
 

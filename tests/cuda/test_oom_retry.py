@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
+from tests.gpu_memory import limited_gpu
 from torchfast import DeviceLoader, OutOfMemoryError, inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
 
@@ -23,17 +24,10 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 @pytest.fixture(autouse=True)
 def small_gpu() -> Iterator[torch.device]:
     """Give a GPU of which this process may use 2 GiB, with kernels that always round alike."""
-    device = torch.device("cuda", 0)
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(LIMIT_BYTES / total, device)
     torch.backends.cudnn.deterministic = True
-    yield device
+    with limited_gpu(LIMIT_BYTES) as device:
+        yield device
     torch.backends.cudnn.deterministic = False
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 class Training:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.gpu_memory import empty_gpu
 from torchfast import GPUTeacher
 from torchfast._teacher import plan as planning
 
@@ -20,8 +21,7 @@ pytestmark = pytest.mark.cuda
 @pytest.fixture(autouse=True)
 def clean_memory() -> Iterator[None]:
     """Begin and end with an empty cache and without a limit on memory."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    empty_gpu()
     torch.cuda.reset_peak_memory_stats()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
