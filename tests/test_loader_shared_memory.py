@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.loader_transport import until
 from torchfast._loader import shared_memory
 from torchfast._loader.plan import bytes_of
-from torchfast._loader.shared_memory import Dropper, mapped_again
+from torchfast._loader.shared_memory import MAX_DROPPERS, Dropper, mapped_again
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps memory twice")
 
@@ -164,36 +164,56 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_quiet")
-def test_a_thread_drops_what_was_read_and_ends() -> None:
-    """All that a dropper took is unmapped soon, and its thread has ended; the next one has its own."""
+def test_threads_drop_what_was_read_and_end() -> None:
+    """All that a dropper took is unmapped soon, and its threads have ended; the next one has its own."""
     n_threads = _thread._count()
     dropper = Dropper()
     for _ in range(2):
-        tensor, addresses = shared(), []
+        tensor, addresses = shared(), list[int]()
         for _ in range(20):
-            view = view_of(tensor)
-            addresses.append(address_of(view))
-            dropper.take(view)
-            del view
-        until(lambda: _thread._count() == n_threads + 1)
+            views = [view_of(tensor), view_of(tensor)]
+            addresses += map(address_of, views)
+            dropper.take(views)
+            del views
+        until(lambda: n_threads < _thread._count() <= n_threads + MAX_DROPPERS)
         dropper.close()
         until(lambda: _thread._count() == n_threads)
-        assert [flags(address) for address in addresses] == [""] * 20
+        assert [flags(address) for address in addresses] == [""] * 40
 
 
-def test_at_most_one_mapping_waits_for_the_thread() -> None:
-    """Where it does not keep up it takes no more: whoever has read drops the memory, since it is scarce."""
+def test_so_many_threads_as_are_needed_drop_and_no_more_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all lag behind they take no more: whoever has read drops the memory, since it is scarce."""
+    monkeypatch.setattr(shared_memory, "start_unwaited", lambda *_: True)  # threads that never come
     dropper, addresses = Dropper(), []
-    dropper._is_running = True  # by a thread that never comes
-    for _ in range(5):
+    for n_taken in range(1, 6):
         view = view_of(shared())
         addresses.append(address_of(view))
-        dropper.take(view)
+        dropper.take([view])
         del view
-        assert flags(addresses[0])
-    assert dropper._to_drop.qsize() == 1
+        assert dropper._n_running == dropper._to_drop.qsize() == min(n_taken, MAX_DROPPERS)
+    assert all(map(flags, addresses[:MAX_DROPPERS]))
     del dropper
-    assert not flags(addresses[0])
+    assert not any(map(flags, addresses[:MAX_DROPPERS]))
+
+
+def test_one_thread_is_enough_that_keeps_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another is started only if what was taken last still waits."""
+    monkeypatch.setattr(shared_memory, "start_unwaited", lambda *_: True)
+    dropper = Dropper()
+    for _ in range(5):
+        dropper.take([view_of(shared())])
+        dropper._to_drop.get()
+    assert dropper._n_running == 1
+
+
+@pytest.mark.parametrize("n_bytes", [1, 5000, 2 * MIB, 5 * MIB + 1])
+def test_all_of_a_mapping_goes_however_many_calls_it_takes(n_bytes: int) -> None:
+    """Its first page and its last."""
+    view = view_of(torch.zeros(n_bytes, dtype=torch.uint8).share_memory_())
+    ends = (address_of(view), address_of(view) + n_bytes - 1)
+    assert all(map(flags, ends))
+    del view
+    assert not any(map(flags, ends))
 
 
 def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +225,7 @@ def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.Monk
     monkeypatch.setattr(_thread, "start_new_thread", refused)
     dropper, view = Dropper(), view_of(shared())
     address = address_of(view)
-    dropper.take(view)
+    dropper.take([view])
     del view
     assert not flags(address)
     dropper.close()
@@ -215,7 +235,7 @@ def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.Monk
 def test_the_thread_is_not_one_that_is_waited_for() -> None:
     """The collector may end a pass in it, which waits for the copying thread: that must not wait for it."""
     dropper, n_threads = Dropper(), threading.active_count()
-    dropper.take(view_of(shared()))
+    dropper.take([view_of(shared())])
     until(lambda: _thread._count() == n_threads)
     assert threading.active_count() == n_threads
     dropper.close()
@@ -230,8 +250,10 @@ tensor = torch.ones(400 * 2**20, dtype=torch.uint8).share_memory_()
 view = mapped_again(tensor)
 torch.frombuffer(view, dtype=torch.uint8).sum()
 dropper = Dropper()
-dropper.take(view)
-del view, tensor
+views = [view]
+del view
+dropper.take(views)
+del views, tensor
 """
     ends = [subprocess.run([sys.executable, "-c", code], check=False).returncode for _ in range(3)]
     assert ends == [0, 0, 0]

@@ -113,7 +113,7 @@ class Pieces:
         self._staged: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
         self._parts: list[Part] = []
-        self._mapped: deque[memoryview] = deque()
+        self._mapped: list[memoryview] = []
 
     def add(self, memory: memoryview, target: torch.Tensor) -> None:
         """Add memory to the piece at hand, and to as many further ones as it needs."""
@@ -135,8 +135,13 @@ class Pieces:
             self._shipment.add_staged(part)
         self._shipment.enqueue()
         self._staged, self._sources, self._parts = [], [], []
-        while self._mapped:
-            self._dropper.take(self._mapped.popleft())
+        if self._mapped:
+            self._dropper.take(self._read())
+
+    def _read(self) -> list[memoryview]:
+        """Return the memory that has been read, which nobody else holds then."""
+        read, self._mapped = self._mapped, []
+        return read
 
     def _take_buffer(self) -> None:
         self._buffer = self._ring.take(self._n_bytes)
