@@ -166,9 +166,13 @@ def sweep_lists(source: str, n_leaves: int, n_samples: int) -> Iterator[dict[str
 def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with workers, which is what most steps wait for."""
     for n_leaves, pin_memory in itertools.product((1, 8), (True, False)):
-        by = ByWorkers(Made(48, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)
-        load_ms = by.load_ms(1)
+        of_batches = {
+            n_batches: ByWorkers(Made(n_batches, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)
+            for n_batches in (48, 24)
+        }
+        load_ms = of_batches[48].load_ms(1)
         for consumer, ratio in itertools.product(CONSUMERS, WORKER_RATIOS):
+            by = of_batches[48 if ratio < 4 else 24]
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
             what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}

@@ -1,7 +1,9 @@
 """What DeviceLoader does to batches and tells about passes: normalisation, static buffers, stats."""
 
 import itertools
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from tests.loader_transport import threaded
+from tests.loader_transport import computing_with, threaded
 from torchfast import DeviceLoader
 from torchfast._loader import normalize
 from torchfast._loader.cpus import chosen_threads
@@ -342,6 +344,20 @@ def test_staging_leaves_cores_to_workers_and_other_ranks(monkeypatch: pytest.Mon
     assert [team_size(n_workers) for n_workers in (0, 1, 8, 32)] == [14, 13, 6, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert team_size(0) == 2
+
+
+def test_the_thread_that_pins_does_not_choose_for_the_loop() -> None:
+    """PyTorch's own sets its number of threads to 1, which is also that of all that never asked."""
+
+    def number_in_the_loop() -> int:
+        DeviceLoader([], "cpu")
+        pinning = threading.Thread(target=torch.set_num_threads, args=(1,))
+        pinning.start()
+        pinning.join()
+        return torch.get_num_threads()
+
+    with computing_with(3), ThreadPoolExecutor(1) as other:
+        assert other.submit(number_in_the_loop).result() == 3
 
 
 def test_torchruns_one_thread_is_nobodys_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,15 @@ def chosen_threads() -> int:
     return cpu_share() if n_threads == 1 and is_torchruns else n_threads
 
 
+def keep_threads() -> None:
+    """Have the calling thread keep the number of threads with which it computes, from here on.
+
+    PyTorch settles it when it is first asked for. The thread in which a `DataLoader` pins sets its own to 1,
+    which is that of every thread that has not asked yet: a loop that only computes on a GPU among them.
+    """
+    torch.get_num_threads()
+
+
 def compute_with(n_threads: int, /) -> None:
     """Let the calling thread compute with so many threads; it is the default of new ones then, too."""
     # The first question in a thread gives it the process's number; asked later it would undo what is set.

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchfast import _holders
 from torchfast._device import resolve_device
 from torchfast._loader import checks, state, wrapped
+from torchfast._loader.cpus import keep_threads
 from torchfast._loader.epoch import Epoch, Feed, InlineFeed, to_close_at_exit, uncopyable, warn_of_open_epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.finish import Into, finishing
@@ -138,6 +139,7 @@ class DeviceLoader(Generic[T]):
         depth, streams = checks.depth_of(depth), checks.streams_of(streams)
         checks.check_across_epochs(loader, across_epochs=across_epochs)
         normalization = checks.normalization_of(normalize, image_dtype, channels_last=channels_last)
+        keep_threads()
         self.device = resolve_device(device)
         self.loader = loader
         self._depth = depth
