@@ -27,7 +27,7 @@ def loader_small(result: dict[str, Any]) -> str:
     cells = _cells(result, "n_leaves", "leaf_bytes", "source", "loop")
     for n_leaves, leaf_bytes, source in dict.fromkeys(where[:3] for where in cells):
         found = (_three(cells[n_leaves, leaf_bytes, source, loop]) for loop in loops)
-        texts = [f"{ours['step_ms']:.3g} / {best['step_ms']:.3g} ms" for _, ours, best in found]
+        texts = [f"{ours['step_ms']:.3g} / {best['step_ms']:.3g}" for _, ours, best in found]
         lines.append(f"| {n_leaves} | {leaf_bytes:,} | {source} | {' | '.join(texts)} |")
     return "\n".join([*lines, "", record.source(result), ""])
 

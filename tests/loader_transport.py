@@ -11,7 +11,7 @@ import torch
 from torchfast import DeviceLoader
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.staging import PinnedBuffer
+from torchfast._loader.pinned_ring import PinnedBuffer
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tests.late_stream import LateStream
 from torchfast._loader import shipment
+from torchfast._loader.pinned_ring import Part, PinnedBuffer
 from torchfast._loader.plan import Plan, empty
 from torchfast._loader.shipment import let_go_of_what_was_read
-from torchfast._loader.staging import Part, PinnedBuffer
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ from torchfast._loader import staging
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.helpers import Helpers, Share
+from torchfast._loader.pinned_ring import PinnedBuffer
 from torchfast._loader.plan import Plan
 from torchfast._loader.shipment import Shipment
-from torchfast._loader.staging import PinnedBuffer, Staging
+from torchfast._loader.staging import Staging
 from torchfast._loader.stats import Tally
 from torchfast._loader.thread import no_state
 

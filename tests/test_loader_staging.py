@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from tests.late_stream import LateStream
 from tests.loader_transport import computing_with, grow_unpinned
-from torchfast._loader import staging
+from torchfast._loader import pinned_ring, staging
 from torchfast._loader.host_memory import memory_of
+from torchfast._loader.pinned_ring import PinnedBuffer, PinnedRing
 from torchfast._loader.plan import ALIGNMENT_BYTES, CHUNK_BYTES, Plan, empty
 from torchfast._loader.shared_memory import Dropper, mapped_again
 from torchfast._loader.shipment import Shipment
-from torchfast._loader.staging import PAGE_BYTES, PinnedBuffer, PinnedRing, Staging
+from torchfast._loader.staging import PAGE_BYTES, Staging
 
 KIB = 1024
 PIECE_BYTES = 64 * KIB
@@ -44,7 +45,7 @@ class Sent(Shipment):
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let pieces be of 64 KiB, buffers beyond 32 large, for a team of three, in memory that is not pinned."""
     monkeypatch.setattr(staging, "CHUNK_BYTES", PIECE_BYTES)
-    monkeypatch.setattr(staging, "LARGE_BYTES", 32 * KIB)
+    monkeypatch.setattr(pinned_ring, "LARGE_BYTES", 32 * KIB)
     monkeypatch.setattr(staging, "PAGE_BYTES", 512)
     monkeypatch.setattr(staging, "team_size", lambda _: 3)
     monkeypatch.setattr(PinnedBuffer, "grow", grow_unpinned)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.late_stream import LateEvent, LateStream
 from tests.loader_transport import computing_with, grow_unpinned
 from tests.strategies import Sample
-from torchfast._loader import plan, shipment, staging, transport
+from torchfast._loader import pinned_ring, plan, shipment, staging, transport
+from torchfast._loader.pinned_ring import PinnedBuffer
 from torchfast._loader.plan import bytes_of
-from torchfast._loader.staging import PinnedBuffer
 from torchfast._loader.stats import Tally
 from torchfast._loader.transport import CudaTransport
 
@@ -91,7 +91,7 @@ def lagging(
         patch.setattr(PinnedBuffer, "grow", grow_unpinned)
         patch.setattr(staging, "team_size", lambda _: team)
         patch.setattr(staging, "CHUNK_BYTES", 64 * KIB)
-        patch.setattr(staging, "LARGE_BYTES", 16 * KIB)
+        patch.setattr(pinned_ring, "LARGE_BYTES", 16 * KIB)
         patch.setattr(staging, "PAGE_BYTES", 64)
         patch.setattr(plan, "CHUNK_BYTES", 64 * KIB)
         patch.setattr(plan, "PACK_BELOW_BYTES", KIB)
@@ -331,7 +331,7 @@ def test_a_batch_without_room_is_out_of_the_loaders_reach_too(monkeypatch: pytes
 
     numbers, names = torch.zeros(3), ["a"]
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
-        monkeypatch.setattr(to_device, "_allocate", full)
+        monkeypatch.setattr(to_device._blanks, "_allocate", full)
         parcel = to_device.send({"numbers": numbers, "names": names}, None)
         to_device.settle()
         numbers.fill_(7)

@@ -13,7 +13,7 @@ from tests.loader_sources import MS, Numbered, pinned_by_pytorch, wrong_leaves
 from tests.loader_transport import computing_with
 from torchfast import DeviceLoader
 from torchfast._bytes import MIB
-from torchfast._loader import driver, helpers, shipment, staging, transport, turns
+from torchfast._loader import driver, helpers, pinned_ring, shipment, staging, transport, turns
 
 pytestmark = pytest.mark.cuda
 
@@ -92,7 +92,7 @@ def test_no_piece_of_a_large_tensor_is_wrong(
 ) -> None:
     """Nor where tensors are cut into pieces or share them, in few pinned buffers or in many."""
     monkeypatch.setattr(staging, "CHUNK_BYTES", 3 * MIB)
-    monkeypatch.setattr(staging, "LARGE_BYTES", large_mib * MIB)
+    monkeypatch.setattr(pinned_ring, "LARGE_BYTES", large_mib * MIB)
     if not is_batched:
         monkeypatch.setattr(shipment, "batched_copy", lambda: None)
     shapes: Shapes = [(300, 1000), (1_000_003,), (2_500_000,), (270_001,), (3,)]

@@ -47,3 +47,8 @@ class Modes:
             if self._device.type != "cpu":
                 stack.enter_context(self._device)
             yield
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Leave that mode for a while: tensors made in it could never be saved for a backward."""
+    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchfast._loader.driver import batched_copy
+from torchfast._loader.pinned_ring import Part
 from torchfast._loader.plan import Group, bytes_of
-from torchfast._loader.staging import Part
 
 if TYPE_CHECKING:
     from torchfast._loader.stats import Span

@@ -1,9 +1,6 @@
 """How pageable memory travels: through a ring of pinned buffers, which a team of threads fills."""
 
 import threading
-import time
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,20 +8,15 @@ from torchfast._bytes import MIB
 from torchfast._loader.cpus import chosen_threads, compute_with, cpu_share
 from torchfast._loader.helpers import Helpers
 from torchfast._loader.host_memory import bytes_on, memory_of
+from torchfast._loader.pinned_ring import Part, PinnedRing
 from torchfast._loader.plan import CHUNK_BYTES, Group, aligned
 from torchfast._loader.shared_memory import Dropper, mapped_again
-
-if TYPE_CHECKING:
-    from torchfast._loader.shipment import Shipment
+from torchfast._loader.shipment import Shipment
 
 MAX_TEAM = 16
 """Threads of one host copy. On one H200's host: 4 threads 23 GB/s, 8 40, 16 60, for a link of 55."""
 
 PAGE_BYTES = 4096
-
-LARGE_BYTES = 16 * MIB
-N_LARGE = 4
-"""Pinned buffers for more than that: 256 MiB at most, beside 128 of small ones."""
 
 
 class OfThread(threading.local):
@@ -70,7 +62,7 @@ class Staging:
         self._dropper.close()
 
     def pack(
-        self, group: Group, sources: list[torch.Tensor], target: torch.Tensor, shipment: "Shipment"
+        self, group: Group, sources: list[torch.Tensor], target: torch.Tensor, shipment: Shipment
     ) -> None:
         """Copy small tensors side by side into one buffer, and from there into the packed ones, `target`."""
         staged = self._ring.take(group.n_bytes)
@@ -79,7 +71,7 @@ class Staging:
         if group.n_bytes >= MIB:
             shipment.enqueue()  # it flies while the next is staged
 
-    def stage(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], shipment: "Shipment") -> None:
+    def stage(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], shipment: Shipment) -> None:
         """Copy the large tensors of a batch piece by piece, one flying while the next is staged."""
         if not pairs:
             return
@@ -102,7 +94,7 @@ class Pieces:
     """
 
     def __init__(
-        self, ring: "PinnedRing", n_bytes: int, team: int, shipment: "Shipment", dropper: Dropper
+        self, ring: PinnedRing, n_bytes: int, team: int, shipment: Shipment, dropper: Dropper
     ) -> None:
         self._ring = ring
         self._n_bytes = n_bytes
@@ -161,68 +153,6 @@ class Pieces:
                 self._sources.append(bytes_on(memory, start_bytes + offset_bytes, size_bytes))
         self._parts.append(Part(target, start_bytes, n_bytes, self._buffer, self._filled_bytes))
         self._filled_bytes += aligned(n_bytes)
-
-
-class Part(NamedTuple):
-    """Bytes of a tensor on the device, and those of a staging buffer that go there."""
-
-    target: torch.Tensor
-    start_bytes: int
-    n_bytes: int
-    buffer: "PinnedBuffer"
-    staged_bytes: int
-    """Where in the buffer they begin."""
-
-
-class PinnedBuffer:
-    """A piece of pinned memory, the event after which it has been read, and the packed tensors on it."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.read: torch.cuda.Event | None = None
-        self._packed: dict[Group, list[torch.Tensor]] = {}
-
-    def grow(self, n_bytes: int, /) -> None:
-        """Make room for so many bytes, to a power of two since the pinning allocator rounds to one."""
-        if self.memory.nbytes < n_bytes:
-            n_bytes = 1 << (n_bytes - 1).bit_length()
-            # On the CPU whatever the default device, which is the loop's business.
-            self.memory = torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-            self._packed.clear()
-
-    def packed(self, group: Group, /) -> list[torch.Tensor]:
-        """Return the tensors of packed leaves, on this buffer; made once for each group."""
-        tensors = self._packed.get(group)
-        if tensors is None:
-            if len(self._packed) >= 8:
-                self._packed.clear()
-            tensors = self._packed[group] = group.tensors_on(self.memory, 0)
-        return tensors
-
-
-class PinnedRing:
-    """Pinned buffers in turn, each handed out again when its last copy has been read.
-
-    Buffers grow to what is asked of them and then stay: pinning costs a millisecond a megabyte and stalls the
-    driver for everybody. Many small ones let the loop run ahead of the device; of large ones there are few.
-    """
-
-    def __init__(self, n_small: int, /) -> None:
-        self._small = deque(PinnedBuffer() for _ in range(n_small))
-        self._large = deque(PinnedBuffer() for _ in range(N_LARGE))
-        self.waited_s = 0.0
-
-    def take(self, n_bytes: int, /) -> PinnedBuffer:
-        """Return the next buffer, with room for so many bytes, after waiting for its turn without the GIL."""
-        buffers = self._large if n_bytes > LARGE_BYTES else self._small
-        buffers.rotate(-1)
-        buffer = buffers[0]
-        if buffer.read is not None and not buffer.read.query():
-            began_s = time.perf_counter()
-            buffer.read.synchronize()
-            self.waited_s += time.perf_counter() - began_s
-        buffer.grow(n_bytes)
-        return buffer
 
 
 def team_size(n_workers: int, /) -> int:

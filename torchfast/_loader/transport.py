@@ -20,18 +20,18 @@ A small batch may instead be copied as it is handed out, by the consumer's threa
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
 from torchfast._layout import laid_out_like
+from torchfast._loader.blanks import Blank, Blanks
 from torchfast._loader.driver import current_raw_stream
 from torchfast._loader.late import Keeper, copied, moved, pinned, record_use
-from torchfast._loader.plan import Group, Layout, Plan, bytes_of, empty, is_plain, tensor_on
+from torchfast._loader.modes import outside_inference_mode
+from torchfast._loader.plan import Group, Plan, is_plain, tensor_on
 from torchfast._loader.plans import Plans
 from torchfast._loader.shipment import Shipment, hold_until_read, let_go_of_what_was_read
 from torchfast._loader.staging import Staging
@@ -41,15 +41,6 @@ from torchfast._tree import Structure, flatten
 
 HERE_FROM_LEAVES = 16
 """Batches of fewer tensors, unless small, are always sent by the copying thread: `next` should be short."""
-
-
-class Blank(NamedTuple):
-    """Device memory for a batch to come, free as soon as the gate is passed."""
-
-    layouts: tuple[Layout, ...]
-    buffers: list[torch.Tensor]
-    stream: torch.cuda.Stream
-    gate: torch.cuda.Event
 
 
 class Parcel:
@@ -94,7 +85,7 @@ class CudaTransport:
     ) -> None:
         self._device = device
         self._poison = poison
-        self._resting: deque[Blank] = deque()
+        self._blanks = Blanks(device)
         self._staging = Staging(depth, n_workers)
         self._streams = tuple(streams)
         self._borrows = borrows
@@ -104,8 +95,6 @@ class CudaTransport:
         self._owners = {self._consumer.cuda_stream: self._consumer}
         self._asked = torch.cuda.Event(enable_timing=True)
         self._tally = Tally()
-        self._recent: deque[Plan] = deque(maxlen=8)
-        self._expected: tuple[Layout, ...] = ()
         self._plans = Plans()
         self._borrowed: torch.cuda.Event | None = None
         self._idle_events: list[torch.cuda.Event] = []
@@ -143,32 +132,12 @@ class CudaTransport:
             self._consumer = self._owners[stream] = torch.cuda.current_stream(self._device)
 
     def blank(self) -> Blank | None:
-        """Allocate memory for a batch like the recent ones; None where there is no telling, or no room."""
-        try:
-            blank = self._allocate(self._expected)
-        except torch.OutOfMemoryError:
-            # Not the step's business: the batch will ask for its memory itself, and fail for itself.
-            blank = self._allocate(())
+        """Set memory aside for a batch like the recent ones; None where there is no telling, or no room."""
+        blank = self._blanks.set_aside(self._consumer)
         self._asked = blank.gate
         if self._poison:
-            return self._rested(blank)
+            return self._blanks.rested(blank, self._copy_stream)
         return blank if blank.buffers else None
-
-    def _rested(self, blank: Blank) -> Blank | None:
-        """Poison memory once its last use is over, and return what was poisoned two batches ago."""
-        self._copy_stream.wait_event(blank.gate)
-        with torch.cuda.stream(self._copy_stream):
-            for buffer in blank.buffers:
-                bytes_of(buffer).fill_(0xFF)
-        gate = torch.cuda.Event()
-        gate.record(self._copy_stream)
-        self._resting.append(blank._replace(gate=gate))
-        rested = self._resting.popleft() if len(self._resting) > 2 else None
-        if rested is None or not rested.buffers:
-            return None
-        # A batch that does not fit drops it unused: nobody must then be given memory still to be poisoned.
-        rested.stream.wait_event(rested.gate)
-        return rested
 
     def deliver(self, parcel: Parcel) -> Any:
         """Return the batch; the current stream has then waited for its copy."""
@@ -193,7 +162,7 @@ class CudaTransport:
         """Copy a batch that was put off, and hold what the device is still to read of its memory."""
         leaves, structure, _ = parcel.batch
         began = self._mark(self._consumer)
-        with _outside_inference_mode():
+        with outside_inference_mode():
             copies = [self._moved(leaf) for leaf in leaves]
         there = self._mark(self._consumer)
         # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
@@ -234,7 +203,7 @@ class CudaTransport:
     def send_here(self, batch: Any, blank: Blank | None) -> Parcel | None:
         """Send a batch from the consumer's thread; None for one that only the other thread may send."""
         began_s = time.perf_counter()
-        with _outside_inference_mode():
+        with outside_inference_mode():
             unpacked = self._unpacked(batch)
             if not self._is_little_work(unpacked.plan):
                 return None
@@ -290,7 +259,7 @@ class CudaTransport:
             self._is_light = False
             return Parcel(batch, None, ready, has_late=plan.n_late > 0)
         try:
-            blank = self._fitting(blank, plan)
+            blank = self._blanks.fitting(blank, plan, self._consumer)
         except torch.OutOfMemoryError:
             # The loader may write its next batch into the same host memory: keep a copy.
             return Parcel(structure.rebuild([*map(copied, leaves)]), None, ready, has_late=True)
@@ -318,7 +287,8 @@ class CudaTransport:
     def _put_off(self, unpacked: Unpacked) -> Parcel:
         """Leave the copies to the delivery, which needs no memory set aside."""
         leaves, structure, plan = unpacked
-        self._is_light, self._expected = True, ()
+        self._is_light = True
+        self._blanks.expect_none()
         leaves = [*map(copied, leaves)] if self._borrows else leaves
         parcel = Parcel(Unpacked(leaves, structure, plan), None, [], has_late=False)
         parcel.is_put_off, parcel.n_bytes = True, plan.n_bytes
@@ -374,30 +344,6 @@ class CudaTransport:
         for index, copy in zip(group.indexes, copies, strict=True):
             leaves[index] = copy
 
-    def _fitting(self, blank: Blank | None, plan: Plan) -> Blank:
-        self._expect(plan)
-        wanted = plan.buffer_layouts
-        if blank is not None and len(blank.layouts) == len(wanted):
-            pairs = zip(blank.layouts, wanted, strict=True)
-            if blank.layouts is wanted or all(layout.n_bytes >= want.n_bytes for layout, want in pairs):
-                return blank
-        with torch.cuda.stream(self._consumer):
-            return self._allocate(wanted)
-
-    def _expect(self, plan: Plan) -> None:
-        """Expect, buffer by buffer, the largest of the recent batches that are built like this one."""
-        recent = self._recent
-        recent.append(plan)
-        if recent.count(plan) == len(recent):
-            self._expected = plan.buffer_layouts
-            return
-        alike = [
-            other.buffer_layouts for other in recent if len(other.buffer_layouts) == len(plan.buffer_layouts)
-        ]
-        self._expected = tuple(
-            max(layouts, key=lambda layout: layout.n_bytes) for layouts in zip(*alike, strict=True)
-        )
-
     # In either.
 
     def fence(self) -> None:
@@ -410,15 +356,6 @@ class CudaTransport:
             stream.wait_stream(self._copy_stream)
         let_go_of_what_was_read()
 
-    def _allocate(self, layouts: tuple[Layout, ...]) -> Blank:
-        """Allocate on the consumer's stream, which is current, and set the gate there."""
-        with _outside_inference_mode():
-            buffers = [empty(layout, self._device) for layout in layouts]
-        # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
-        gate = torch.cuda.Event(enable_timing=True)
-        gate.record(self._consumer)
-        return Blank(layouts, buffers, self._consumer, gate)
-
     def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """Record an event that is waited for, if at all, before it is read: one that is idle, if there is."""
         try:
@@ -427,11 +364,6 @@ class CudaTransport:
             event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
-
-
-def _outside_inference_mode() -> AbstractContextManager[Any]:
-    """Tensors made in that mode could never be saved for a backward."""
-    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:
