@@ -3,13 +3,14 @@
 Checked first: every peer hands out the right batches in the right order (races are the business of
 `device_loader_reliability.py`). Then timed, as `loader_timing.py` does it.
 
-- `workloads`  large batches and many tensors, under a light and a heavy step
-- `small`      batches of a few KB, which a copy in the loop brings too
-- `resnet50`   a training step, on float images and on bytes to normalise
-- `workers`    a DataLoader with eight workers, some of whose batches are late
-- `loading`    the same without work: how fast batches of workers get to the GPU at all
-- `host_time`  what one `next` takes of the loop's own time
-- `sweep`      ratios of compute to transfer, numbers of tensors, sources of memory
+- `workloads`     large batches and many tensors, under a light and a heavy step
+- `small`         batches of a few KB, which a copy in the loop brings too
+- `resnet50`      a training step, on float images and on bytes to normalise
+- `workers`       a DataLoader with eight workers, some of whose batches are late
+- `loading`       the same without work: how fast batches of workers get to the GPU at all
+- `host_time`     what one `next` takes of the loop's own time
+- `sweep`         ratios of compute to transfer, numbers of tensors, pinned memory and pageable
+- `worker_sweep`  ratios of compute to loading by eight workers, numbers of tensors
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
         "loading": loading,
         "host_time": host_time,
         "sweep": sweep,
+        "worker_sweep": worker_sweep,
     }
     parser.add_argument("parts", nargs="*", default=list(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
@@ -136,12 +138,16 @@ SWEPT = [
 
 
 def sweep(n_samples: int) -> Iterator[dict[str, Any]]:
-    """Time batches of 38.5 MB at many ratios of compute to transfer; with workers, of compute to loading."""
-    for n_leaves in (1, 8):
-        yield from sweep_lists("pinned", n_leaves, n_samples)
-    yield from sweep_workers(n_samples)
-    for source, n_leaves in (("pageable", 1), ("pageable", 8), ("pinned", 512), ("pageable", 512)):
-        yield from sweep_lists(source, n_leaves, n_samples)
+    """Time lists of batches of 38.5 MB at many ratios of compute to transfer."""
+    n_elements = 64 * 3 * 224 * 224
+    limit_ms = copy_ms(n_elements * 4)
+    for n_leaves, source in itertools.product((1, 8, 512), ("pinned", "pageable")):
+        batches = host_batches(n_leaves, n_elements // n_leaves, source, 24)
+        for ratio, consumer in itertools.product(RATIOS, CONSUMERS):
+            step = CONSUMERS[consumer](products(ratio * limit_ms))
+            what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
+            some = batches[: 24 if ratio < 16 else 16]
+            yield from compared_on(some, step, SWEPT, n_samples, budget_s=CELL_S, **what)
 
 
 CELL_S = 2.0
@@ -151,20 +157,8 @@ LOADING_CELL_S = 2.0
 """Loading by processes scatters by a fifth from pass to pass."""
 
 
-def sweep_lists(source: str, n_leaves: int, n_samples: int) -> Iterator[dict[str, Any]]:
-    """Time lists of batches."""
-    n_elements = 64 * 3 * 224 * 224
-    limit_ms = copy_ms(n_elements * 4)
-    batches = host_batches(n_leaves, n_elements // n_leaves, source, 24)
-    for ratio, consumer in itertools.product(RATIOS, CONSUMERS):
-        step = CONSUMERS[consumer](products(ratio * limit_ms))
-        what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
-        some = batches[: 24 if ratio < 16 else 16]
-        yield from compared_on(some, step, SWEPT, n_samples, budget_s=CELL_S, **what)
-
-
-def sweep_workers(n_samples: int) -> Iterator[dict[str, Any]]:
-    """Time a DataLoader with workers, which is what most steps wait for."""
+def worker_sweep(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time a DataLoader with workers, which is what most steps wait for, at ratios of compute to loading."""
     for n_leaves, pin_memory in itertools.product((1, 8), (True, False)):
         of_batches = {
             n_batches: ByWorkers(Made(n_batches, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)

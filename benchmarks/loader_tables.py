@@ -180,6 +180,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader_resnet50": loader_resnet50,
     "loader_small": loader_small,
     "loader_sweep": loader_sweep,
+    "loader_worker_sweep": loader_sweep,
     "loader_workers": loader_workers,
 }
 """What renders the result file of each subject."""
