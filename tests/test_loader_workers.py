@@ -19,7 +19,7 @@ from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
 from torchfast._loader import dead_workers, wrapped
 from torchfast._loader.dead_workers import survive_dead_workers
-from torchfast._loader.wrapped import begun, begun_unpinned, is_pinned_by_us, writes_afresh
+from torchfast._loader.wrapped import begun, begun_for_gpu, is_pinned_by_us, writes_afresh
 
 
 class Fragile(Dataset[int]):
@@ -255,9 +255,9 @@ def test_a_loader_that_is_begun_without_pinning_stays_as_it_was(monkeypatch: pyt
 
     monkeypatch.setattr(DataLoader, "_get_iterator", make_iterator)
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(4)), pin_memory=True)
-    assert len(list(begun_unpinned(loader))) == 4
+    assert len(list(begun_for_gpu(loader, is_pinned_by_us=True))) == 4
     with pytest.raises(MemoryError):
-        begun_unpinned(loader)
+        begun_for_gpu(loader, is_pinned_by_us=True)
     assert len(list(begun(loader))) == 4
     assert told == [False, False, True]
     assert loader.pin_memory is True

@@ -365,7 +365,7 @@ class DeviceLoader(Generic[T]):
                 n_workers=getattr(loader, "num_workers", 0),
                 poison=self._poison,
             )
-        begin = functools.partial(wrapped.begun_unpinned if self._is_pinned_by_us else wrapped.begun, loader)
+        begin = functools.partial(wrapped.begun_for_gpu, loader, is_pinned_by_us=self._is_pinned_by_us)
         feed = ThreadedFeed(
             begin(),
             self._transport,

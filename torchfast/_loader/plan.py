@@ -86,21 +86,8 @@ class Group:
         return Layout(dtype, (n_leaves, *shape), (step_bytes // dtype.itemsize, *stride), self.n_bytes)
 
     def tensors_on(self, buffer: torch.Tensor, offset_bytes: int) -> list[torch.Tensor]:
-        """Return the tensors of the group, on the bytes of a buffer from an offset on.
-
-        A run at once, since a Python call for each is what costs.
-        """
-        tensors: list[torch.Tensor] = []
-        storage = buffer.untyped_storage()
-        for n_leaves, start_bytes, step_bytes, (dtype, shape, stride, _) in self.runs:
-            stacked = torch.empty(0, dtype=dtype, device=buffer.device).set_(
-                storage,
-                (offset_bytes + start_bytes) // dtype.itemsize,
-                (n_leaves, *shape),
-                (step_bytes // dtype.itemsize, *stride),
-            )
-            tensors += separated(stacked)
-        return tensors
+        """Return the tensors of the group, on the bytes of a buffer from an offset on."""
+        return tensors_on(self.runs, buffer, offset_bytes)
 
 
 class Plan:
@@ -120,7 +107,7 @@ class Plan:
     )
 
     def __init__(self, leaves: Sequence[Any]) -> None:
-        layouts = {index: _arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
+        layouts = {index: arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
         small = [index for index, layout in layouts.items() if layout.n_bytes < PACK_BELOW_BYTES]
         straight = [i for i in small if layouts[i].n_bytes >= STAGE_BELOW_BYTES and _is_dense(leaves[i])]
         staged = [index for index in small if index not in set(straight)]
@@ -174,6 +161,24 @@ class Plan:
         return offset_bytes + end_bytes
 
 
+def tensors_on(runs: Sequence[Run], buffer: torch.Tensor, offset_bytes: int) -> list[torch.Tensor]:
+    """Return tensors that lie in runs, on the bytes of a buffer from an offset on.
+
+    A run at once, since a Python call for each is what costs.
+    """
+    tensors: list[torch.Tensor] = []
+    storage = buffer.untyped_storage()
+    for n_leaves, start_bytes, step_bytes, (dtype, shape, stride, _) in runs:
+        stacked = torch.empty(0, dtype=dtype, device=buffer.device).set_(
+            storage,
+            (offset_bytes + start_bytes) // dtype.itemsize,
+            (n_leaves, *shape),
+            (step_bytes // dtype.itemsize, *stride),
+        )
+        tensors += separated(stacked)
+    return tensors
+
+
 def aligned(n_bytes: int, /) -> int:
     """Return so many bytes rounded up to where the next tensor may begin."""
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -215,7 +220,7 @@ def _is_dense(leaf: torch.Tensor) -> bool:
     return is_dense(leaf.shape, leaf.stride())
 
 
-def _arrival(leaf: torch.Tensor) -> Layout:
+def arrival(leaf: torch.Tensor) -> Layout:
     """Keep the strides of dense tensors; others become dense as by `.to`, which keeps channels last."""
     stride = leaf.stride() if _is_dense(leaf) else leaf.to("meta").stride()
     return Layout(leaf.dtype, leaf.shape, stride, leaf.numel() * leaf.element_size())

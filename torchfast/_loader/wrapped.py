@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchfast._bytes import MIB
+from torchfast._loader.bundle import Bundling
 from torchfast._loader.cpus import cpu_share, ranks_here
 from torchfast._loader.dead_workers import survive_dead_workers
 
@@ -71,14 +72,22 @@ def _shared_room_bytes() -> int:
     return where.f_bavail * where.f_frsize // ranks_here()
 
 
-def begun_unpinned(loader: Iterable[Any]) -> Iterator[Any]:
-    """Return the iterator of a `DataLoader` that was told to pin; it leaves that to us."""
-    attributes = vars(loader)
+def begun_for_gpu(loader: Iterable[Any], *, is_pinned_by_us: bool) -> Iterator[Any]:
+    """Return the iterator of a loader whose batches go to a GPU.
+
+    A `DataLoader` leaves pinning to us, and its workers, if they begin now, bundle what they send.
+    """
+    attributes, ours = vars(loader) if _is_plain(loader) else {}, dict[str, Any]()
+    if is_pinned_by_us:
+        ours["pin_memory"] = False
+    if attributes.get("num_workers") and "collate_fn" in attributes:
+        ours["collate_fn"] = Bundling(attributes["collate_fn"])
+    usual = {name: attributes[name] for name in ours}
     try:
-        attributes["pin_memory"] = False
+        attributes.update(ours)
         return begun(loader)
     finally:
-        attributes["pin_memory"] = True  # no call, which an interrupt could follow
+        attributes |= usual  # no call, which an interrupt could follow
 
 
 def _is_plain(loader: object) -> TypeGuard[DataLoader[Any]]:
