@@ -63,6 +63,18 @@ def test_tensors_arrive_with_their_layout(data: st.DataObject) -> None:
         assert torch.equal(found.to(torch.complex128), expected.to(torch.complex128))
 
 
+DTYPES = {dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype) and name[0] != "q"}
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_every_type_of_tensor_travels(dtype: torch.dtype) -> None:
+    """Also those that PyTorch can hardly do anything with; quantized ones are about to go."""
+    whole = torch.zeros(16, dtype=torch.uint8)
+    (found,) = sent([torch.empty(0, dtype=dtype).set_(whole.untyped_storage(), 0, (1,), (1,))])
+    assert (found.dtype, found.shape) == (dtype, (1,))
+
+
 def test_a_part_of_a_tensor_travels_without_the_rest() -> None:
     """Of a view only what it shows is sent, dense as a `.to` to the device would make it."""
     whole = torch.arange(1_000_000)

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 from torchfast._loader.plans import Plans, alike_check
 
+FOUR_BITS: torch.dtype = vars(torch)["uint4"]  # unknown to type checkers
+
 
 def nested() -> torch.Tensor:
     """Return one that has no strides, and is of the type of ordinary ones."""
@@ -29,6 +31,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "empty": lambda: torch.ones(0, 6),
     "half": lambda: torch.ones(4, 6, dtype=torch.float16),
     "complex": lambda: torch.ones(4, 6, dtype=torch.complex64),
+    "of four bits": lambda: torch.empty(4, 6, dtype=FOUR_BITS),
     "conjugate": lambda: torch.ones(4, 6, dtype=torch.complex64).conj(),
     "negative": lambda: torch._neg_view(torch.ones(4, 6)),
     "without memory": lambda: torch._efficientzerotensor((4, 6)),
@@ -50,6 +53,7 @@ def layouts(leaves: list[Any]) -> list[Any]:
         moves_itself = (
             type(leaf) is not torch.Tensor
             or leaf.layout is not torch.strided
+            or leaf.dtype is FOUR_BITS
             or leaf.is_nested
             or leaf.requires_grad
             or leaf.is_conj()

@@ -28,6 +28,11 @@ CHUNK_BYTES = 64 * MIB
 ALIGNMENT_BYTES = 512
 """The caching allocator's own alignment: what vectorised kernels may expect of any tensor they are given."""
 
+UNCOPIED = frozenset(
+    getattr(torch, f"{sign}int{n_bits}", None) for sign in ("", "u") for n_bits in range(1, 8)
+)
+"""Types of less than a byte, which PyTorch moves to a device but has no copy for on the host."""
+
 _TENSOR, _STRIDED = torch.Tensor, torch.strided  # asked for each leaf of each batch, in the thread's own time
 
 
@@ -192,13 +197,14 @@ def _firsts(indexes: Sequence[int], key: Callable[[int], Any]) -> list[int]:
 def is_plain(leaf: Any, /) -> bool:
     """Say whether a leaf is an ordinary host tensor: bytes and strides, and nothing else to it.
 
-    Everything else (subclasses, sparse, nested and quantized tensors, tensors in an autograd graph, its zeros
-    without memory) moves by its own `.to`, which alone knows how.
+    Everything else (subclasses, sparse, nested and quantized tensors, types of less than a byte, tensors in
+    an autograd graph, its zeros without memory) moves by its own `.to`, which alone knows how.
     """
     return (
         type(leaf) is _TENSOR
         and leaf.is_cpu
         and leaf.layout is _STRIDED
+        and leaf.dtype not in UNCOPIED
         and not (leaf.requires_grad or leaf.is_nested or leaf.is_quantized)
         and not (leaf.is_conj() or leaf.is_neg() or leaf._is_zerotensor())
     )
