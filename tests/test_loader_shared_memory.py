@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,6 +215,16 @@ def test_all_of_a_mapping_goes_however_many_calls_it_takes(n_bytes: int) -> None
     assert all(map(flags, ends))
     del view
     assert not any(map(flags, ends))
+
+
+def test_the_exit_of_the_interpreter_knows_nothing_of_mappings() -> None:
+    """As it walks over all `weakref.finalize`, the user's among them, threads still drop memory."""
+    n_finalized = len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    view = view_of(shared())
+    assert len(weakref.finalize._registry) == n_finalized  # type: ignore[attr-defined]
+    address = address_of(view)
+    del view
+    assert not flags(address)
 
 
 def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:

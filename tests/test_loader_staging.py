@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_mapped_memory_is_dropped_once_it_has_been_read(monkeypatch: pytest.Monk
 
     def take(_: Dropper, memory: list[memoryview]) -> None:
         dropped.append(([view[0] for view in memory], len(sent.n_copies)))
-        n_references.add(sys.getrefcount(memory))
+        n_references.update([sys.getrefcount(memory), sys.getrefcount(memory[0])])
 
     monkeypatch.setattr(Dropper, "take", take)
     pieces = staging.Pieces(PinnedRing(8), PIECE_BYTES, 3, sent, Dropper())
@@ -186,6 +187,23 @@ def references_of_an_argument() -> int:
         return sys.getrefcount(memory)
 
     return take(None, list[memoryview]())
+
+
+def test_threads_that_drop_end_with_the_copying_thread() -> None:
+    """And only those of its own: an earlier one may not be done yet."""
+    sources = [source.share_memory_() for source in tensors([20 * KIB])]
+
+    def n_running() -> list[int]:
+        by = Staging(2, 1)
+        by.enter_thread()
+        staged(sources, by)
+        dropper = by._of_thread.dropper
+        counts = [dropper._n_running]
+        by.leave_thread()
+        return [*counts, dropper._n_running, Staging(2, 1)._of_thread.dropper._n_running]
+
+    with computing_with(torch.get_num_threads()), ThreadPoolExecutor(1) as copying:
+        assert copying.submit(n_running).result() == [1, 0, 0]
 
 
 def test_memory_of_workers_is_mapped_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def clean_memory() -> Iterator[None]:
     torch.cuda.reset_peak_memory_stats()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
+    empty_gpu()
 
 
 def net() -> nn.Sequential:

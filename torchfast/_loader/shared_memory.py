@@ -12,6 +12,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections import deque
 from queue import SimpleQueue
 
 import torch
@@ -24,8 +25,9 @@ MAX_DROPPERS = 3
 """Threads that give memory back at the same time: on one H200's host 154 MB from eight workers took 20 ms a
 batch with one, 16 with two and 15 with three, 38.5 MB 5.6, 4.4 and 3.8."""
 
-UNMAPPED_BYTES = 2 * MIB
-"""As much is unmapped in one call: nobody else in the process can map anything meanwhile."""
+UNMAPPED_BYTES = 8 * MIB
+"""As much is unmapped in one call: nobody else in the process can map anything meanwhile. With less the
+thread waits for the GIL more often, behind a loop that holds it for up to 5 ms."""
 
 
 def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
@@ -44,7 +46,7 @@ def mapped_again(tensor: torch.Tensor, /) -> memoryview | None:
     if start == _FAILED:
         return None
     view = memory_at(start + offset_bytes, tensor.nbytes)
-    weakref.finalize(view, _unmap, start, n_bytes, os.getpid()).atexit = False
+    _unmap_with(view, start, n_bytes)
     _libc().madvise(start, n_bytes, _DONT_FORK)
     return view
 
@@ -58,11 +60,11 @@ class Dropper:
 
     def take(self, memory: list[memoryview], /) -> None:
         """Hold memory until a thread drops it; not where all lag behind: shared memory is scarce."""
-        has_room = self._to_drop.empty()
-        if self._n_running == 0 or (not has_room and self._n_running < MAX_DROPPERS):
-            has_room = start_unwaited(_drop, self._to_drop)
-            self._n_running += has_room
-        if has_room:
+        is_taken = self._to_drop.empty()
+        if self._n_running == 0 or (not is_taken and self._n_running < MAX_DROPPERS):
+            is_taken = start_unwaited(_drop, self._to_drop)
+            self._n_running += is_taken
+        if is_taken:
             self._to_drop.put(memory)
 
     def close(self) -> None:
@@ -75,6 +77,35 @@ class Dropper:
 def _drop(to_drop: "SimpleQueue[list[memoryview] | None]") -> None:
     while to_drop.get() is not None:
         pass
+
+
+_mappings: "dict[int, weakref.ref[memoryview]]" = {}
+"""The views of second mappings, by address."""
+
+
+def _unmap_with(view: memoryview, start: int, n_bytes: int) -> None:
+    """Have a mapping go with its view.
+
+    Not by `weakref.finalize`: as the interpreter ends that walks over all of its kind, the user's among them,
+    and fails if a thread that drops memory changes their number meanwhile.
+    """
+    process = os.getpid()
+
+    def unmap(_: object) -> None:
+        del _mappings[start]
+        _unmap(start, n_bytes, process)
+
+    _mappings[start] = weakref.ref(view, unmap)
+
+
+def _unmap(start: int, n_bytes: int, process: int) -> None:
+    if os.getpid() != process:  # in a child other memory may be there
+        return
+    end = start + n_bytes
+    starts = range(start, end, UNMAPPED_BYTES)
+    sizes = [min(UNMAPPED_BYTES, end - first) for first in starts]
+    # In C, so that no interrupt comes in between. None can fail: from the front a mapping only shrinks.
+    deque(map(_libc().munmap, starts, sizes), maxlen=0)
 
 
 _MAY_MOVE = 1  # MREMAP_MAYMOVE
@@ -90,10 +121,3 @@ def _libc() -> ctypes.CDLL:
     libc.madvise.argtypes = [address, size, ctypes.c_int]
     libc.munmap.argtypes = [address, size]
     return libc
-
-
-def _unmap(start: int, n_bytes: int, process: int) -> None:
-    if os.getpid() != process:  # in a child other memory may be there
-        return
-    for offset_bytes in range(0, n_bytes, UNMAPPED_BYTES):
-        _libc().munmap(start + offset_bytes, min(UNMAPPED_BYTES, n_bytes - offset_bytes))

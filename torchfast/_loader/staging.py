@@ -20,12 +20,13 @@ PAGE_BYTES = 4096
 
 
 class OfThread(threading.local):
-    """What each thread has for itself: only one that enters has helpers.
+    """What each thread has for itself: only one that enters has helpers, and reads memory of workers.
 
     The loop's own has none: an interrupt could end its waiting while others write.
     """
 
     helpers = Helpers(0, usual_threads=1)
+    dropper = Dropper()
 
 
 class Staging:
@@ -36,7 +37,6 @@ class Staging:
         self._max_team = team_size(n_workers)
         self._team = self._usual_threads = 1
         self._has_workers = n_workers > 0
-        self._dropper = Dropper()
         self._of_thread = OfThread()
 
     @property
@@ -55,11 +55,12 @@ class Staging:
         """Give the copying thread its team and its helpers."""
         compute_with(self._team)
         self._of_thread.helpers = Helpers(self._team, usual_threads=self._usual_threads)
+        self._of_thread.dropper = Dropper()
 
     def leave_thread(self) -> None:
         """Let go of what the copying thread has beside it."""
         self._of_thread.helpers.close()
-        self._dropper.close()
+        self._of_thread.dropper.close()
 
     def pack(
         self, group: Group, sources: list[torch.Tensor], target: torch.Tensor, shipment: Shipment
@@ -76,7 +77,7 @@ class Staging:
         if not pairs:
             return
         n_bytes = sum(aligned(target.nbytes) for _, target in pairs)
-        pieces = Pieces(self._ring, min(n_bytes, CHUNK_BYTES), self._team, shipment, self._dropper)
+        pieces = Pieces(self._ring, min(n_bytes, CHUNK_BYTES), self._team, shipment, self._of_thread.dropper)
         for source, target in pairs:
             again = mapped_again(source) if self._has_workers else None
             if again is None:
