@@ -77,12 +77,23 @@ def test_every_type_of_tensor_travels(dtype: torch.dtype) -> None:
 
 def test_a_part_of_a_tensor_travels_without_the_rest() -> None:
     """Of a view only what it shows is sent, dense as a `.to` to the device would make it."""
-    whole = torch.arange(1_000_000)
+    whole = torch.arange(1_000_000).share_memory_()
     part, row = sent((whole[10:40:3], torch.ones(3, 1).expand(3, 4)))
     assert part.tolist() == list(range(10, 40, 3))
     assert part.untyped_storage().nbytes() < INLINE_BYTES
     assert row.tolist() == [[1.0] * 4] * 3
     assert row.is_contiguous()
+
+
+def test_large_memory_that_may_be_moved_is_not_read() -> None:
+    """A small view of it goes as PyTorch sends it, until it is shared: another thread may just be at that."""
+    whole = torch.arange(1_000_000)
+    parts = Bundle([whole, whole[:3]])._parts
+    assert [part.numel() for part in parts[-1]] == [1_000_000, 3]
+    found = sent([whole, whole[:3]])
+    assert found[1].untyped_storage().data_ptr() == found[0].untyped_storage().data_ptr()
+    assert whole.is_shared()
+    assert [part.numel() for part in Bundle([whole, whole[:3]])._parts[-1]] == [1_000_000]
 
 
 def test_aliases_stay_and_neighbours_do_not_count_as_one() -> None:

@@ -64,10 +64,15 @@ class _Pickler(ForkingPickler):
         """Put aside a tensor. Numbers and strings, of which there may be many, do not come here."""
         if not is_plain(part):
             return NotImplemented
-        is_small = part.numel() * part.element_size() < BUNDLE_BELOW_BYTES
+        is_small = part.numel() * part.element_size() < BUNDLE_BELOW_BYTES and _stays(part.untyped_storage())
         aside, stand_in = (self.small, _small) if is_small else (self.large, _large)
         aside.append(part)
         return stand_in, (len(aside) - 1,)
+
+
+def _stays(storage: torch.UntypedStorage) -> bool:
+    """Say whether memory may be read now: the queue's thread may just be moving what is large."""
+    return storage.nbytes() < BUNDLE_BELOW_BYTES or storage.is_shared()
 
 
 class _Unpickler(pickle.Unpickler):
