@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import torchfast
 from tests.loader_transport import copying_threads, open_feed, threaded, until
@@ -222,24 +221,6 @@ def test_after_an_interrupt_a_new_pass_is_whole(
 
     for interrupt in interrupts():
         assert next_pass(interrupt) == list(range(N_BATCHES))
-        until(lambda: copying_threads() == 0)
-
-
-@is_traced_at_once
-def test_an_interrupt_leaves_a_loader_that_pins_as_it_was() -> None:
-    """Whenever an interrupt comes while a pass begins, a DataLoader that was told to pin still is."""
-    numbers = TensorDataset(torch.arange(N_BATCHES))
-
-    def still_pins(interrupt: Interrupt) -> bool:
-        loader: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
-        passes = threaded(loader)
-        passes._is_pinned_by_us = True
-        with contextlib.suppress(KeyboardInterrupt):
-            begin(interrupt, passes)
-        return loader.pin_memory
-
-    for interrupt in interrupts():
-        assert still_pins(interrupt)
         until(lambda: copying_threads() == 0)
 
 

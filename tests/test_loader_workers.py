@@ -243,24 +243,31 @@ def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
-def test_a_loader_that_is_begun_without_pinning_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its iterator is made as if it did not pin; the loader keeps what it was told, also after an error."""
-    told, make = [], DataLoader._get_iterator
+def test_a_loader_that_is_begun_without_pinning_is_never_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks at it while its iterator is made, as a sampler may, finds what it was told."""
+    told, make = list[tuple[bool, bool]](), DataLoader._get_iterator
 
-    def make_iterator(loader: DataLoader[Any]) -> Any:
-        told.append(loader.pin_memory)
-        if len(told) == 2:
-            raise MemoryError
-        return make(loader)
+    def make_iterator(asked: DataLoader[Any]) -> Any:
+        told.append((asked.pin_memory, loader.pin_memory))
+        return make(asked)
 
     monkeypatch.setattr(DataLoader, "_get_iterator", make_iterator)
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(4)), pin_memory=True)
+    usual = dict(vars(loader))
     assert len(list(begun_for_gpu(loader, is_pinned_by_us=True))) == 4
-    with pytest.raises(MemoryError):
-        begun_for_gpu(loader, is_pinned_by_us=True)
     assert len(list(begun(loader))) == 4
-    assert told == [False, False, True]
-    assert loader.pin_memory is True
+    assert told == [(False, True), (True, True)]
+    assert vars(loader) == usual
+
+
+def test_workers_that_stay_are_the_loaders_own() -> None:
+    """A second pass, ours or a bare one, goes on with them; so a loader can end them, too."""
+    loader = DataLoader(TensorDataset(torch.arange(4)), num_workers=1, persistent_workers=True)
+    first = begun_for_gpu(loader, is_pinned_by_us=False)
+    assert len(list(first)) == 4
+    again = [iter(loader), begun_for_gpu(loader, is_pinned_by_us=False)]
+    assert [one is first for one in again] == [True, True]
+    assert len(list(again[-1])) == 4
 
 
 class OddIteration(DataLoader[Any]):

@@ -75,19 +75,21 @@ def _shared_room_bytes() -> int:
 def begun_for_gpu(loader: Iterable[Any], *, is_pinned_by_us: bool) -> Iterator[Any]:
     """Return the iterator of a loader whose batches go to a GPU.
 
-    A `DataLoader` leaves pinning to us, and its workers, if they begin now, bundle what they send.
+    A `DataLoader` leaves pinning to us, and its workers, if they begin now, bundle what they send. It is a
+    twin that is told so: the loader itself stays as it is, for whoever looks at it meanwhile.
     """
-    attributes, ours = vars(loader) if _is_plain(loader) else {}, dict[str, Any]()
-    if is_pinned_by_us:
-        ours["pin_memory"] = False
-    if attributes.get("num_workers") and "collate_fn" in attributes:
-        ours["collate_fn"] = Bundling(attributes["collate_fn"])
-    usual = {name: attributes[name] for name in ours}
-    try:
-        attributes.update(ours)
+    if not _is_plain(loader):
         return begun(loader)
-    finally:
-        attributes |= usual  # no call, which an interrupt could follow
+    twin: DataLoader[Any] = object.__new__(type(loader))
+    attributes, of_twin = vars(loader), vars(twin)
+    of_twin.update(attributes)
+    if is_pinned_by_us:
+        of_twin["pin_memory"] = False
+    if attributes.get("num_workers") and "collate_fn" in attributes:
+        of_twin["collate_fn"] = Bundling(attributes["collate_fn"])
+    batches = begun(twin)
+    attributes["_iterator"] = of_twin["_iterator"]  # the workers, if they stay
+    return batches
 
 
 def _is_plain(loader: object) -> TypeGuard[DataLoader[Any]]:
