@@ -233,6 +233,32 @@ def test_a_batch_is_held_by_who_took_it_alone(monkeypatch: pytest.MonkeyPatch) -
     feed.close()
 
 
+def test_a_thread_holds_nothing_of_a_batch_as_it_goes_on() -> None:
+    """When the transport may let go of the memory that it copied from, the loader's own tensors are gone."""
+
+    class Copying(HostTransport):
+        """Sends copies, and looks what is left of the batches."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_loader = WeakSet[torch.Tensor]()
+            self.left = list[int]()
+
+        def settle(self) -> None:
+            self.left.append(len(self.of_loader))
+
+        def send(self, batch: Any, blank: object) -> Any:
+            self.of_loader.add(batch)
+            return super().send(batch.clone(), blank)
+
+    transport = Copying()
+    source = map(torch.tensor, range(6))  # which holds no batch that it has given
+    feed = ThreadedFeed(source, transport, Tally(), depth=1, snapshot=no_state)
+    epoch: Epoch[torch.Tensor] = Epoch(feed, None, owner=None)
+    assert [int(batch) for batch in epoch] == [*range(6)]
+    assert transport.left == [0] * 7
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_thread_lets_go_before_it_is_taken_for_ended(*, fails: bool) -> None:
     """Whether the pass ends well or badly, the transport is told once, and before anybody goes on."""

@@ -176,6 +176,7 @@ def test_threads_drop_what_was_read_and_end() -> None:
             addresses += map(address_of, views)
             dropper.take(views)
             del views
+            dropper.drop()
         until(lambda: n_threads < _thread._count() <= n_threads + MAX_DROPPERS)
         dropper.close()
         until(lambda: _thread._count() == n_threads)
@@ -191,6 +192,7 @@ def test_so_many_threads_as_are_needed_drop_and_no_more_is_held(monkeypatch: pyt
         addresses.append(address_of(view))
         dropper.take([view])
         del view
+        dropper.drop()
         assert dropper._n_running == dropper._to_drop.qsize() == min(n_taken, MAX_DROPPERS)
     assert all(map(flags, addresses[:MAX_DROPPERS]))
     del dropper
@@ -203,6 +205,7 @@ def test_one_thread_is_enough_that_keeps_up(monkeypatch: pytest.MonkeyPatch) -> 
     dropper = Dropper()
     for _ in range(5):
         dropper.take([view_of(shared())])
+        dropper.drop()
         dropper._to_drop.get()
     assert dropper._n_running == 1
 
@@ -238,7 +241,20 @@ def test_where_no_thread_can_be_started_nothing_is_held(monkeypatch: pytest.Monk
     address = address_of(view)
     dropper.take([view])
     del view
+    dropper.drop()
     assert not flags(address)
+    dropper.close()
+
+
+def test_memory_stays_until_it_is_to_be_dropped() -> None:
+    """Before that PyTorch has its own mapping, which would go last, and free the memory with the GIL held."""
+    dropper, view = Dropper(), view_of(shared())
+    address = address_of(view)
+    dropper.take([view])
+    del view
+    assert flags(address)
+    dropper.drop()
+    until(lambda: not flags(address))
     dropper.close()
 
 
@@ -247,6 +263,7 @@ def test_the_thread_is_not_one_that_is_waited_for() -> None:
     """The collector may end a pass in it, which waits for the copying thread: that must not wait for it."""
     dropper, n_threads = Dropper(), threading.active_count()
     dropper.take([view_of(shared())])
+    dropper.drop()
     until(lambda: _thread._count() == n_threads)
     assert threading.active_count() == n_threads
     dropper.close()
@@ -265,6 +282,7 @@ views = [view]
 del view
 dropper.take(views)
 del views, tensor
+dropper.drop()
 """
     ends = [subprocess.run([sys.executable, "-c", code], check=False).returncode for _ in range(3)]
     assert ends == [0, 0, 0]

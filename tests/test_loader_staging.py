@@ -199,11 +199,13 @@ def test_threads_that_drop_end_with_the_copying_thread() -> None:
         staged(sources, by)
         dropper = by._of_thread.dropper
         counts = [dropper._n_running]
+        by.settle()
+        counts.append(dropper._n_running)
         by.leave_thread()
         return [*counts, dropper._n_running, Staging(2, 1)._of_thread.dropper._n_running]
 
     with computing_with(torch.get_num_threads()), ThreadPoolExecutor(1) as copying:
-        assert copying.submit(n_running).result() == [1, 0, 0]
+        assert copying.submit(n_running).result() == [0, 1, 0, 0]
 
 
 def test_memory_of_workers_is_mapped_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,18 @@ def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor
         assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
 
 
+def test_memory_of_workers_goes_back_once_a_batch_is_settled() -> None:
+    """The second mapping, through which it was read, stays until PyTorch's own may be gone."""
+    with lagging(set(), is_batched=True, team=1, n_workers=1) as (_, to_device):
+        parcel = to_device.send([torch.zeros(2**20).share_memory_()], to_device.blank())
+        dropper = to_device._staging._of_thread.dropper
+        assert len(dropper._taken) == 1
+        to_device.settle()
+        assert not dropper._taken
+        dropper.close()
+        assert int(to_device.deliver(parcel)[0].sum()) == 0
+
+
 SMALL = [torch.zeros(100), torch.zeros(3, dtype=torch.uint8)]
 """A batch that either thread may copy, at either end of its way."""
 

@@ -55,23 +55,34 @@ class Dropper:
     """Drops memory, which takes long, in threads that it starts when needed and that end with `close`."""
 
     def __init__(self) -> None:
+        self._taken: list[list[memoryview]] = []
         self._to_drop: SimpleQueue[list[memoryview] | None] = SimpleQueue()
         self._n_running = 0
 
     def take(self, memory: list[memoryview], /) -> None:
-        """Hold memory until a thread drops it; not where all lag behind: shared memory is scarce."""
-        is_taken = self._to_drop.empty()
-        if self._n_running == 0 or (not is_taken and self._n_running < MAX_DROPPERS):
-            is_taken = start_unwaited(_drop, self._to_drop)
-            self._n_running += is_taken
-        if is_taken:
-            self._to_drop.put(memory)
+        """Hold memory until `drop`."""
+        self._taken.append(memory)
+
+    def drop(self) -> None:
+        """Leave what was taken to threads. PyTorch's mapping must be gone: who goes last frees the memory."""
+        while self._taken:
+            self._leave(self._taken.pop())
 
     def close(self) -> None:
         """Let the threads end, once they have dropped what there is. They are not waited for."""
+        self.drop()
         for _ in range(self._n_running):
             self._to_drop.put(None)
         self._to_drop, self._n_running = SimpleQueue(), 0
+
+    def _leave(self, memory: list[memoryview]) -> None:
+        """Leave memory to a thread; where all lag behind it goes here and now: shared memory is scarce."""
+        is_left = self._to_drop.empty()
+        if self._n_running == 0 or (not is_left and self._n_running < MAX_DROPPERS):
+            is_left = start_unwaited(_drop, self._to_drop)
+            self._n_running += is_left
+        if is_left:
+            self._to_drop.put(memory)
 
 
 def _drop(to_drop: "SimpleQueue[list[memoryview] | None]") -> None:

@@ -62,6 +62,10 @@ class Staging:
         self._of_thread.helpers.close()
         self._of_thread.dropper.close()
 
+    def settle(self) -> None:
+        """Give back the memory of workers that was read, and that nobody else holds any more."""
+        self._of_thread.dropper.drop()
+
     def pack(
         self, group: Group, sources: list[torch.Tensor], target: torch.Tensor, shipment: Shipment
     ) -> None:

@@ -225,7 +225,8 @@ class CudaTransport:
         self._staging.leave_thread()
 
     def settle(self) -> None:
-        """Wait until the loader's own memory has been read: its next batch may go to the same place."""
+        """Give back the last batch's memory, or wait until it was read: the next may go to the same place."""
+        self._staging.settle()
         self._tally.read_in_turn()
         let_go_of_what_was_read()
         if self._borrowed is not None:
