@@ -64,9 +64,19 @@ class Dropper:
         self._taken.append(memory)
 
     def drop(self) -> None:
-        """Leave what was taken to threads. PyTorch's mapping must be gone: who goes last frees the memory."""
-        while self._taken:
-            self._leave(self._taken.pop())
+        """Leave what was taken to threads. PyTorch's mapping must be gone: who goes last frees the memory.
+
+        Where all of them lag behind it goes here and now: shared memory is scarce.
+        """
+        taken, self._taken = self._taken, []
+        if not taken:
+            return
+        is_left = self._to_drop.empty()
+        if self._n_running == 0 or (not is_left and self._n_running < MAX_DROPPERS):
+            is_left = start_unwaited(_drop, self._to_drop)
+            self._n_running += is_left
+        while taken and is_left:
+            self._to_drop.put(taken.pop())
 
     def close(self) -> None:
         """Let the threads end, once they have dropped what there is. They are not waited for."""
@@ -74,15 +84,6 @@ class Dropper:
         for _ in range(self._n_running):
             self._to_drop.put(None)
         self._to_drop, self._n_running = SimpleQueue(), 0
-
-    def _leave(self, memory: list[memoryview]) -> None:
-        """Leave memory to a thread; where all lag behind it goes here and now: shared memory is scarce."""
-        is_left = self._to_drop.empty()
-        if self._n_running == 0 or (not is_left and self._n_running < MAX_DROPPERS):
-            is_left = start_unwaited(_drop, self._to_drop)
-            self._n_running += is_left
-        if is_left:
-            self._to_drop.put(memory)
 
 
 def _drop(to_drop: "SimpleQueue[list[memoryview] | None]") -> None:
