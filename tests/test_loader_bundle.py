@@ -17,7 +17,7 @@ from tests.loader_transport import threaded
 from tests.strategies import Sample, batches
 from tests.test_tree import same
 from torchfast._loader import bundle
-from torchfast._loader.bundle import BUNDLE_BELOW_BYTES, INLINE_BYTES, Bundle
+from torchfast._loader.bundle import COPY_BELOW_BYTES, COPY_SHARED_BELOW_BYTES, INLINE_BYTES, Bundle
 from torchfast._loader.shared_memory import mapped_again
 from torchfast._loader.wrapped import begun_for_gpu
 from torchfast._tree import flatten, tensors
@@ -88,12 +88,32 @@ def test_a_part_of_a_tensor_travels_without_the_rest() -> None:
 def test_large_memory_that_may_be_moved_is_not_read() -> None:
     """A small view of it goes as PyTorch sends it, until it is shared: another thread may just be at that."""
     whole = torch.arange(1_000_000)
-    parts = Bundle([whole, whole[:3]])._parts
-    assert [part.numel() for part in parts[-1]] == [1_000_000, 3]
+    assert copied([whole, whole[:3]]) == [False, False]
     found = sent([whole, whole[:3]])
     assert found[1].untyped_storage().data_ptr() == found[0].untyped_storage().data_ptr()
     assert whole.is_shared()
-    assert [part.numel() for part in Bundle([whole, whole[:3]])._parts[-1]] == [1_000_000]
+    assert copied([whole, whole[:3]]) == [False, True]
+
+
+def test_small_memory_is_never_moved_later() -> None:
+    """Where a large tensor shows it, it is shared at once: the next batch may be read from it meanwhile."""
+    mask = torch.full((100_000,), 7.0)
+    (found,) = sent([mask.expand(50, -1)])
+    assert mask.is_shared()
+    assert found.shape == (50, 100_000)
+    assert found.untyped_storage().nbytes() == mask.nbytes
+
+
+@pytest.mark.parametrize("n_bytes", [COPY_SHARED_BELOW_BYTES - 1, COPY_SHARED_BELOW_BYTES])
+def test_what_is_shared_already_is_copied_below_a_lower_limit(n_bytes: int) -> None:
+    """Copying it spares a handle and nothing else; what is not shared would be copied in any case."""
+    alone = torch.ones(n_bytes, dtype=torch.uint8)
+    assert copied([alone, alone.clone().share_memory_()]) == [True, n_bytes < COPY_SHARED_BELOW_BYTES]
+
+
+def copied(batch: list[torch.Tensor]) -> list[bool]:
+    """Return which tensors of a batch are copied into its bundle."""
+    return [tensor is None for tensor in Bundle(batch)._parts[-1]]
 
 
 def test_aliases_stay_and_neighbours_do_not_count_as_one() -> None:
@@ -110,7 +130,7 @@ def test_aliases_stay_and_neighbours_do_not_count_as_one() -> None:
 
 def test_large_tensors_and_unusual_ones_travel_as_by_pytorch() -> None:
     """Large memory is shared and not copied; what is not plain knows itself how it is sent."""
-    large = torch.arange(BUNDLE_BELOW_BYTES // 8)
+    large = torch.arange(COPY_BELOW_BYTES // 8)
     found = sent({"large": large, "parameter": torch.nn.Parameter(torch.ones(2)), "name": "x"})
     assert torch.equal(found["large"], large)
     large[0] = 7  # the memory was handed over, and is that of the sender still
@@ -156,7 +176,7 @@ def test_shared_memory_is_made_by_pytorch_or_by_sending(monkeypatch: pytest.Monk
     assert is_equal(sent(batch), batch)
 
 
-@pytest.mark.parametrize("n_elements", [3, BUNDLE_BELOW_BYTES])
+@pytest.mark.parametrize("n_elements", [3, COPY_BELOW_BYTES])
 def test_the_pickle_of_a_bundle_can_be_read_in_no_other_way(n_elements: int) -> None:
     """Its tensors lie beside it, which is said."""
     skeleton, *_ = Bundle([torch.ones(n_elements)])._parts

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils
+from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils, dataloader
 
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
@@ -245,19 +245,49 @@ def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 def test_a_loader_that_is_begun_without_pinning_is_never_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks at it while its iterator is made, as a sampler may, finds what it was told."""
-    told, make = list[tuple[bool, bool]](), DataLoader._get_iterator
+    told, make = list[tuple[bool, bool]](), dataloader._SingleProcessDataLoaderIter.__init__
 
-    def make_iterator(asked: DataLoader[Any]) -> Any:
+    def made(epoch: Any, asked: Any) -> None:
         told.append((asked.pin_memory, loader.pin_memory))
-        return make(asked)
+        make(epoch, asked)
 
-    monkeypatch.setattr(DataLoader, "_get_iterator", make_iterator)
+    monkeypatch.setattr(dataloader._SingleProcessDataLoaderIter, "__init__", made)
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(4)), pin_memory=True)
     usual = dict(vars(loader))
     assert len(list(begun_for_gpu(loader, is_pinned_by_us=True))) == 4
     assert len(list(begun(loader))) == 4
     assert told == [(False, True), (True, True)]
     assert vars(loader) == usual
+
+
+class Counting(DataLoader[Any]):
+    """Keeps state of its own, some of it in a slot, counts its passes, and tells when it goes."""
+
+    __slots__ = ("rest",)
+    gone: ClassVar = list[None]()
+
+    def __init__(self, dataset: Dataset[Any], rest: int, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.rest, self.n_passes = rest, 0
+
+    @property
+    def _index_sampler(self) -> Any:
+        self.n_passes += 1
+        return [[index] for index in range(self.rest)]
+
+    def __del__(self) -> None:
+        self.gone.append(None)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_subclasses_with_state_of_their_own_are_asked_themselves(n_workers: int) -> None:
+    """No copy of them is, which would lack their slots, forget what changes, and go as if they went."""
+    loader = Counting(TensorDataset(torch.arange(4)), 3, num_workers=n_workers)
+    Counting.gone.clear()
+    for n_passes in range(1, 3):
+        assert len(list(begun_for_gpu(loader, is_pinned_by_us=True))) == 3
+        assert loader.n_passes >= n_passes
+    assert Counting.gone == []
 
 
 def test_workers_that_stay_are_the_loaders_own() -> None:
@@ -296,14 +326,13 @@ def test_only_loaders_that_iterate_as_pytorchs_do_are_taken_at_their_word() -> N
     plain: DataLoader[Any] = DataLoader(numbers, num_workers=1, pin_memory=True)
     alone: DataLoader[Any] = DataLoader(numbers, pin_memory=True)
     bare: DataLoader[Any] = DataLoader(numbers)
-    odd = [
-        kind(numbers, num_workers=1, pin_memory=True) for kind in (OddIteration, OddIterator, OddAttribute)
-    ]
-    fresh: list[Any] = [[], (), plain, odd[2]]
-    reused: list[Any] = [iter([]), alone, bare, *odd[:2]]
+    told = OddAttribute(numbers, num_workers=1, pin_memory=False)
+    odd = [kind(numbers, num_workers=1, pin_memory=True) for kind in (OddIteration, OddIterator)]
+    fresh: list[Any] = [[], (), plain, told]
+    reused: list[Any] = [iter([]), alone, bare, *odd]
     assert [writes_afresh(loader) for loader in fresh + reused] == [True] * 4 + [False] * 5
     unpinned: list[Any] = [[], (), iter([]), bare, *odd]
-    assert [is_pinned_by_us(loader) for loader in [plain, alone, *unpinned]] == [True] * 2 + [False] * 7
+    assert [is_pinned_by_us(loader) for loader in [plain, alone, told, *unpinned]] == [True] * 3 + [False] * 6
 
 
 @pytest.mark.parametrize("room_bytes", [2**26, 2 * 2**30 - 1, 2 * 2**30])

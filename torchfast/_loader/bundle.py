@@ -6,6 +6,7 @@ gathers the small ones first. What arrives is the batch, for whoever asks: it is
 """
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -14,10 +15,14 @@ from typing import Any
 import torch
 
 from torchfast._bytes import MIB
-from torchfast._loader.plan import Group, Run, arrival, is_plain, tensors_on
+from torchfast._loader.plan import Run, arrival, is_plain, runs_of, tensors_on
 
-BUNDLE_BELOW_BYTES = 2 * MIB
-"""Tensors smaller than that are small: a worker copies one in less time than asking for its handle takes."""
+COPY_BELOW_BYTES = 2 * MIB
+"""Smaller tensors are copied: PyTorch would copy each, too, and then send a handle of it."""
+
+COPY_SHARED_BELOW_BYTES = MIB // 4
+"""Of those that `default_collate` has put into shared memory already only a handle is left to spare: a worker
+copies so much in that time."""
 
 INLINE_BYTES = 8 * 2**10
 """No more than that goes through the workers' pipe, which holds 64 KiB, and needs no shared memory at all."""
@@ -45,11 +50,24 @@ class Bundle:
         skeleton = io.BytesIO()
         pickler = _Pickler(skeleton)
         pickler.dump(batch)
-        self._parts = (skeleton.getvalue(), *_gathered(pickler.small), pickler.large)
+        copied = [*map(_is_copied, pickler.tensors)]
+        memory, runs = _gathered([*itertools.compress(pickler.tensors, copied)])
+        sent = [
+            None if is_copied else tensor for tensor, is_copied in zip(pickler.tensors, copied, strict=True)
+        ]
+        self._parts = (skeleton.getvalue(), memory, runs, sent)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave it to `_unbundled` to make the batch of its parts."""
         return _unbundled, self._parts
+
+
+def _unbundled(
+    skeleton: bytes, memory: bytearray | torch.Tensor, runs: list[Run], sent: list[torch.Tensor | None]
+) -> Any:
+    copies = iter(tensors_on(runs, _on(memory), 0))
+    tensors = [next(copies) if tensor is None else tensor for tensor in sent]
+    return _Unpickler(io.BytesIO(skeleton), tensors).load()
 
 
 class _Pickler(ForkingPickler):
@@ -57,66 +75,60 @@ class _Pickler(ForkingPickler):
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.small: list[torch.Tensor] = []
-        self.large: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
 
     def reducer_override(self, part: Any) -> Any:
         """Put aside a tensor. Numbers and strings, of which there may be many, do not come here."""
         if not is_plain(part):
             return NotImplemented
-        is_small = part.numel() * part.element_size() < BUNDLE_BELOW_BYTES and _stays(part.untyped_storage())
-        aside, stand_in = (self.small, _small) if is_small else (self.large, _large)
-        aside.append(part)
-        return stand_in, (len(aside) - 1,)
-
-
-def _stays(storage: torch.UntypedStorage) -> bool:
-    """Say whether memory may be read now: the queue's thread may just be moving what is large."""
-    return storage.nbytes() < BUNDLE_BELOW_BYTES or storage.is_shared()
+        self.tensors.append(part)
+        return _stand_in, (len(self.tensors) - 1,)
 
 
 class _Unpickler(pickle.Unpickler):
     """Unpickles a batch around its plain tensors."""
 
-    def __init__(
-        self, file: io.BytesIO, *, small: Sequence[torch.Tensor], large: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, file: io.BytesIO, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__(file)
-        self._tensors = {_small.__name__: small, _large.__name__: large}
+        self._tensors = tensors
 
     def find_class(self, module: str, name: str) -> Any:
         """Find what is called to rebuild the batch."""
-        if module == __name__ and name in self._tensors:
-            return self._tensors[name].__getitem__
+        if (module, name) == (__name__, _stand_in.__name__):
+            return self._tensors.__getitem__
         return super().find_class(module, name)
 
 
-def _unbundled(
-    skeleton: bytes, memory: bytearray | torch.Tensor, runs: list[Run], large: list[torch.Tensor]
-) -> Any:
-    small = tensors_on(runs, _on(memory), 0)
-    return _Unpickler(io.BytesIO(skeleton), small=small, large=large).load()
-
-
-def _small(index: int) -> torch.Tensor:
-    """Stand for a small tensor in a pickle that only `_Unpickler` can read."""
+def _stand_in(index: int) -> torch.Tensor:
+    """Stand for a tensor in a pickle that only `_Unpickler` can read."""
     raise pickle.UnpicklingError(f"tensor {index} of a batch lies beside its pickle")
 
 
-def _large(index: int) -> torch.Tensor:
-    """Stand for a large one."""
-    return _small(index)
+def _is_copied(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is copied into the bundle; of the others, see to it that they can be sent.
+
+    The queue's thread moves large memory that is not shared yet, and may just be at that: no tensor on it is
+    read here. It never has to move small memory, which is shared here where a large tensor shows it.
+    """
+    memory, n_bytes = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+    if memory.is_shared():
+        return n_bytes < COPY_SHARED_BELOW_BYTES
+    if memory.nbytes() >= COPY_BELOW_BYTES:
+        return False
+    is_copied = n_bytes < COPY_BELOW_BYTES
+    if not is_copied:
+        memory.share_memory_()
+    return is_copied
 
 
 def _gathered(tensors: list[torch.Tensor]) -> tuple[bytearray | torch.Tensor, list[Run]]:
     """Return the memory in which copies of the tensors lie side by side, and how they lie."""
-    if not tensors:
-        return bytearray(), []
-    layouts = dict(enumerate(map(arrival, tensors)))
-    group = Group([*layouts], layouts, 0, may_go_straight=False)
-    memory = bytearray(group.n_bytes) if group.n_bytes <= INLINE_BYTES else _shared(group.n_bytes)
-    torch._foreach_copy_(group.tensors_on(_on(memory), 0), tensors)
-    return memory, group.runs
+    runs = runs_of(map(arrival, tensors))
+    n_bytes = runs[-1].end_bytes if runs else 0
+    memory = bytearray(n_bytes) if n_bytes <= INLINE_BYTES else _shared(n_bytes)
+    if tensors:
+        torch._foreach_copy_(tensors_on(runs, _on(memory), 0), tensors)
+    return memory, runs
 
 
 def _shared(n_bytes: int) -> torch.Tensor:

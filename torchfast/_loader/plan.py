@@ -5,7 +5,7 @@ their own: who keeps the labels of every batch must not keep its images too.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,11 @@ class Run(NamedTuple):
     step_bytes: int
     layout: Layout
 
+    @property
+    def end_bytes(self) -> int:
+        """Where the next leaf may begin."""
+        return self.offset_bytes + self.n_leaves * self.step_bytes
+
 
 class Group:
     """Packed leaves that travel together: in one transfer if they are staged, else in one call."""
@@ -64,21 +69,13 @@ class Group:
         self.offset_bytes = offset_bytes
         self.may_go_straight = may_go_straight
         """Whether its leaves are copied straight into their places if they are pinned."""
-        self.runs: list[Run] = []
-        self.offsets_bytes: list[int] = []
+        self.runs = runs_of(layouts[index] for index in indexes)
+        self.offsets_bytes = [
+            run.offset_bytes + number * run.step_bytes for run in self.runs for number in range(run.n_leaves)
+        ]
         """Where each of its leaves lies, counted from the first; ascending."""
         self.sizes_bytes = [layouts[index].n_bytes for index in indexes]
-        end_bytes = 0
-        for index in indexes:
-            layout = layouts[index]
-            self.offsets_bytes.append(end_bytes)
-            step_bytes = aligned(layout.n_bytes)
-            if self.runs and self.runs[-1].layout == layout:
-                self.runs[-1] = self.runs[-1]._replace(n_leaves=self.runs[-1].n_leaves + 1)
-            else:
-                self.runs.append(Run(1, end_bytes, step_bytes, layout))
-            end_bytes += step_bytes
-        self.n_bytes = end_bytes
+        self.n_bytes = self.runs[-1].end_bytes
         self.probes = _firsts(indexes, layouts.__getitem__)
         """The first leaf of each run: whether it is pinned decides for all of them."""
 
@@ -164,6 +161,16 @@ class Plan:
                 )
                 start, end_bytes = stop, after_bytes
         return offset_bytes + end_bytes
+
+
+def runs_of(layouts: Iterable[Layout]) -> list[Run]:
+    """Return the runs in which leaves of such layouts lie, one behind the other from the first byte on."""
+    runs: list[Run] = []
+    end_bytes = 0
+    for layout, alike in itertools.groupby(layouts):
+        runs.append(Run(sum(1 for _ in alike), end_bytes, aligned(layout.n_bytes), layout))
+        end_bytes = runs[-1].end_bytes
+    return runs
 
 
 def tensors_on(runs: Sequence[Run], buffer: torch.Tensor, offset_bytes: int) -> list[torch.Tensor]:

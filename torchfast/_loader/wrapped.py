@@ -49,7 +49,7 @@ ROOM_OF_A_BATCH_BYTES = 256 * MIB
 
 def writes_afresh(loader: object) -> bool:
     """Say whether asking the loader for a batch surely leaves the memory of earlier ones alone."""
-    return type(loader) in (list, tuple) or (_is_plain(loader) and loader.num_workers > 0)
+    return type(loader) in (list, tuple) or (_iterates_as_pytorch(loader) and loader.num_workers > 0)
 
 
 def is_pinned_by_us(loader: object) -> bool:
@@ -58,7 +58,7 @@ def is_pinned_by_us(loader: object) -> bool:
     PyTorch's thread for that takes batches out of shared memory at once. Without it they wait there, so there
     must be room for those that the workers make ahead.
     """
-    if not _is_plain(loader) or not vars(loader).get("pin_memory"):
+    if not _iterates_as_pytorch(loader) or not loader.pin_memory:
         return False
     n_waiting = loader.num_workers * (loader.prefetch_factor or 0)
     return n_waiting == 0 or _shared_room_bytes() >= n_waiting * ROOM_OF_A_BATCH_BYTES
@@ -75,24 +75,39 @@ def _shared_room_bytes() -> int:
 def begun_for_gpu(loader: Iterable[Any], *, is_pinned_by_us: bool) -> Iterator[Any]:
     """Return the iterator of a loader whose batches go to a GPU.
 
-    A `DataLoader` leaves pinning to us, and its workers, if they begin now, bundle what they send. It is a
-    twin that is told so: the loader itself stays as it is, for whoever looks at it meanwhile.
+    A `DataLoader` leaves pinning to us, and its workers, if they begin now, bundle what they send.
     """
-    if not _is_plain(loader):
+    if not _iterates_as_pytorch(loader):
         return begun(loader)
-    twin: DataLoader[Any] = object.__new__(type(loader))
-    attributes, of_twin = vars(loader), vars(twin)
-    of_twin.update(attributes)
+    ours = dict[str, Any]()
     if is_pinned_by_us:
-        of_twin["pin_memory"] = False
-    if attributes.get("num_workers") and "collate_fn" in attributes:
-        of_twin["collate_fn"] = Bundling(attributes["collate_fn"])
-    batches = begun(twin)
-    attributes["_iterator"] = of_twin["_iterator"]  # the workers, if they stay
-    return batches
+        ours["pin_memory"] = False
+    if loader.num_workers:
+        ours["collate_fn"] = Bundling(loader.collate_fn)
+    return begun(_Seen(loader, ours))
 
 
-def _is_plain(loader: object) -> TypeGuard[DataLoader[Any]]:
+class _Seen:
+    """A `DataLoader` as its iterator sees it: with a few attributes of ours. All else is its own.
+
+    So it is never changed, which somebody might see, or a subclass might not take well; nor copied, which one
+    with a `__del__` or slots might not.
+    """
+
+    __iter__ = DataLoader.__iter__
+    _get_iterator = DataLoader._get_iterator
+
+    def __init__(self, loader: DataLoader[Any], ours: dict[str, Any]) -> None:
+        vars(self).update(ours, _loader=loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._loader, name, value)
+
+
+def _iterates_as_pytorch(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Say whether a loader is iterated over as PyTorch's own."""
     if not isinstance(loader, DataLoader):
         return False
