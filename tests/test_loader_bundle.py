@@ -67,7 +67,7 @@ DTYPES = {dtype for name, dtype in vars(torch).items() if isinstance(dtype, torc
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.filterwarnings("ignore:B?Complex(Half|32) support is experimental")
 def test_every_type_of_tensor_travels(dtype: torch.dtype) -> None:
     """Also those that PyTorch can hardly do anything with; quantized ones are about to go."""
     whole = torch.zeros(16, dtype=torch.uint8)
