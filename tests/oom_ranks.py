@@ -181,6 +181,14 @@ def work_alone(rank: int) -> str:
     return "done"
 
 
+def work_groups_after_one_that_was_alone(rank: int) -> int:
+    """Make a group of all ranks, after one of them has made a retry for itself; return how many it has."""
+    work_alone(rank)
+    one = torch.ones(1)
+    dist.all_reduce(one, group=dist.new_group())
+    return int(one)
+
+
 def work_warm_up(_: int) -> list[dict[str, int]]:
     """Return the largest size of each kind of collective: in a step, and in the making of its retry."""
     model = DistributedDataParallel(small_net(), find_unused_parameters=True)
@@ -330,6 +338,7 @@ WORK: dict[str, Callable[[int], Any]] = {
     "kept_apart": work_kept_apart,
     "large_halves": work_large_halves,
     "alone": work_alone,
+    "groups_after": work_groups_after_one_that_was_alone,
     "warm_up": work_warm_up,
     "refused": work_refused,
     "hooked": work_hooked,

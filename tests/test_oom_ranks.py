@@ -66,6 +66,11 @@ def test_group_of_some_ranks(results: Results) -> None:
     assert [result["alone"] for result in results] == ["done", "took no part"]
 
 
+def test_a_retry_of_some_ranks_leaves_later_groups_as_they_were(results: list[dict[str, Any]]) -> None:
+    """All make one after it, which the ranks that took no part must find by the same name."""
+    assert [result["groups_after"] for result in results] == [2, 2]
+
+
 def test_collectives_are_run_when_the_retry_is_made(results: Results) -> None:
     """Each kind is run at full size while there is memory, as NCCL allocates at the first use."""
     step, making = results[0]["warm_up"]

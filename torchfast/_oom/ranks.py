@@ -11,10 +11,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 
 from torchfast._oom.transaction import copy_all
@@ -73,15 +75,7 @@ class DDPRanks(Ranks):
     def __init__(self, model: DistributedDataParallel, timeout_s: float) -> None:
         self._model = model
         self._timeout_s = timeout_s
-        ranks = dist.get_process_group_ranks(model.process_group)
-        self._group = dist.new_group(
-            ranks,
-            timeout=dt.timedelta(seconds=timeout_s),
-            backend="gloo",
-            # Where some ranks train a model of their own, the others take no part. Elsewhere the name of the
-            # group then hangs on how many others each rank has made.
-            use_local_synchronization=len(ranks) < dist.get_world_size(),
-        )
+        self._voters = _voters(model.process_group, timeout_s)
         self._parameters = [
             p for name, p in model.module.named_parameters() if p.requires_grad and self._is_shared(name)
         ]
@@ -191,7 +185,7 @@ class DDPRanks(Ranks):
         lacks = [not has for has in has_gradient]
         votes = torch.tensor([outcome, not can_roll_back, thrashes, *has_gradient, *lacks], dtype=torch.int32)
         try:
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+            self._voters.allreduce([votes], dist.ReduceOp.MAX).wait()
         except RuntimeError as error:
             raise RuntimeError(
                 "the ranks could not agree on a step: one has ended, or did not take part in this attempt "
@@ -200,6 +194,18 @@ class DDPRanks(Ranks):
             ) from error
         numbers: list[int] = votes.tolist()
         return numbers
+
+
+def _voters(group: dist.ProcessGroup, timeout_s: float) -> Any:
+    """Let the ranks of a group vote on the CPU, by what only they know of.
+
+    Not by `new_group`: all ranks of the run would have to make it. With `use_local_synchronization=True` they
+    need not; but since PyTorch 2.14 those that do not then name each later group otherwise, and all hang.
+    """
+    store = group.get_group_store()
+    n_made = store.add(f"torchfast.retry/{group.rank()}", 1)  # as many on each of them
+    own = distributed_c10d.PrefixStore(f"torchfast.retry/{n_made}", store)
+    return dist.ProcessGroupGloo(own, group.rank(), group.size(), dt.timedelta(seconds=timeout_s))
 
 
 @contextmanager
