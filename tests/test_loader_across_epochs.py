@@ -1,9 +1,12 @@
 """Passes that begin to load before the last one is over, and loaders that cannot begin again."""
 
 import gc
+import threading
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
+import torch
 
 from tests.loader_transport import copying_threads, threaded, until
 
@@ -54,6 +57,44 @@ def test_a_loader_that_cannot_begin_again_is_an_error_and_no_hang() -> None:
         next(batches)
     assert list(batches) == []
     assert list(loader) == [(3, number) for number in range(3)]
+
+
+def test_every_pass_is_begun_under_the_modes_of_who_asked() -> None:
+    """The iterators that the thread makes by itself too: inference mode, and the default device."""
+
+    class Looking(Counted):
+        found: ClassVar = list[tuple[bool, str]]()
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            self.found.append((torch.is_inference_mode_enabled(), torch.get_default_device().type))
+            return super().__iter__()
+
+    loader = threaded(Looking(), across_epochs=True)
+    with torch.inference_mode(), torch.device("meta"):
+        assert [len(list(loader)) for _ in range(3)] == [3] * 3
+    loader.close()
+    assert {*Looking.found} == {(True, "meta")}
+
+
+def test_the_record_of_a_pass_that_is_over_stays_as_it_is() -> None:
+    """Loading the next one is no part of it."""
+    may_begin, is_begun = threading.Event(), threading.Event()
+
+    class Slow(Counted):
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            if self.n_begun == 1:
+                may_begin.wait()
+            yield from super().__iter__()
+            if self.n_begun == 2:
+                is_begun.set()
+
+    loader = threaded(Slow(), across_epochs=True, depth=4)
+    assert len(list(loader)) == 3
+    found = loader.stats
+    may_begin.set()
+    is_begun.wait()
+    assert loader.stats == found
+    loader.close()
 
 
 def test_a_pass_is_not_begun_unasked() -> None:

@@ -20,7 +20,7 @@ from torchfast._loader import epoch as epochs
 from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
 from torchfast._loader.feed import ThreadedFeed
-from torchfast._loader.stats import Tally
+from torchfast._loader.stats import READ_EVERY, Moment, Tally
 from torchfast._loader.thread import Arrival, Stop, Work, no_state
 
 
@@ -548,6 +548,51 @@ batches = iter(threaded(stuck()))
 print(next(batches))
 """
     assert said_by(script) == ("1\n", "")
+
+
+def test_what_cannot_be_closed_keeps_nothing_else_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has failed a pass ends with that error, its thread all the same, and the others."""
+    monkeypatch.setattr(epochs, "exiting", threading.Event())
+    passes = [open_feed(itertools.repeat(number)) for number in range(3)]
+
+    def fail() -> None:
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    assert [next(one) for one, _, _ in passes] == [0, 1, 2]
+    passes[1][1].fence = fail  # type: ignore[method-assign]
+    with pytest.raises(torch.AcceleratorError):
+        epochs.close_all([one for one, _, _ in passes])
+    until(lambda: copying_threads() == 0)
+    for _, _, feed in passes:
+        work = feed._work
+        assert not [*work.loaded, *work.here, *work.permits._lying][1:]
+        assert not hasattr(work, "source")
+        assert work.ready[0].error is not None
+    passes[1][1].fence = list  # type: ignore[method-assign, assignment]
+
+
+def test_the_record_is_not_waited_for_by_the_thread() -> None:
+    """Who reads it may have to wait for the thread: the collector, in its midst, for one that ends a pass."""
+    tally = Tally()
+    event: Any = Passed()
+    for _ in range(READ_EVERY):
+        tally.note(Moment(event, event, [], 0))
+    with tally._reading:
+        tally.read_in_turn()
+    assert len(tally._moments) == READ_EVERY
+    assert tally.stats().n_batches == READ_EVERY
+
+
+class Passed:
+    """An event that the device has passed."""
+
+    def query(self) -> bool:
+        """Say so."""
+        return True
+
+    def elapsed_time(self, _: object) -> float:
+        """Return no time at all."""
+        return 0.0
 
 
 def test_an_exit_after_a_pass_was_dropped_in_another_thread_is_clean() -> None:

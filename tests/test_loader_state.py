@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.loader_transport import HostTransport, threaded, until
 from torchfast import DeviceLoader
-from torchfast._loader.epoch import Epoch
+from torchfast._loader.epoch import Epoch, InlineFeed
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import Tally
 
@@ -65,6 +65,57 @@ class Given(Stateful):
         if isinstance(self.state, Exception):
             raise self.state
         return self.state
+
+
+def test_on_the_cpu_a_state_is_read_once_a_batch_at_most() -> None:
+    """Where something is done to each batch, for which it may be put back; else not before somebody asks."""
+
+    class Counted(Stateful):
+        n_read = 0
+
+        def state_dict(self) -> dict[str, int]:
+            self.n_read += 1
+            return super().state_dict()
+
+    def n_read(**options: Any) -> int:
+        loader = Counted()
+        assert list(DeviceLoader(loader, "cpu", **options)) == [*range(1, 11)]
+        return loader.n_read
+
+    assert n_read() == 0
+    assert n_read(transform=lambda batch: batch) <= 12
+
+
+class Heavy:
+    """An object that moves itself, if there is room."""
+
+    room = True
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def to(self, _: torch.device) -> "Heavy":
+        """Move, or find no room."""
+        if not self.room:
+            raise torch.OutOfMemoryError
+        return self
+
+
+def test_a_batch_that_found_no_room_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other accelerators than CUDA, once there is room; the state is that before it until then."""
+    loader = Stateful()
+    source = map(Heavy, iter(loader))
+    feed = InlineFeed(source, torch.device("meta"), Tally(), loader.state_dict)
+    epoch: Epoch[Heavy] = Epoch(feed, None, owner=None)
+    assert next(epoch).number == 1
+    monkeypatch.setattr(Heavy, "room", False)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            next(epoch)
+        assert feed.state == {"n_made": 1}
+    monkeypatch.setattr(Heavy, "room", True)
+    assert [next(epoch).number, feed.state["n_made"]] == [2, 2]
+    assert [batch.number for batch in epoch] == [*range(3, 11)]
 
 
 def test_state_follows_delivery_not_loading() -> None:

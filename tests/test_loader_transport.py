@@ -1,7 +1,7 @@
 """The transport as a whole, on a device of the imagination that lags: every byte of every batch arrives."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -198,6 +198,42 @@ def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor
     for leaf, should_be in zip(to_device.deliver(parcel), expected, strict=True):
         assert (leaf.dtype, leaf.shape) == (should_be.dtype, should_be.shape)
         assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("unusual", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_a_batch_with_tensors_that_have_no_storage_can_be_brought_back(
+    unusual: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Sparse ones, which have not been moved by then: the others go back to the host."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        parcel = to_device.send([torch.arange(10), unusual(torch.eye(3))], to_device.blank())
+        to_device.evict(parcel)
+        assert parcel.blank is None
+        assert parcel.batch[0].tolist() == [*range(10)]
+        assert torch.equal(parcel.batch[1].to_dense(), torch.eye(3))
+
+
+class Named(NamedTuple):
+    """What a loader yields beside a tensor."""
+
+    ids: Any
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [Named, lambda ids: (1, ids), lambda ids: [Named((ids,))], lambda ids: {3: ids}],
+)
+def test_arrays_beside_tensors_are_kept_from_the_loader(beside: Callable[[Any], Any]) -> None:
+    """Whatever holds them: it may write over them before the batch is handed out."""
+    numpy = pytest.importorskip("numpy")
+    ids = numpy.zeros(2)
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        parcel = to_device.send((torch.zeros(3), beside(ids)), None)
+        ids.fill(7)
+        _, found = to_device.deliver(parcel)
+    assert repr(found) == repr(beside(numpy.zeros(2)))
+    assert type(found) is type(beside(ids))
 
 
 def test_memory_of_workers_goes_back_once_a_batch_is_settled() -> None:

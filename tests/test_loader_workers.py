@@ -4,6 +4,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -385,6 +387,20 @@ def test_garbage_is_left_alone_in_workers() -> None:
     finally:
         gc.enable()
         Collecting.found.clear()
+
+
+def test_what_was_frozen_before_the_import_stays_frozen() -> None:
+    """Only what Python itself freezes as it starts is taken for nobody's."""
+    script = """
+import gc
+import torch
+gc.freeze()
+n_frozen = gc.get_freeze_count()
+from torchfast import DeviceLoader
+assert len(list(DeviceLoader(torch.utils.data.DataLoader(range(3), num_workers=1), "cpu"))) == 3
+assert gc.get_freeze_count() > n_frozen / 2 > 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_what_the_user_froze_stays_frozen(quick_collections: None) -> None:  # noqa: ARG001 - it freezes

@@ -237,12 +237,12 @@ def _tuple(part: Any, changing: list[tuple[Any, Part]]) -> Rebuild:
         items = list(part)
         for index, child in changing:
             items[index] = _rebuilt(child, new)
-        return tuple(items) if type(part) is tuple else _like(part, items)
+        return tuple(items) if type(part) is tuple else like(part, items)
 
     return rebuild_tuple
 
 
-def _like(part: Any, items: list[Any]) -> Any:
+def like(part: Any, items: list[Any], /) -> Any:
     """Return a tuple of the same kind, with the same attributes."""
     kind = type(part)
     try:

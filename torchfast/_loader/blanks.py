@@ -1,7 +1,7 @@
 """Device memory set aside for batches to come.
 
-It is allocated in the consumer's thread and on its stream, before the batch is there: by the layout of the
-recent ones.
+It is allocated on the consumer's stream, and in its thread, before the batch is there: by the layout of the
+recent ones. For the first, and for what does not fit, that is done in the copying thread.
 """
 
 from collections import deque
@@ -51,7 +51,7 @@ class Blanks:
         rested = self._resting.popleft() if len(self._resting) > 2 else None
         if rested is None or not rested.buffers:
             return None
-        # A batch that does not fit drops it unused: nobody must then be given memory still to be poisoned.
+        # A batch that does not fit drops it unused: who gets it next must not get it before it is poisoned.
         rested.stream.wait_event(rested.gate)
         return rested
 

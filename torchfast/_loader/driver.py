@@ -49,7 +49,7 @@ class BatchedCopy:
         self, targets: Sequence[int], sources: Sequence[int], sizes_bytes: Sequence[int], stream: int
     ) -> bool:
         """Enqueue copies between addresses on a stream, in any order; say whether the driver took them."""
-        if 0 in sources:  # a tensor without memory, whose zeros only PyTorch knows of
+        if 0 in sources:  # a tensor without memory: PyTorch knows what that is
             return False
         numbers = array("Q", [*sources, *targets, *sizes_bytes])  # the three lists, one behind the other
         first, _ = numbers.buffer_info()

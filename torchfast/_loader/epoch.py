@@ -1,11 +1,12 @@
 """One pass over the loader, and the simple way to feed it: batch by batch, in the caller's thread."""
 
 import atexit
+import contextlib
 import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -173,14 +174,16 @@ def to_close_at_exit() -> WeakSet[Closable]:
     multiprocessing's own: the thread must be out of the loader before that ends the workers.
     """
     open_ones: WeakSet[Closable] = WeakSet()
-
-    def close_all() -> None:
-        exiting.set()
-        for one in list(open_ones):
-            one.close()
-
-    atexit.register(close_all)
+    atexit.register(close_all, open_ones)
     return open_ones
+
+
+def close_all(open_ones: Iterable[Closable], /) -> None:
+    """Close them as the interpreter ends, each whatever becomes of the others."""
+    exiting.set()
+    with contextlib.ExitStack() as stack:
+        for one in list(open_ones):
+            stack.callback(one.close)
 
 
 def uncopyable(what: str, why: str) -> TypeError:
@@ -213,13 +216,34 @@ class InlineFeed:
         self._tally = tally
         self._device = device
         self._is_closed = False
-        self._state_put_back: Any = None
+        self._state: Any = None
+        """The loader's, where it was read since the last batch, or put back."""
+        self._waiting: list[Any] = []
+        """A batch for which there was no room."""
 
     def take(self) -> Any:
-        """Return the next batch, on the device."""
+        """Return the next batch, on the device: where there was no room for one, that."""
+        # Once a batch is loaded it is too late; and on the CPU reading it for each would be for nothing.
+        state = None if self._device.type == "cpu" else self.state
         began_s = time.perf_counter()
         try:
-            batch = next(self._source)
+            batch = self._waiting.pop() if self._waiting else self._loaded()
+        finally:
+            self._state = None
+        waited_s = time.perf_counter() - began_s
+        self._tally.load_s += waited_s
+        leaves, structure = flatten(batch)
+        try:
+            moved = structure.rebuild([leaf.to(self._device) for leaf in leaves])
+        except torch.OutOfMemoryError:
+            self._waiting, self._state = [batch], state
+            raise
+        self._tally.taken(waited_s)
+        return moved
+
+    def _loaded(self) -> Any:
+        try:
+            return next(self._source)
         except StopIteration:
             if self._is_closed:  # by another thread: this is not the end
                 raise closed_error() from None
@@ -228,29 +252,25 @@ class InlineFeed:
             if has_dead_worker(self._source):
                 self._source = iter(())
             raise
-        finally:
-            self._state_put_back = None
-        waited_s = time.perf_counter() - began_s
-        self._tally.load_s += waited_s
-        self._tally.taken(waited_s)
-        leaves, structure = flatten(batch)
-        return structure.rebuild([leaf.to(self._device) for leaf in leaves])
 
     goes_on = False
 
     @property
     def state(self) -> Any:
         """The loader's state: nothing is loaded ahead, but a transform may be given its last batch again."""
-        return self._snapshot() if self._state_put_back is None else self._state_put_back
+        if self._state is None:
+            self._state = self._snapshot()
+        return self._state
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._state_put_back = state
+        self._state = state
 
     def close(self) -> None:
         """Let go of the loader's iterator, and so of its workers."""
         self._is_closed = True  # first: another thread may be asking for a batch
         self._source = iter(())
+        self._waiting.clear()
 
     abandon = close
 

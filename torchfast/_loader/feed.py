@@ -159,7 +159,7 @@ class ThreadedFeed:
             raise epoch.closed_error() from None
 
     def _pass_on(self, arrival: Arrival) -> None:
-        """Let the first leave the line. From here to the loop nothing looks for signals, as calls in C do."""
+        """Let the first leave the line. No call comes between here and the loop, so no interrupt does."""
         ready = self._work.ready
         self._work.n_owed += 1
         if arrival.state is not None:
@@ -217,14 +217,16 @@ class ThreadedFeed:
             has_waited = self._wait_for_thread(patience_s)
         finally:
             # Also where an interrupt ended the waiting: the thread then ends later.
-            self._transport.fence()
-            self._work.ready.clear()
-            self._work.here.clear()
-            self._work.loaded.clear()
-            self._work.permits.let_go()
-            self._tell_to_stop()
-            # For a take() that another thread waits in.
-            self._work.arrive(Arrival(error=epoch.closed_error()))
+            try:
+                self._transport.fence()
+            finally:  # a device that failed has no more to write
+                self._work.ready.clear()
+                self._work.here.clear()
+                self._work.loaded.clear()
+                self._work.permits.let_go()
+                self._tell_to_stop()
+                # For a take() that another thread waits in.
+                self._work.arrive(Arrival(error=epoch.closed_error()))
         self._is_closed = has_waited
 
     def __del__(self) -> None:
@@ -238,7 +240,7 @@ class ThreadedFeed:
         self._work.permits.hurry()
 
     def _wait_for_thread(self, patience_s: float | None) -> bool:
-        """Say whether that could be done: not in a thread for which that one may wait itself."""
+        """Wait for the thread to leave; False if it has not, or may be waiting for the calling one itself."""
         if self._thread.ident is None:
             return True
         if self._thread.ident in served_threads():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchfast._tree import Leaf
+from torchfast._tree import Leaf, like
 
 _PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -66,9 +66,11 @@ class Keeper:
         kind = type(part)
         if kind in self._flat:
             return part.copy()
-        if kind in (list, tuple):
-            items = kind(map(self, part))
-            return part if kind is tuple and all(map(operator.is_, items, part)) else items
+        if kind is list:
+            return [*map(self, part)]
+        if isinstance(part, tuple):
+            items = [*map(self, part)]
+            return part if all(map(operator.is_, items, part)) else like(part, items)
         if kind in (dict, OrderedDict, defaultdict):
             twin = part.copy()
             twin.update({key: self(value) for key, value in part.items()})

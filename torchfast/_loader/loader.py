@@ -46,7 +46,7 @@ class DeviceLoader(Generic[T]):
     waits for the last use of the memory it goes to, and the consumer's stream waits for the copy, so no
     batch is ever overwritten or seen half-copied, however far the host runs ahead; batches that are kept
     stay intact. Device memory is `depth + 2` batches, for any number of epochs. On the CPU batches pass
-    through as the loader makes them: one that it writes over, or that is changed in place, is so as bare.
+    through as the loader makes them: one that it writes over is overwritten, as without a `DeviceLoader`.
 
     Order, length, errors, early `break`, persistent workers: as if the loader were used bare. A batch is any
     nesting of dicts, lists, tuples, dataclasses and mappings; what is no tensor passes through.
@@ -223,7 +223,7 @@ class DeviceLoader(Generic[T]):
 
     def __iter__(self) -> Epoch[T]:
         """Begin a pass: the loader's own iterator is made here and now, in the caller's thread."""
-        other = wrapped.last_user(self.loader, self)
+        other = wrapped.replace_user(self.loader, self)
         if other is not None:  # its workers are ours now
             other._close_last_pass(stacklevel=4)
             other.close()

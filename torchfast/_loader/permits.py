@@ -86,7 +86,7 @@ class Permits:
     def _pause_s(self) -> float:
         """Return how long the thread may sleep: to the middle of a step, less what it needs more time for.
 
-        Of the next if nothing was laid down in this one; not at all if it is behind by more than one.
+        Of the next step, if nothing was laid down in this one; not at all where two permits lie there.
         """
         if len(self._lying) > 1:
             return 0.0

@@ -112,7 +112,7 @@ class Plan:
         layouts = {index: arrival(leaf) for index, leaf in enumerate(leaves) if is_plain(leaf)}
         small = [index for index, layout in layouts.items() if layout.n_bytes < PACK_BELOW_BYTES]
         straight = [i for i in small if layouts[i].n_bytes >= STAGE_BELOW_BYTES and _is_dense(leaves[i])]
-        staged = [index for index in small if index not in set(straight)]
+        staged = sorted(set(small).difference(straight))
         self.groups: list[Group] = []
         """The leaves that are packed, in the order in which they lie."""
         self.large = [index for index, layout in layouts.items() if layout.n_bytes >= PACK_BELOW_BYTES]
@@ -126,7 +126,7 @@ class Plan:
         """How many leaves move by their own `.to`, once they are asked for."""
         self.n_bytes = sum(layout.n_bytes for layout in layouts.values())
         self.is_small = not self.n_late and 0 < self.n_leaves <= LATE_LEAVES and self.n_bytes <= LATE_BYTES
-        """Whether the batch may be copied as late as those: then as a whole."""
+        """Whether the batch may be copied as it is handed out, as a whole, instead of ahead."""
         packed_bytes = self._pack(staged, layouts, 0, may_go_straight=False)
         packed_bytes = self._pack(straight, layouts, packed_bytes, may_go_straight=True)
         rows = self.groups[0].rows if len(self.groups) == 1 else None

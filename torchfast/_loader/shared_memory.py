@@ -71,11 +71,11 @@ class Dropper:
         taken, self._taken = self._taken, []
         if not taken:
             return
-        is_left = self._to_drop.empty()
-        if self._n_running == 0 or (not is_left and self._n_running < MAX_DROPPERS):
-            is_left = start_unwaited(_drop, self._to_drop)
-            self._n_running += is_left
-        while taken and is_left:
+        goes_to_threads = self._to_drop.empty()
+        if self._n_running == 0 or (not goes_to_threads and self._n_running < MAX_DROPPERS):
+            goes_to_threads = start_unwaited(_drop, self._to_drop)
+            self._n_running += goes_to_threads
+        while taken and goes_to_threads:
             self._to_drop.put(taken.pop())
 
     def close(self) -> None:

@@ -141,7 +141,7 @@ class Moment(NamedTuple):
 
 
 class Tally:
-    """What one pass counts as it goes; the loop's thread and the copying thread write to different fields."""
+    """What one pass counts as it goes; the loop's thread and the copying thread never write at one time."""
 
     def __init__(self) -> None:
         self.n_batches = 0
@@ -158,6 +158,8 @@ class Tally:
         self._first_there: torch.cuda.Event | None = None
         self._began_s = 0.0
         self._before_first = (0.0, 0.0)
+        self._at_end: tuple[float, float] | None = None
+        """What was loaded and staged by the end, if that has come."""
         self.idle_events: list[torch.cuda.Event] = []
         """Events that were read, to be recorded again: making one takes as long as recording two."""
 
@@ -175,9 +177,14 @@ class Tally:
             self._elapsed_s = now_s - self._began_s
             self._stall_s = self.wait_s
 
+    def end(self) -> None:
+        """Count no more loading and staging: what the thread does from now on is for the next pass."""
+        self._at_end = self._at_end or (self.load_s, self.stage_s)  # it may end that, too, before it is begun
+
     def note(self, moment: Moment) -> None:
         """Remember a batch's events, to be read once the device has passed them."""
-        self._n_read = self._n_read or 0
+        if self._n_read is None:
+            self._n_read = 0
         self._moments.append(moment)
 
     def read_in_turn(self) -> None:
@@ -185,21 +192,30 @@ class Tally:
         if len(self._moments) >= READ_EVERY:
             self.read()
 
-    def read(self) -> None:
-        """Read the events that the device has passed, without waiting for any."""
-        with self._reading:
+    def read(self, *, patience_s: float = 0.0) -> None:
+        """Read the events that the device has passed, without waiting for any.
+
+        Who reads them already is waited for with patience at most: the collector may run in its midst, and
+        end a pass, which waits for the thread that asks here.
+        """
+        if not self._reading.acquire(timeout=patience_s):
+            return
+        try:
             while self._moments and self._moments[0].there.query():
                 self._add(self._moments.popleft())
+        finally:
+            self._reading.release()
 
     def stats(self) -> LoaderStats:
         """Make a record of what is known by now, without waiting for the device."""
-        self.read()
+        self.read(patience_s=1.0)
+        load_s, stage_s = self._at_end or (self.load_s, self.stage_s)
         return LoaderStats(
             n_batches=self.n_batches if self._n_read is None else self._n_read,
             n_bytes=self.n_bytes,
             elapsed_s=self._elapsed_s,
-            load_s=self.load_s - self._before_first[0],
-            stage_s=self.stage_s - self._before_first[1],
+            load_s=load_s - self._before_first[0],
+            stage_s=stage_s - self._before_first[1],
             copy_s=self._copy_s,
             stall_s=self._stall_s,
             stall_copy_s=self._stall_copy_s,

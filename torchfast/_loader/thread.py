@@ -111,14 +111,15 @@ class Work:
         finally:
             self.entered.set()
             try:
-                self.transport.leave_thread()
-                if self.stopped:
-                    # By somebody who did not wait: what was sent since has nobody to wait for it.
-                    self.transport.fence()
-                    self._let_go_of_parcels()
                 self.loaded.clear()
                 self._spare.clear()
                 del self.source
+                self.transport.leave_thread()
+                if self.stopped:
+                    # By somebody who did not wait: what was sent since has nobody to wait for it.
+                    with contextlib.suppress(RuntimeError):  # a device that failed says so to the consumer
+                        self.transport.fence()
+                    self._let_go_of_parcels()
             finally:
                 del _at_work[threading.get_ident()]
                 self.left.set()
@@ -183,7 +184,7 @@ class Work:
                     batch_and_permit = [batch, permit]
                     del batch, permit
                     return self._send(batch_and_permit, state)
-            # In C, of both at once: the consumer, which sends the batch, moves it from one to the other.
+            # One call in C sees both: in between, the consumer could move the batch from one to the other.
             if not any((self.loaded, self.here)):
                 return True
             permit = self._next_permit()
@@ -193,10 +194,12 @@ class Work:
         # Empty passes need no permits: over a loader that is used up there would be no end of them.
         begin_again = None if self._is_empty else self.begin_again
         self._is_empty = True
+        self.tally.end()
         self.arrive(Arrival(is_end=True, goes_on=begin_again is not None, state=self.snapshot()))
         if begin_again is None:
             return False
-        self.source = begin_again()
+        with self.modes.around():
+            self.source = begin_again()
         return True
 
     def _send(self, batch_and_permit: list[Any], state: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Three rules keep every batch whole, whatever the host and the GPU are doing:
 
-1. Memory is allocated *on the consumer's stream*, in the consumer's thread, and an event (the gate) is
+1. Memory is allocated *on the consumer's stream*, mostly in the consumer's thread, and an event (the gate) is
    recorded there at once. Whatever used that memory before was enqueued earlier, so the copy stream, which
    waits for the gate, cannot overwrite anything that is still to be read.
 2. The copy records an event, and the consumer's stream waits for it before the batch is handed out.
@@ -189,8 +189,8 @@ class CudaTransport:
         ours = {buffer.untyped_storage().data_ptr() for buffer in parcel.blank.buffers}
 
         def to_host(leaf: Any) -> Any:
-            is_ours = type(leaf) is torch.Tensor and leaf.untyped_storage().data_ptr() in ours
-            return leaf.cpu() if is_ours else leaf
+            has_storage = type(leaf) is torch.Tensor and leaf.layout is torch.strided  # sparse ones have none
+            return leaf.cpu() if has_storage and leaf.untyped_storage().data_ptr() in ours else leaf
 
         parcel.batch = _map_leaves(to_host, parcel.batch)
         parcel.blank, parcel.spans, parcel.ready, parcel.has_late = None, [], [], True

@@ -5,7 +5,7 @@ more than the work would, unless the device is behind anyway. Whether it is cann
 the time from batch to batch decides.
 
 In the loop's turn it sends batches of many tensors itself, and copies small ones as they are handed out; in
-the thread's turn all are sent ahead by that.
+the thread's turn the thread sends all of them ahead.
 """
 
 import itertools

@@ -115,8 +115,8 @@ def _iterates_as_pytorch(loader: object) -> TypeGuard[DataLoader[Any]]:
     return kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
 
 
-_FROZEN_BY_PYTHON = gc.get_freeze_count()
-"""Python 3.12 freezes some objects of its own as it starts."""
+_FROZEN_BY_PYTHON = min(gc.get_freeze_count(), 1000)
+"""Python 3.12 freezes some objects of its own as it starts, 375 of them; more were frozen by somebody."""
 
 
 def begun(loader: Iterable[Any]) -> Iterator[Any]:
@@ -149,8 +149,8 @@ def default_workers(dataset: object) -> int:
 _users: "WeakKeyDictionary[object, weakref.ref[Any]]" = WeakKeyDictionary()
 
 
-def last_user(loader: object, user: T, /) -> T | None:
-    """Return who else used the workers of a loader last, if these stay; from now on that is `user`."""
+def replace_user(loader: object, user: T, /) -> T | None:
+    """Make `user` the one that uses a loader's workers, if these stay; return who was, if another."""
     if not (isinstance(loader, DataLoader) and getattr(loader, "persistent_workers", False)):
         return None
     last = _users.get(loader, lambda: None)()
