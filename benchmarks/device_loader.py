@@ -128,8 +128,11 @@ def small(n_samples: int) -> Iterator[dict[str, Any]]:
 
 
 RATIOS = (0.25, 0.5, 1, 2, 4, 16)
-WORKER_RATIOS = (0.25, 0.5, 1, 2, 4)
-"""Of compute to loading, which takes longer than copying: 16 times that is 20 ms, under which all hides."""
+PASSES = {0.25: 48, 0.5: 48, 1: 48, 2: 48, 4: 24}
+"""Batches of a pass over workers, by the ratio of compute to loading, which takes longer than copying: 16
+times that is 20 ms, under which all hides."""
+PASSES_OF_MANY = {0.25: 14, 1: 14}
+"""Those of 512 tensors, each batch of which takes the peers 0.15 s."""
 SWEPT = [
     name
     for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "SPDL", "torchfast")
@@ -159,14 +162,15 @@ LOADING_CELL_S = 2.0
 
 def worker_sweep(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with workers, which is what most steps wait for, at ratios of compute to loading."""
-    for n_leaves, pin_memory in itertools.product((1, 8), (True, False)):
+    for n_leaves, pin_memory in itertools.product((1, 8, 512), (True, False)):
+        passes = PASSES_OF_MANY if n_leaves == 512 else PASSES
         of_batches = {
             n_batches: ByWorkers(Made(n_batches, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)
-            for n_batches in (48, 24)
+            for n_batches in set(passes.values())
         }
-        load_ms = of_batches[48].load_ms(1)
-        for consumer, ratio in itertools.product(CONSUMERS, WORKER_RATIOS):
-            by = of_batches[48 if ratio < 4 else 24]
+        load_ms = of_batches[max(of_batches)].load_ms(1)
+        for consumer, (ratio, n_batches) in itertools.product(CONSUMERS, passes.items()):
+            by = of_batches[n_batches]
             step = CONSUMERS[consumer](products(ratio * load_ms))
             source = f"8 workers, {'pinned' if pin_memory else 'pageable'}"
             what = {"ratio": ratio, "n_leaves": n_leaves, "source": source, "consumer": consumer}
@@ -225,9 +229,11 @@ class Made(Dataset[peers.Batch]):
         return self.n_batches
 
     def __getitem__(self, index: int) -> peers.Batch:
-        """Make a batch, with as many images in each tensor."""
+        """Make a batch, with as many images, or numbers of them, in each tensor."""
         time.sleep(self.make_s * (5 if self.is_jittered and index % 10 == 7 else 1))
-        shape = (self.n_images // self.n_leaves, 3, 224, 224)
+        shape: tuple[int, ...] = (self.n_images // self.n_leaves, 3, 224, 224)
+        if self.n_leaves > self.n_images:
+            shape = (self.n_images * 3 * 224 * 224 // self.n_leaves,)
         return [torch.full(shape, index % 256, dtype=self.dtype) for _ in range(self.n_leaves)]
 
 
