@@ -55,6 +55,43 @@ def test_recognised(case: dict[str, Any]) -> None:
     assert (record.kind, record.retryable) == (case["kind"], case["retryable"])
 
 
+FOOTER = """
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be \
+incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+"""What PyTorch adds to each error of CUDA's."""
+
+
+OF_CUDA = [case for case in TEXTS["errors"] + TEXTS["look_alikes"] if "CUDA error" in case["text"]]
+
+
+@pytest.mark.parametrize("case", OF_CUDA, ids=lambda case: case["case"])
+def test_what_pytorch_adds_to_a_text_changes_nothing(case: dict[str, Any]) -> None:
+    """Its advice speaks of device-side assertions, whatever the error was."""
+    found = [
+        classify(make({**case, "text": text}), memory_is_short=lambda: True)
+        for text in (case["text"], case["text"].rstrip("\n") + FOOTER)
+    ]
+    kinds = [record and (record.kind, record.retryable) for record in found]
+    assert kinds[0] == kinds[1]
+
+
+def test_an_error_code_counts_where_it_is_cudas() -> None:
+    """In PyTorch's own type; an error of somebody else may number its own."""
+
+    class NumberedError(RuntimeError):
+        error_code = 2
+
+    assert classify(NumberedError("the printer is on fire"), memory_is_short=lambda: True) is None
+    error = torch.AcceleratorError("something about the driver")
+    error.error_code = 2  # type: ignore[attr-defined]  # of which the stubs do not know
+    record = classify(error, memory_is_short=lambda: True)
+    assert record is not None
+    assert record.kind == "device"
+
+
 @pytest.mark.parametrize("case", TEXTS["look_alikes"], ids=lambda case: case["case"])
 def test_look_alikes_are_not(case: dict[str, Any]) -> None:
     """What only speaks of memory, or breaks the device, is not an out-of-memory error."""

@@ -1,12 +1,12 @@
 """What a failed block held through its frames is let go; all else stays."""
 
 import asyncio
+import contextlib
 import gc
 import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -214,13 +214,29 @@ def test_guard_in_an_exit_stack_clears_what_it_can() -> None:
         run_out(hidden)
 
     def train() -> None:
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             stack.enter_context(oom_guard())
             layer()
 
     with pytest.raises(OutOfMemoryError):
         train()
     assert references[0]() is None
+
+
+@pytest.mark.parametrize("n_variables", range(12))
+def test_guard_in_an_exit_stack_leaves_what_was_bound(n_variables: int) -> None:
+    """The frame in which it was entered has ended: another that takes its address is not taken for it."""
+    lines = [f"    v{number} = batch + {number}" for number in range(n_variables)]
+    body = """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(oom_guard(reraise=False))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return batch
+"""
+    names = {"contextlib": contextlib, "oom_guard": oom_guard, "torch": torch}
+    exec("\n".join(["def f(batch):", *lines, body]), names)  # noqa: S102 - frames of different sizes
+    function: Any = names["f"]
+    assert function(torch.ones(2)) is not None
 
 
 def test_entering_keeps_nothing_alive() -> None:

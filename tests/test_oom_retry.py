@@ -78,6 +78,44 @@ def test_parts_are_weighted_by_tokens() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_a_part_without_tokens_takes_no_part() -> None:
+    """Its mean would be 0 / 0, and a weight of 0 makes no number of its gradients."""
+    samples = torch.randn(4, 4)
+    mask = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+
+    def loss(model: nn.Module, part: Any) -> torch.Tensor:
+        x, valid = part
+        mean: torch.Tensor = (model(x) * valid).sum() / valid.sum()
+        return mean
+
+    model = nn.Linear(4, 1)
+    whole, parts = (
+        steps_of(model, (samples, mask), loss, above=above, tokens=lambda part: part[1].sum())
+        for above in (None, 2)
+    )
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_each_attempt_is_given_the_batch_as_it_was() -> None:
+    """Whatever the last one took out of its containers, as labels are; the first has the user's own."""
+    batch: dict[str, Any] = {"x": torch.randn(8, 4), "more": [torch.ones(8)], "labels": torch.zeros(8).long()}
+    model, given = nn.Linear(4, 3), list[dict[str, Any]]()
+    retry = oom_guard().retry(model=model)
+
+    @retry
+    def step(attempt: Any) -> None:
+        for part, weight in attempt:
+            given.append(part)
+            labels, _ = part.pop("labels"), part["more"].pop()
+            (F.cross_entropy(model(part["x"]), labels) * weight).backward()
+
+    with inject_oom(above=4, times=None):
+        step(batch)
+    assert [part["x"].shape[0] for part in given] == [8, 8, 4, 4]
+    assert given[0] is batch
+    assert given[1] is not batch
+
+
 def test_batch_along_another_dimension() -> None:
     """A batch of shape (time, batch, features) is split along dimension 1 when told so."""
     seen = []
@@ -180,6 +218,53 @@ def test_quiet_guard_ends_the_step_quietly() -> None:
     assert n_attempts == 2
     assert guard.report is not None
     assert "Even one sample" in guard.report.message
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_quiet_guard_does_not_go_on_from_half_a_step(at: int) -> None:
+    """Where the optimizer's step has begun and nothing was copied, there is no way back: that is an error."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    retry = oom_guard(reraise=False).retry(model=model, optimizer=optimizer)
+
+    @retry
+    def step(attempt: Any) -> None:
+        for part, weight in attempt:
+            (model(part).mean() * weight).backward()
+        optimizer.step()
+
+    with inject_oom(at=at, phase="optimizer"), pytest.raises(OutOfMemoryError, match="optimizer"):
+        step(torch.ones(8, 4))
+
+
+def test_a_quiet_block_ends_with_a_step_that_cannot_be_tried_again() -> None:
+    """It is the block that is quiet: the steps behind would begin with what the failed one left."""
+    model, batches, n_begun = nn.Linear(4, 1), [torch.ones(1, 4)] * 3, 0
+    with oom_guard(reraise=False) as guard, inject_oom(times=None):
+        retry = guard.retry(model=model)
+        for batch in guard.steps(batches):
+            n_begun += 1
+            for attempt in retry.attempts(batch):
+                with attempt:
+                    for part, weight in attempt:
+                        (model(part).mean() * weight).backward()
+    assert n_begun == 1
+    assert guard.report is not None
+
+
+def test_copies_of_a_retry_are_no_work_on_what_was_handed_out() -> None:
+    """`inject_oom(above=)` fails the work on a batch, not what the retry does before it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4).eval())
+    guard, sizes = oom_guard(), list[int]()
+    retry = guard.retry(model=model)
+    with guard, inject_oom(above=16, times=None):
+        for batch in guard.steps([torch.ones(64, 4)]):
+            for attempt in retry.attempts(batch):
+                with attempt:
+                    for part, weight in attempt:
+                        (model(part).mean() * weight).backward()
+                        sizes.append(len(part))
+    assert sizes == [16] * 4
 
 
 def test_errors_that_no_retry_helps_are_raised_at_once() -> None:

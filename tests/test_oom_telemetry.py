@@ -1,11 +1,16 @@
 """The batch size that follows from what steps needed."""
 
+from typing import Self
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchfast import inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
+from torchfast._memory import AllocatorStats
+from torchfast._oom import telemetry
 from torchfast._oom.telemetry import Situation, StepLog, round_down, suggest
 
 FULL = Situation(allocated_bytes=15 * GIB, usable_bytes=16 * GIB)
@@ -98,6 +103,59 @@ def test_log_is_bounded() -> None:
     log = log_of(*[(n, 0, n * MIB) for n in range(1, 1000)])
     assert len(log._needs) == 64
     assert log.fit() == pytest.approx((0, MIB))
+
+
+class Register:
+    """A peak that is what was worked on at once."""
+
+    n_samples = 0
+    start = end = AllocatorStats(*[0] * len(AllocatorStats._fields))
+
+    def __init__(self, _: torch.device) -> None:
+        Register.n_samples = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put back."""
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """A KiB for each sample."""
+        return self.n_samples * 1024
+
+
+def test_only_steps_that_were_one_pass_tell_what_a_batch_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak of a try that failed, or of parts, is not that of so many samples."""
+    told = list[tuple[int, int, int]]()
+    monkeypatch.setattr(telemetry, "peak_scope", Register)
+    monkeypatch.setattr(StepLog, "worked", lambda _, *step: told.append(step))
+    model, guard = torch.nn.Linear(4, 1), oom_guard()
+    retry = guard.retry(model=model)
+    with guard, inject_oom(above=16, times=None):
+        for batch in guard.steps([torch.ones(n, 4) for n in (8, 64, 64, 16)]):
+            for attempt in retry.attempts(batch):
+                with attempt:
+                    for part, weight in attempt:
+                        Register.n_samples = max(Register.n_samples, len(part))
+                        (model(part).mean() * weight).backward()
+    assert told == [(n, 0, n * 1024) for n in (8, 16)]
+
+
+def test_steps_of_a_decorated_function_are_known() -> None:
+    """It has the outer guard only, and loops over the steps of that."""
+    guard = oom_guard(reraise=False)
+
+    @guard
+    def train() -> None:
+        for batch in guard.steps([torch.zeros(64, 3)]):
+            small = torch.zeros(7)
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB. {small} {batch}")
+
+    train()
+    assert guard.report is not None
+    assert (guard.report.batch_size, guard.report.batch_size_source) == (64, "steps")
 
 
 def test_steps_on_a_cpu_know_their_size_only() -> None:

@@ -1,13 +1,13 @@
 """The parts of a transaction that need no fault to be shown: the probe of an optimizer's step, the copies."""
 
 import weakref
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
-from torchfast import oom_guard
+from torchfast import inject_oom, oom_guard
 from torchfast._bytes import GIB, MIB
 from torchfast._memory import AllocatorStats, Room
 from torchfast._oom import step_probe
@@ -103,6 +103,46 @@ def test_replaced_buffers_come_back() -> None:
     undo.roll_back()
     assert module.running_mean is mean
     assert mean.tolist() == [0, 0]
+
+
+def test_buffers_that_come_and_go_come_back() -> None:
+    """Such as one that the first step fills; one that is gone by the next step is none of its."""
+    model = Statistics()
+    retry = oom_guard().retry(model=model)
+    found = list[Any]()
+    with inject_oom(phase="backward"):
+        for attempt in retry.attempts(torch.ones(4, 3)):
+            with attempt:
+                for part, weight in attempt:
+                    found.append(model.mean)
+                    (model(part).mean() * weight).backward()
+    assert found == [None, None]
+    model.other = None
+    del model.gone
+    for attempt in retry.attempts(torch.ones(4, 3)):
+        with attempt:
+            for part, weight in attempt:
+                (model(part).mean() * weight).backward()
+
+
+class Statistics(nn.Module):
+    """A layer with a running mean, which its first forward pass makes, and buffers that may be taken away."""
+
+    mean: torch.Tensor | None
+    other: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("mean", None)
+        self.register_buffer("other", torch.zeros(()))
+        self.register_buffer("gone", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Subtract the mean."""
+        mean = x.mean(0)
+        self.mean = mean if self.mean is None else 0.9 * self.mean + 0.1 * mean
+        return torch.as_tensor(self.layer(x - self.mean))
 
 
 @pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)])

@@ -101,7 +101,7 @@ _START = r"(?:^|: |\] )"
 _RULES = (
     # Fatal for the context, or another resource altogether.
     _Rule(r"out of resource: shared memory", None),
-    _Rule(r"device-side assert|illegal memory access|unspecified launch failure", None),
+    _Rule(r"device-side assert triggered|illegal memory access|unspecified launch failure", None),
     # NCCL first: its text quotes CUDA's.
     _Rule(r"(?is)nccl.*(?:out of memory|Failed to CUDA (?:c|m)alloc)", "communicator", retryable=False),
     _Rule(r"Failed to CUDA (?:c|m)alloc", "communicator", retryable=False),
@@ -170,7 +170,7 @@ def _classify_one(error: BaseException, memory_is_short: Callable[[], bool]) -> 
         rule = next((rule for rule in _RULES if re.search(rule.pattern, text)), None)
         if rule is not None:
             return _by_rule(rule, text, memory_is_short)
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == 2:
+        if _says_so(error):
             return _record("device", text)
     if isinstance(error, MemoryError):
         # RMM and CuPy speak of the device through a MemoryError.
@@ -178,6 +178,13 @@ def _classify_one(error: BaseException, memory_is_short: Callable[[], bool]) -> 
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return _record("host", text)
     return None
+
+
+def _says_so(error: RuntimeError) -> bool:
+    """Say whether the type is enough: PyTorch's own, or cudaErrorMemoryAllocation."""
+    if isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == 2
+    return isinstance(error, torch.OutOfMemoryError) and not isinstance(error, MemoryError)
 
 
 def _by_rule(rule: _Rule, text: str, memory_is_short: Callable[[], bool]) -> OutOfMemoryRecord | None:

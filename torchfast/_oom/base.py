@@ -291,13 +291,15 @@ class Guard:
 
     def _per_call(self) -> Self:
         """Return a guard of the same options for one call: a decorated function may run in many threads."""
-        return type(self)(
+        guard = type(self)(
             self._batch_size,
             self._batch_dim,
             self._monitor,
             self._asked_device,
             keep_frames=self._keep_frames,
         )
+        guard._log = self._log  # the function knows the outer guard only, and loops over its `steps`
+        return guard
 
 
 class Steps(Generic[T]):

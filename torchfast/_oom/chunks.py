@@ -16,17 +16,22 @@ def chunked(retry: "OOMRetry", function: Callable[..., Any], dim: int) -> Callab
     """Return the function, working on its batch in chunks where the whole does not fit."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        for attempt in retry.attempts((args, kwargs)):
-            with attempt:
-                gathered = Gathered(attempt.n_samples, refusal=_refusal, dim=dim)
-                for chunk, share in attempt:
-                    output = function(*chunk[0], **chunk[1])
-                    if share == 1.0:
-                        return output
-                    gathered.add(output, round(attempt.n_samples * share))
-                    del output
-                return gathered.whole()
-        return None  # a quiet guard gave up
+        gathered: Gathered | None = None
+        try:
+            for attempt in retry.attempts((args, kwargs)):
+                with attempt:
+                    gathered = Gathered(attempt.n_samples, refusal=_refusal, dim=dim)
+                    for chunk, share in attempt:
+                        output = function(*chunk[0], **chunk[1])
+                        if share == 1.0:
+                            return output
+                        gathered.add(output, round(attempt.n_samples * share))
+                        del output
+                    return gathered.whole()
+            return None  # a quiet guard gave up
+        finally:
+            gathered = None
+            del args, kwargs  # an error keeps this frame
 
     named = function.forward if isinstance(function, torch.nn.Module) else function
     return functools.wraps(named)(run)

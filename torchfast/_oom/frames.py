@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, TracebackType
+from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Bound(NamedTuple):
     names: tuple[str, ...] | None  # those that the block may bind; None: any
     values: dict[str, object]  # name: a weak reference to a tensor, else the id
     handled_id: int  # of the exception that was being handled by then: every later one has it as its context
+    code: CodeType | None = None  # the id of a frame that has ended, as an `ExitStack`'s has, is used again
 
 
 def bound_in(frame: FrameType, /) -> Bound:
@@ -61,7 +62,7 @@ def bound_in(frame: FrameType, /) -> Bound:
         if not _WRITES_THROUGH:
             _drop_snapshot(frame, variables)
     # Past the Python function that makes a named tuple, which costs as much again.
-    return _make_tuple(Bound, (id(frame), names, values, id(_exception())))
+    return _make_tuple(Bound, (id(frame), names, values, id(_exception()), code))
 
 
 def let_go(error: BaseException, bound: Bound | None, /) -> None:
@@ -82,7 +83,7 @@ def let_go(error: BaseException, bound: Bound | None, /) -> None:
             _drop_snapshot(frame, variables)
     if bound is not None:
         for frame in _frames(error.__traceback__):
-            if id(frame) == bound.frame_id:
+            if id(frame) == bound.frame_id and frame.f_code is bound.code:
                 _unbind(frame, bound)
                 break
 

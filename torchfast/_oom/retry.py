@@ -102,7 +102,8 @@ class OOMRetry:
             self._transaction.end()
 
     def _attempts(self, batch: T) -> "Iterator[OOMAttempt[T]]":
-        leaves = flatten(batch)[0]
+        leaves, structure = flatten(batch)
+        apart = structure.rebuild(leaves)  # as a step may take things out of the batch, such as labels
         n_samples = _batch.common_size(leaves, self._guard._batch_dim) or 1
         size = self._sizes.of(n_samples)
         may_repeat = not self._sizes.is_trial(size)  # a size on trial that fails was simply too large
@@ -110,7 +111,9 @@ class OOMRetry:
         if not self._begins(leaves, size):
             return
         while True:
-            attempt = OOMAttempt(self, batch, n_samples, number, may_repeat=may_repeat)
+            offered = batch if number == 1 else flatten(apart)[1].rebuild(leaves)
+            attempt = OOMAttempt(self, offered, n_samples, number, may_repeat=may_repeat)
+            del offered
             yield attempt
             if attempt.outcome is None:
                 raise RuntimeError(
@@ -127,6 +130,7 @@ class OOMRetry:
     def _begins(self, leaves: Sequence[Any], size: int) -> bool:
         """Note where the step begins; False where a quiet guard gives up, as that takes memory too."""
         handled_id = id(sys.exception())
+        work.now.n_samples = None  # copies are no work on what `guard.steps` has handed out
         try:
             self._transaction.begin(leaves)
         except Exception as error:
@@ -140,7 +144,7 @@ class OOMRetry:
                 self._ranks.end()
             if report is None:
                 raise
-            if not self._guard._is_quiet:
+            if not self._ends_quietly:
                 raise error_of(report) from error
             return False
         return True
@@ -166,12 +170,20 @@ class OOMRetry:
         @functools.wraps(step)
         def run(batch: Any) -> R | None:
             results: list[R] = []  # empty where a quiet guard gave up
-            for attempt in self.attempts(batch):
-                with attempt:
-                    results.append(step(attempt))
-            return results.pop() if results else None
+            try:
+                for attempt in self.attempts(batch):
+                    with attempt:
+                        results.append(step(attempt))
+                return results.pop() if results else None
+            finally:
+                del batch  # an error keeps this frame
 
         return run
+
+    @property
+    def _ends_quietly(self) -> bool:
+        """Whether a step just ends; where the guard has a block, it is that which ends, quietly or not."""
+        return self._guard._is_quiet and not self._guard._bound
 
     def _explained(
         self, error: BaseException | None, bound: frames.Bound, size: int
@@ -279,13 +291,18 @@ class OOMAttempt(Generic[T]):
     def _parts(self) -> Iterator[Part[T]]:
         if self.size >= self.n_samples:
             return iter([Part(self._whole[0], 1.0)])
+        self._retry._guard._log.is_plain = False
         self._retry._warn_of_parts(self.size)
         dim, tokens = self._retry._guard._batch_dim, self._retry._tokens
         lengths = _batch.lengths_of(self.n_samples, self.size, uneven=self._retry._uneven)
         parts = _batch.cut(self._whole[0], lengths, dim=dim)
         counts = [float(tokens(part) if tokens else n) for part, n in zip(parts, lengths, strict=True)]
         total = sum(counts) or 1.0
-        return (Part(part, count / total) for part, count in zip(parts, counts, strict=True))
+        # Of a part without a valid token the mean is 0 / 0, and so are its gradients, whatever the weight.
+        some = any(counts)
+        return (
+            Part(part, count / total) for part, count in zip(parts, counts, strict=True) if count or not some
+        )
 
     def __enter__(self) -> Self:
         retry = self._retry
@@ -312,8 +329,11 @@ class OOMAttempt(Generic[T]):
             can_roll_back=retry._transaction.can_roll_back,
             thrashes=own == Outcome.DONE and retry._thrashes(),
         )
-        if self.outcome == Outcome.DONE:
+        if self.outcome != Outcome.DONE:
+            retry._guard._log.is_plain = False
+        if self.outcome != Outcome.AGAIN:
             self._whole.clear()
+        if self.outcome == Outcome.DONE:
             retry._worked(self.n_samples, self.size, thrashes=thrashes)
             return False
         if self.outcome == Outcome.ERROR:
@@ -349,8 +369,11 @@ class OOMAttempt(Generic[T]):
                 "another rank ran out of memory in this step and it could not be tried again: see its output."
             ) from None
         report = self._retry._guard._amend(report, reason)
-        if self._retry._guard._is_quiet or isinstance(error, OutOfMemoryError):
-            return self._retry._guard._is_quiet
+        # Half of an optimizer's step is done, where there is no way back: nothing must go on from there.
+        if self._retry._ends_quietly and self._retry._transaction.can_roll_back:
+            return True
+        if isinstance(error, OutOfMemoryError):
+            return False
         raise error_of(report) from error
 
 

@@ -62,6 +62,8 @@ class StepLog:
         self.start: AllocatorStats | None = None
         self.first_start_bytes: int | None = None
         self.n_steps = 0
+        self.is_plain = True
+        """Whether the step was one pass over its batch: else its peak is not that of so many samples."""
         self.thrash = Thrash()
         self._needs: dict[int, tuple[int, int]] = {}  # batch size: base and peak, the largest of each
 
@@ -113,6 +115,7 @@ class _Step(AbstractContextManager["_Step", None]):
         self._scope.__enter__()
         log.batch_size, log.start = self._n_samples, self._scope.start
         work.now.n_samples = self._n_samples
+        log.is_plain = True
         log.n_steps += 1
         if log.n_steps == 2 and log.start is not None:  # the first step makes the optimizer's state
             log.first_start_bytes = log.start.allocated_bytes
@@ -122,7 +125,8 @@ class _Step(AbstractContextManager["_Step", None]):
         self._scope.__exit__(None, None, None)
         work.now.n_samples = None
         peak, start = self._scope.peak_allocated_bytes, self._scope.start
-        if error is None and peak is not None and start is not None and self._n_samples:
+        is_known = error is None and self._log.is_plain
+        if is_known and peak is not None and start is not None and self._n_samples:
             self._log.worked(self._n_samples, start.allocated_bytes, peak)
         if self._scope.end is not None:
             self._log.thrash.has_risen(self._scope.end.n_alloc_retries, self._device)

@@ -46,7 +46,7 @@ class Transaction:
     def __init__(self, subjects: Subjects, *, copy: bool) -> None:
         self._subjects, self._copy = subjects, copy
         modules = list(dict.fromkeys(m for root in subjects.modules for m in root.modules()))
-        slots = [(m._buffers, name) for m in modules for name, b in m._buffers.items() if b is not None]
+        slots = [(m._buffers, name) for m in modules for name in m._buffers]
         self._owners: list[dict[str, Any]] = [owner for owner, _ in slots]
         self._names = [name for _, name in slots]
         in_modules = (p for m in modules for p in m._parameters.values() if p is not None)
@@ -65,8 +65,8 @@ class Transaction:
         self._has_step_begun = False
         for probe in self._probes:
             probe.seen = None
-        self._buffers = list(map(operator.getitem, self._owners, self._names))
-        self._buffer_copies.take(self._buffers)
+        self._buffers = list(map(dict.get, self._owners, self._names))
+        self._buffer_copies.take([buffer for buffer in self._buffers if buffer is not None])
         self._random.note()
         self._scaler = _scaler_state(self._subjects.scaler)
         self._with_gradients = [*self._parameters, *filter(_is_leaf, inputs)]
@@ -112,7 +112,8 @@ class Transaction:
         for parameter, before in zip(self._with_gradients, self._gradients, strict=True):
             parameter.grad = None if before is None else before[0].copy_(before[1])
         for owner, name, buffer in zip(self._owners, self._names, self._buffers, strict=True):
-            owner[name] = buffer
+            if buffer is not None or name in owner:
+                owner[name] = buffer
         self._buffer_copies.put_back()
         for optimizer, state in zip(self._subjects.optimizers, self._optimizers, strict=True):
             state.restore(optimizer)
