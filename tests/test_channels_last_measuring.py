@@ -175,3 +175,38 @@ def test_switched_off_nothing_is_measured(reports: list[LayoutReport]) -> None:
     to_channels_last(nn.Sequential(first), sample=SAMPLE, enabled=False, report=reports.append)
     assert first.weight.is_contiguous()
     assert reports[0].plain_ms is None
+
+
+class Drifting(nn.Module):
+    """Changes all that a forward pass may: tensors in place, tensors for others, and its batch."""
+
+    mean: torch.Tensor
+    last: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.book = nn.Parameter(torch.ones(8), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve, and leave traces."""
+        x.detach().sub_(1)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        self.last = x.detach()
+        self.book.mul_(0.5)
+        seen: torch.Tensor = self.conv(x) * self.book[:, None, None]
+        return seen
+
+
+def test_whatever_a_forward_pass_changes_is_put_back() -> None:
+    """Buffers that it replaces or makes, parameters that it changes, and the batch."""
+    model, sample = Drifting(), torch.ones(2, 3, 16, 16, requires_grad=True)
+    mean = model.mean
+    to_channels_last(model, sample=sample)
+    assert model.mean is mean
+    assert (float(mean), model.last) == (0.0, None)
+    assert model.book.tolist() == [1.0] * 8
+    assert bool((sample == 1).all())
+    assert sample.grad is None

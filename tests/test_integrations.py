@@ -237,6 +237,45 @@ def test_the_line_in_a_log_file_is_written_once() -> None:
     assert "\r" not in stream.getvalue()
 
 
+class Broken(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, _: str) -> int:
+        """Fail."""
+        raise BrokenPipeError
+
+
+class BrokenTerminal(Broken, Terminal):
+    """A terminal that has gone."""
+
+
+@pytest.mark.parametrize("stream", [Broken, BrokenTerminal])
+def test_a_stream_that_breaks_ends_no_training(stream: type[io.StringIO]) -> None:
+    """It becomes a warning, which, where warnings are errors, does not replace an error of the block's."""
+    from torchfast.integrations.terminal import live_line
+
+    with (
+        FakeGPU().monitor() as vram,
+        pytest.warns(RuntimeWarning, match="live view stopped"),
+        live_line(vram, every_s=100, stream=stream()),
+    ):
+        pass
+    with FakeGPU().monitor() as vram, pytest.raises(LookupError), live_line(vram, stream=stream()):
+        raise LookupError
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_the_last_line_is_written_after_an_error_too(stream: type[io.StringIO]) -> None:
+    """It says how much memory there was when the training ended."""
+    from torchfast.integrations.terminal import live_line
+
+    out = stream()
+    with FakeGPU().monitor() as vram, pytest.raises(LookupError), live_line(vram, every_s=100, stream=out):
+        raise LookupError
+    assert out.getvalue().strip().startswith("VRAM 0 B")
+    assert out.getvalue().endswith("\n")
+
+
 def test_the_notebook_view_renews_one_display(monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor is displayed once, and that display is renewed while the block runs and at its end."""
     pytest.importorskip("IPython")

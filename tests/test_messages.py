@@ -1649,10 +1649,13 @@ def test_monitor_with_an_interval_that_is_none(interval_s: Any) -> None:
 
 
 def test_monitor_without_room_for_a_history() -> None:
-    """A history of one span could not be merged."""
-    with pytest.raises(ValueError, match="max_history") as error:
-        VRAMMonitor("cpu", max_history=1)
-    assert text_of(error) == "max_history=1 is too short: a history needs at least 2 spans."
+    """A history of one span could not be merged, and one of 2.5 would have no end."""
+    for n_spans in (1, 2.5, float("nan")):
+        with pytest.raises(ValueError, match="max_history") as error:
+            VRAMMonitor("cpu", max_history=n_spans)  # type: ignore[arg-type]  # that is the point
+        assert text_of(error) == (
+            f"max_history={n_spans} is no length of a history. Give a whole number of spans, 2 or more."
+        )
 
 
 def test_monitor_entered_twice() -> None:

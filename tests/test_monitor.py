@@ -458,27 +458,29 @@ import torch.distributed as dist
 from tests.fake_gpu import FakeGPU
 
 rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=3)
+some = dist.new_group([1, 2])
 gpu = FakeGPU()
 with gpu.monitor() as vram:
-    gpu.allocate((700, 900)[rank])
+    gpu.allocate((1000, 700, 900)[rank])
     gpu.allocate(-600)
-    print(json.dumps(vram.across_ranks()))
+    print(json.dumps([vram.across_ranks(), vram.across_ranks(some) if rank else None]))
 dist.destroy_process_group()
 """
 
 
 def test_the_highest_of_all_ranks_and_which_it_is(tmp_path: Path) -> None:
-    """Two ranks gather their peaks through the CPU: both learn the highest, and whose it is."""
+    """Ranks gather their peaks through the CPU, all or some: they learn the highest, and whose it is."""
     command = [sys.executable, "-c", RANK]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
+        for rank in range(3)
     ]
-    answers = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
-    assert answers[0] == answers[1]
-    assert answers[0]["allocated_bytes"] == [900, 1]
-    assert answers[0]["host_process_bytes"] == [7, 0]
+    answers = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    assert [of_all["allocated_bytes"] for of_all, _ in answers] == [[1000, 0]] * 3
+    assert [of_all["host_process_bytes"] for of_all, _ in answers] == [[7, 0]] * 3
+    assert [of_some["allocated_bytes"] for _, of_some in answers[1:]] == [[900, 2]] * 2
+    assert [of_some["host_process_bytes"] for _, of_some in answers[1:]] == [[7, 1]] * 2
 
 
 def test_without_other_ranks_there_is_this_one() -> None:

@@ -175,6 +175,7 @@ def test_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("native", "", ""),
         ("native", "max_split_size_mb:64", ""),
+        ("native", "expandable_segments: True", "with expandable_segments the allocator does not count it"),
         ("native", "expandable_segments:True", "with expandable_segments the allocator does not count it"),
         ("cudaMallocAsync", "", "the cudaMallocAsync allocator does not count it"),
     ],

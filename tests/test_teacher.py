@@ -5,6 +5,7 @@ import io
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchfast import GPUTeacher
@@ -33,6 +35,71 @@ class Net(nn.Module):
         pooled = nn.functional.dropout(features.mean(dim=(2, 3)), 0.5, self.training)
         logits = self.head(pooled)
         return {"logits": logits if scale is None else logits * scale, "features": features}
+
+
+def test_a_student_that_is_compiled_asks_its_teacher_as_ever() -> None:
+    """Its graph breaks at the teacher, which runs as it is: in parts where there is no room for the batch."""
+    student, sizes = nn.Linear(8, 3), list[int]()
+
+    class Large(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().forward(x)
+
+    teacher = GPUTeacher(Large(8, 3), "cpu")
+    step = torch.compile(lambda x: (student(x) - teacher(x)).square().mean(), backend="eager")
+    batch = torch.ones(4, 8)
+    with pytest.warns(UserWarning, match="samples at a time"):
+        step(batch).backward()
+    assert (max(sizes), teacher.chunk_size) == (4, 2)
+    assert student.weight.grad is not None
+    assert torch.equal(step(batch), (student(batch) - teacher(batch)).square().mean())
+
+
+class Sharing(nn.Module):
+    """Returns memory of its own and of its batch, in ways that hide it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor, sequences: PackedSequence) -> Any:
+        """Return what a caller must not be able to write through."""
+        return self.weight.detach(), x.detach(), x.data[0], sequences
+
+
+def test_outputs_are_nobody_elses_memory() -> None:
+    """Also where the module detached them, and in sequences."""
+    teacher, x = GPUTeacher(Sharing(), "cpu"), torch.ones(2, 4)
+    sequences = pack_sequence([torch.ones(3), torch.ones(2)])
+    *outputs, found = teacher(x, sequences)
+    for output in (*outputs, found.data):
+        output.add_(100)
+    assert set(torch.cat([x.flatten(), sequences.data, teacher(x, sequences)[0]]).tolist()) == {1.0}
+
+
+def test_sequences_are_cast_as_tensors_are() -> None:
+    """To the teacher's type, on their way to it."""
+    sequences = pack_sequence([torch.ones(3, 5), torch.ones(2, 5)])
+    found, _ = GPUTeacher(nn.LSTM(5, 6), "cpu", dtype=torch.bfloat16)(sequences)
+    assert found.data.dtype is torch.bfloat16
+
+
+def test_features_belong_to_the_call_that_caught_them() -> None:
+    """Two threads may ask the same teacher; and its module may be run by itself."""
+    layer = nn.Linear(4, 4, bias=False)
+    teacher = GPUTeacher(nn.Sequential(layer, nn.Tanh()), "cpu", features=["0", "0"], outputs=False)
+
+    def is_right(number: int) -> bool:
+        x = torch.full((64, 4), float(number))
+        expected = nn.functional.linear(x, layer.weight)
+        return all(torch.equal(teacher(x)[1]["0"], expected) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(is_right, range(8)))
+    assert teacher.module(torch.ones(1, 4)).shape == (1, 4)
 
 
 class Student(nn.Module):

@@ -37,6 +37,32 @@ class Tied(nn.Module):
         return logits
 
 
+class TiedBefore(nn.Module):
+    """Ties its weights before either layer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.randn(16, 8))
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.embed.weight = weight
+        self.head.weight = weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Map token numbers to logits."""
+        logits: torch.Tensor = self.head(self.embed(ids))
+        return logits
+
+
+def test_weights_tied_before_they_are_registered_stay_tied(tmp_path: Path) -> None:
+    """One parameter that two modules are given is one in the teacher, too."""
+    net = TiedBefore()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    teacher = GPUTeacher.from_checkpoint(TiedBefore, tmp_path / "net.pt", "cpu")
+    module: Any = teacher.module
+    assert module.head.weight is module.embed.weight
+    assert torch.equal(teacher(torch.arange(4)), net(torch.arange(4)))
+
+
 IDS = torch.arange(12).reshape(2, 6) % 10
 
 

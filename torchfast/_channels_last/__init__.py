@@ -108,7 +108,8 @@ def to_channels_last(  # noqa: PLR0913 -- keyword options
     check_convertible(model)
     comparison = None
     if sample is not None and enabled:
-        samples = {layout: lay_out_images(sample, layout) for layout in (False, True)}
+        own = map_tensors(lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad), sample)
+        samples = {layout: lay_out_images(own, layout) for layout in (False, True)}
         comparison = _measured(model, optimizers, samples)
         enabled = comparison.pays
     n_weights = _convert_model(model, optimizers, enabled=enabled)

@@ -124,7 +124,9 @@ def _pass(model: nn.Module, inputs: Any) -> bool:
 @contextmanager
 def _undone(model: nn.Module, current: Changes, device: torch.device) -> Iterator[None]:
     """Undo at the end whatever running the model changes in it."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    # Parameters too: a codebook is changed in the forward, weights by an optimizer in a gradient's hook.
+    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    tables = [(module, dict(module._buffers)) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = [] if device.type == "cpu" else [device]
     try:
@@ -139,8 +141,11 @@ def _undone(model: nn.Module, current: Changes, device: torch.device) -> Iterato
     finally:
         apply(current)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, table in tables:  # a forward may put another tensor there
+                module._buffers.clear()
+                module._buffers.update(table)
+            for tensor, value in values:
+                tensor.data.copy_(value)  # unseen by a graph that holds it: the values are the same
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

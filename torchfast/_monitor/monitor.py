@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 import time
 import warnings
 import weakref
@@ -76,10 +77,14 @@ class VRAMMonitor:
                 f"interval_s={interval_s!r} is not a time between two samples. "
                 "Give seconds above zero, such as 0.1, or None to sample only when you ask."
             )
-        if not _is_number(max_history) or max_history < 2:
-            raise ValueError(f"max_history={max_history!r} is too short: a history needs at least 2 spans.")
+        if not hasattr(max_history, "__index__") or max_history < 2:
+            raise ValueError(
+                f"max_history={max_history!r} is no length of a history. "
+                "Give a whole number of spans, 2 or more."
+            )
         self.device = resolve_device(device) if _probe is None else _probe.device
-        self.interval_s = interval_s
+        # No longer than a thread can wait, and nothing but a float, which fractions are not.
+        self.interval_s = None if interval_s is None else min(float(interval_s), threading.TIMEOUT_MAX)
         self._max_history, self._clock = max_history, _clock
         self._probe = probe_of(self.device) if _probe is None else _probe
         self._ledger = ledger_of(self.device) if _ledger is None else _ledger
@@ -112,10 +117,12 @@ class VRAMMonitor:
         traceback: TracebackType | None,
     ) -> None:
         if self._run is not None and self._stop is not None:
-            self._run.stop_thread()
-            if not self._run.hangs:
-                self._run.sample(fresh=True)
-            self._stop()
+            try:
+                self._run.stop_thread()
+                if not self._run.hangs:
+                    self._run.sample(fresh=True)
+            finally:  # an interrupt, too
+                self._stop()
         # An error on its way out matters more than ours; where warnings are errors, ours would replace it.
         if error is None and self.errors:
             warnings.warn(self._say_errors(), RuntimeWarning, stacklevel=2)

@@ -252,6 +252,6 @@ def _counts_splits() -> tuple[bool, str]:
         return False, f"the {torch.cuda.get_allocator_backend()} allocator does not count it"
     # PYTORCH_ALLOC_CONF is the name since 2.9; the others still work.
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if any("expandable_segments:true" in os.environ.get(name, "").lower() for name in names):
+    if any("expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", "") for name in names):
         return False, "with expandable_segments the allocator does not count it"
     return True, ""

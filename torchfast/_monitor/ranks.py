@@ -1,6 +1,7 @@
 """The peaks of all ranks of a distributed run."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import distributed as dist
@@ -13,16 +14,20 @@ _NAMES = tuple(field.name for field in dataclasses.fields(VRAMPeak) if field.nam
 def across_ranks(peak: VRAMPeak, group: Any) -> dict[str, RankPeak]:
     """Gather every rank's peak through the CPU, and return the highest of each kind with its rank."""
     own = {name: getattr(peak, name) for name in _NAMES}
-    gathered: list[dict[str, int | None]] = [own]
+    ranks, gathered = [0], [own]
     if dist.is_available() and dist.is_initialized():
         _check_cpu(group)
-        gathered = [own] * dist.get_world_size(group)
+        ranks = dist.get_process_group_ranks(group)
+        gathered = [own] * len(ranks)
         dist.all_gather_object(gathered, own, group=group)
-    return {name: _highest([record[name] for record in gathered]) for name in _NAMES}
+    return {
+        name: _highest({r: record[name] for r, record in zip(ranks, gathered, strict=True)})
+        for name in _NAMES
+    }
 
 
-def _highest(values: list[int | None]) -> RankPeak:
-    known = [(n_bytes, -rank) for rank, n_bytes in enumerate(values) if n_bytes is not None]
+def _highest(values: Mapping[int, int | None]) -> RankPeak:
+    known = [(n_bytes, -rank) for rank, n_bytes in values.items() if n_bytes is not None]
     if not known:
         return RankPeak(None, None)
     n_bytes, rank = max(known)  # of equal ones the first rank

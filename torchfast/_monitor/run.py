@@ -63,7 +63,7 @@ class Run:
     def stop_thread(self) -> None:
         """End the background samples; a thread that hangs in a source is left behind, and reported."""
         self._stop.set()
-        if self._thread is None or self._thread is threading.current_thread():
+        if self._thread is None or self.hangs or self._thread is threading.current_thread():
             return
         self._thread.join(_JOIN_S)
         if self._thread.is_alive() and not self.hangs:

@@ -141,7 +141,7 @@ class VRAMPhase:
 
 
 class RankPeak(NamedTuple):
-    """A peak of all ranks: the highest one, and the rank that has it; None where no rank knows it.
+    """A peak of all ranks: the highest one, and the (global) rank that has it; None where no rank knows it.
 
     Example:
         >>> from torchfast import VRAMMonitor

@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from torchfast import _layout
 from torchfast._teacher.chunks import forward_in_memory
@@ -25,7 +26,7 @@ from torchfast._teacher.refusals import (
     parts_of,
     paths_of,
 )
-from torchfast._tree import Leaf, flatten, map_tensors
+from torchfast._tree import Leaf, flatten
 
 T = TypeVar("T")
 
@@ -174,9 +175,8 @@ class GPUTeacher:
         self._placing = placing
         self.dtype = placing.dtype or main_dtype(module)
         self.chunk_size = chunk_size
-        plain = (value for layer in module.modules() for value in vars(layer).values())
-        own = (value for value in (*tensors_of(module), *plain) if isinstance(value, torch.Tensor))
-        self._own = frozenset(map(id, own))
+        self._own: tuple[tuple[TeacherPlan | None, int | None], frozenset[int]] | None = None
+        """Where its own tensors lie, for a plan and a place of its weights."""
         self._eager = partial(_run, module, None)
         self._planner: Planner | None = None
 
@@ -194,6 +194,13 @@ class GPUTeacher:
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Return the module's outputs for these inputs: detached, the caller's own, in the teacher's type."""
+        if torch.compiler.is_dynamo_compiling():  # around the student
+            # Traced, it would neither catch an out-of-memory error nor know one memory from another. As a
+            # decorator, that import would cost each program a second.
+            return torch.compiler.disable(self._taught)(args, kwargs)
+        return self._taught(args, kwargs)
+
+    def _taught(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Never in inference mode: what is made there has no version counter, by which changes in place are
         # found out, and would stay an inference tensor for whoever keeps it.
         with (
@@ -216,12 +223,14 @@ class GPUTeacher:
                     f"the teacher ran out of memory on this batch and runs {chunk_size} samples at a time "
                     "from now on: the same outputs up to rounding, more slowly. Give "
                     f"GPUTeacher(..., chunk_size={chunk_size}) to begin so, or use a smaller batch.",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            return self._released(outputs, held)
+            return self._released(outputs, ready)
 
     def _ready(self, leaf: Leaf, place: torch.device) -> Leaf:
         """Return an input in that place, in the teacher's type and layout."""
+        if isinstance(leaf, PackedSequence) and leaf.data.is_floating_point():
+            return cast(Leaf, leaf.to(place, self.dtype))  # type: ignore[arg-type]  # as Tensor.to
         if not isinstance(leaf, torch.Tensor):
             return cast(Leaf, leaf.to(place))
         dtype = self.dtype if leaf.is_floating_point() else None
@@ -233,15 +242,31 @@ class GPUTeacher:
             return _layout.to_channels_last_tensor(moved)
         return moved
 
-    def _released(self, outputs: T, held: Sequence[torch.Tensor]) -> T:
+    def _released(self, outputs: T, given: Sequence[Leaf]) -> T:
         """Return the outputs detached; copied, where they are memory of the teacher or of the inputs."""
-        roots = {id(_root(tensor)) for tensor in held}
+        inputs = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in given]
+        taken = {_memory(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor)} | self._own_memory()
 
         def release(output: torch.Tensor) -> torch.Tensor:
-            root = id(_root(output))
-            return output.detach().clone() if root in roots or root in self._own else output.detach()
+            return output.detach().clone() if _memory(output) in taken else output.detach()
 
-        return map_tensors(release, outputs)
+        def release_leaf(leaf: Leaf) -> Leaf:
+            if isinstance(leaf, PackedSequence):
+                return cast(Leaf, leaf._replace(data=release(leaf.data)))
+            return release(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        leaves, structure = flatten(outputs)
+        return cast(T, structure.rebuild([release_leaf(leaf) for leaf in leaves]))
+
+    def _own_memory(self) -> frozenset[int]:
+        """Return where the teacher's own tensors lie: elsewhere once a plan is made, and on paper."""
+        weight = next(self.module.parameters(), None)
+        key = self.plan, weight if weight is None else _memory(weight)
+        if self._own is None or self._own[0] != key:
+            plain = (value for layer in self.module.modules() for value in vars(layer).values())
+            own = (value for value in (*tensors_of(self.module), *plain) if isinstance(value, torch.Tensor))
+            self._own = key, frozenset(map(_memory, own))
+        return self._own[1]
 
     def __repr__(self) -> str:
         """Say what is taught by, where and in which type."""
@@ -285,6 +310,9 @@ def _without_weights(device: torch.device, dtype: torch.dtype) -> GPUTeacher:
     return teacher
 
 
-def _root(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor whose memory this one is a view of."""
-    return tensor if tensor._base is None else tensor._base
+def _memory(tensor: torch.Tensor) -> int:
+    """Return what tensors have in common that are views of the same memory, detached ones too."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return id(tensor if tensor._base is None else tensor._base)

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -40,12 +41,12 @@ class Taps:
     """Catches what named modules return while the teacher runs, and stops it when nothing more is needed."""
 
     def __init__(self, module: nn.Module, names: Sequence[str], *, outputs: bool) -> None:
-        self._names = tuple(names)
+        self._names = tuple(dict.fromkeys(names))
         self._outputs = outputs
-        self._found: dict[str, Any] = {}
+        self._found: dict[int, dict[str, Any]] = {}  # by thread: two may call the same teacher
         self._copied: set[str] = set()
         modules = dict(module.named_modules())
-        for name in names:
+        for name in self._names:
             if name not in modules or not name:
                 raise _no_such_module(name, module)
             modules[name].register_forward_hook(partial(self._catch, name))
@@ -60,15 +61,13 @@ class Taps:
         counter; then the pass is run again, with a copy taken in time, from now on.
         """
         while True:
-            self._found.clear()
+            self._found[get_ident()] = {}
             try:
                 outputs = forward()
             except _EnoughError:
                 outputs = None
-            except BaseException:
-                self._found.clear()  # out of memory: what was caught is in the way of the next attempt
-                raise
-            found, self._found = self._found, {}
+            finally:  # out of memory, too: what was caught is in the way of the next attempt
+                found = self._found.pop(get_ident())
             missing = [name for name in self._names if name not in found]
             if missing:
                 raise RuntimeError(
@@ -81,11 +80,12 @@ class Taps:
             self._copied |= changed
 
     def _catch(self, name: str, _module: nn.Module, _args: object, output: Any) -> None:
-        if name in self._found:
-            return  # called again: the first call counts
+        found = self._found.get(get_ident())
+        if found is None or name in found:
+            return  # not called by the teacher, or called again: the first call counts
         value = map_tensors(torch.clone, output) if name in self._copied else output
-        self._found[name] = value, versions(value)
-        if not self._outputs and len(self._found) == len(self._names):
+        found[name] = value, versions(value)
+        if not self._outputs and len(found) == len(self._names):
             raise _EnoughError
 
 

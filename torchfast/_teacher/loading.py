@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from zipfile import is_zipfile
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchfast._teacher.placing import Placing, assembled, tensors_of, told_what_it_needs
 
@@ -34,11 +35,15 @@ def built_without_memory(factory: Callable[[], nn.Module], /) -> nn.Module:
     The caller's random numbers go on as if nothing had been built.
     """
     thread = threading.get_ident()
+    # Weak: a parameter that is registered twice stays one, and is not kept.
+    known = WeakTensorKeyDictionary()
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
-        return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        if parameter not in known:
+            known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        return cast(nn.Parameter, known[parameter])
 
     hook = register_module_parameter_registration_hook(
         to_meta  # type: ignore[arg-type]  # declared without the parameter that it may return

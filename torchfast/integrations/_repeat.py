@@ -3,12 +3,12 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def repeating(act: Callable[[], object], every_s: float) -> Iterator[None]:
-    """Call `act` every `every_s` seconds in a thread while the block runs, and once after it.
+def repeating(act: Callable[[], object], every_s: float | None) -> Iterator[None]:
+    """Call `act` every `every_s` seconds in a thread while the block runs (None: not), and once after.
 
     Watching never fails what is watched: an `act` that raises is not called again, and becomes a warning.
     """
@@ -27,11 +27,18 @@ def repeating(act: Callable[[], object], every_s: float) -> Iterator[None]:
             act_once()
 
     thread = threading.Thread(target=loop, name="torchfast-live-view", daemon=True)
-    thread.start()
+    repeats = every_s is not None
+    if repeats:
+        thread.start()
+    # Where warnings are errors, ours would replace the block's own.
+    hidden: tuple[type[Warning], ...] = (RuntimeWarning,)
     try:
         yield
+        hidden = ()
     finally:
         stop.set()
-        thread.join()
+        if repeats:
+            thread.join()
         if not failed.is_set():
-            act_once()
+            with suppress(*hidden):
+                act_once()

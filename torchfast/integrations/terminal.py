@@ -43,9 +43,8 @@ def live_line(vram: VRAMMonitor, /, *, every_s: float = 1.0, stream: TextIO | No
         width = len(text)
 
     if out.isatty():
-        with repeating(show, every_s):
+        with repeating(lambda: out.write("\n"), None), repeating(show, every_s):
             yield
-        out.write("\n")
     else:
-        yield
-        out.write(f"{vram.line()}\n")
+        with repeating(lambda: out.write(f"{vram.line()}\n"), None):
+            yield
