@@ -188,3 +188,129 @@ def test_precisions_of_single_backends_are_taken_back(precision: str) -> None:
     for each in (None, step):
         estimate_vram(model, torch.randn(2, 4), step=each, gpu="T4", n_steps=1)
         assert [owner.fp32_precision for owner in PRECISIONS] == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_real_tensors_that_a_step_gets_at_come_out_as_they_were(*, fails: bool) -> None:
+    """Averages in a dict, weights in a list, gradients, and the optimizer inside of an optimizer."""
+
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner, self.n = inner, 0
+            self.param_groups, self.state = inner.param_groups, inner.state
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.inner.step(closure)
+            self.n += 1
+
+    model = nn.Linear(8, 8)
+    batch = torch.randn(4, 8)
+    optimizer = Lookahead(torch.optim.AdamW(model.parameters()))
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    weights, average = list(model.parameters()), {"weight": torch.ones(8, 8)}
+    model(batch).sum().backward()
+    before = [t.detach().clone() for w in weights for t in (w, w.grad) if t is not None]
+
+    def step(data: torch.Tensor) -> None:
+        def closure() -> torch.Tensor:
+            lbfgs.zero_grad()
+            loss: torch.Tensor = model(data).pow(2).sum()
+            loss.backward()
+            return loss
+
+        lbfgs.step(closure)
+        optimizer.step()
+        nn.utils.clip_grad_norm_(weights, 0.1)
+        average["weight"].mul_(0.5)
+        if fails:
+            raise KeyError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake") if fails else contextlib.nullcontext():
+        estimate_vram(model, batch, step=step, gpu="T4")
+    after = [t for w in weights for t in (w, w.grad) if t is not None]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert (optimizer.n, len(optimizer.inner.state), float(average["weight"].min())) == (0, 0, 1.0)
+
+
+def test_a_step_may_take_things_out_of_its_batch() -> None:
+    """Each step has the batch as it was given, and so has the caller in the end."""
+    batch: dict[str, Any] = {"x": torch.randn(4, 8), "y": torch.zeros(4).long(), "meta": {"name": ["a"]}}
+    model = nn.Linear(8, 3)
+
+    def step(data: dict[str, Any]) -> None:
+        data["meta"]["n"] = len(data["meta"]["name"])
+        data["meta"]["name"].append("b")
+        nn.functional.cross_entropy(model(data["x"]), data.pop("y")).backward()
+
+    estimate_vram(model, batch, step=step, gpu="T4")
+    assert list(batch) == ["x", "y", "meta"]
+    assert batch["meta"] == {"name": ["a"]}
+
+
+class Cache:
+    """An object of the user's own in which a model keeps things."""
+
+    def __init__(self) -> None:
+        self.key: torch.Tensor | None = None
+        self.n_calls = 0
+
+
+class Caching(nn.Module):
+    """A model with a cache, and a parameter that is tagged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.cache = nn.Linear(8, 8), Cache()
+        self.scale: Any = nn.Parameter(torch.ones(()))
+        vars(self.scale)["factor"] = 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Keep the key, count, and read the tag."""
+        self.cache.key = self.layer(x)
+        self.cache.n_calls += 1
+        scaled: torch.Tensor = self.cache.key * self.scale * self.scale.factor
+        return scaled
+
+
+class Trainer:
+    """Keeps a history, in lists of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.losses, self.history = list[float](), {"loss": list[float]()}
+
+    def __call__(self, batch: torch.Tensor) -> None:
+        """Step once."""
+        loss = self.model(batch).sum()
+        loss.backward()
+        self.losses.append(loss.item())
+        self.history["loss"].append(loss.item())
+
+
+def test_what_models_and_trainers_keep_is_taken_back() -> None:
+    """Objects that a model holds, lists in a trainer's, and on paper parameters keep their tags."""
+    model = Caching()
+    trainer = Trainer(model)
+    estimate_vram(model, torch.randn(4, 8), step=trainer, gpu="T4")
+    assert (model.cache.key, model.cache.n_calls) == (None, 0)
+    assert (trainer.losses, trainer.history) == ([], {"loss": []})
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
+def test_optimizers_for_cuda_graphs_are_run(make: Any) -> None:
+    """With `capturable=True` they count their steps on the device."""
+    estimate = estimate_vram(
+        nn.Linear(64, 64), torch.randn(4, 64), gpu="T4", optimizer=lambda p: make(p, capturable=True)
+    )
+    assert estimate.breakdown["optimizer state"] >= 2 * 64 * 65 * 4
+
+
+def test_optimizers_that_step_in_the_backward_pass_are_named() -> None:
+    """Hooks of parameters are not run on paper, which is said."""
+    model = nn.Linear(8, 8)
+    model.weight.register_post_accumulate_grad_hook(lambda _: None)
+    estimate = estimate_vram(model, torch.randn(4, 8), gpu="T4")
+    assert any(
+        "post-accumulate-grad hooks of 1 parameters, such as 'weight'" in said for said in estimate.unmodelled
+    )

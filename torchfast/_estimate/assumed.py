@@ -38,6 +38,12 @@ def assumed(plan: Plan, gpu: GPU, *, given_gpu: object, given_scaler: object) ->
 
 def left_out(model: nn.Module) -> Iterator[str]:
     """Yield what wrappers around the model, or around parts of it, will need beside what was run."""
+    hooked = [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
+    if hooked:
+        yield (
+            f"post-accumulate-grad hooks of {len(hooked)} parameters, such as {hooked[0]!r}, were not run: "
+            "an optimizer that steps in them has state that is not counted, and frees gradients that are"
+        )
     for name, module in model.named_modules():
         kind = type(module).__name__
         place = f" of {name!r}" if name else ""

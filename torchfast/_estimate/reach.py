@@ -27,7 +27,7 @@ class Reached:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     scalers: list[torch.amp.GradScaler] = field(default_factory=list)
-    objects: list[dict[str, Any]] = field(default_factory=list)  # attributes of what a step may count in
+    objects: list[Any] = field(default_factory=list)  # attributes of what a step may count in, and its lists
     containers: list[Any] = field(default_factory=list)  # lists, dicts and sets that a step may write into
 
 
@@ -60,7 +60,7 @@ def _follow(value: Any, name: str, found: Reached, seen: set[int], depth: int) -
 
 
 @contextmanager
-def kept(found: Reached) -> Iterator[None]:
+def kept(found: Reached, papers: dict[int, torch.Tensor]) -> Iterator[None]:
     """Take back what a step counts in its own objects, and every container that it put a paper tensor into.
 
     Gradient scalers are as new meanwhile: where there is no GPU, the user's own is switched off.
@@ -69,6 +69,11 @@ def kept(found: Reached) -> Iterator[None]:
     before = [(held, copy.copy(held)) for held in (*scalers, *found.objects, *found.containers)]
     for attributes in scalers:
         attributes.update(vars(torch.amp.GradScaler("cuda")))
+    for held in (*found.objects, *found.containers):  # lists of the model's parameters, to clip or to average
+        if isinstance(held, dict):
+            held.update({key: papers[id(value)] for key, value in held.items() if id(value) in papers})
+        elif isinstance(held, list):
+            held[:] = [papers.get(id(item), item) for item in held]
     try:
         yield
     finally:
@@ -108,8 +113,16 @@ def _inside(value: Any, found: Reached) -> Iterable[tuple[str, Any]]:
     is_pytorchs = comes_from(value, "torch") and not comes_from(value, "torch.optim")  # a scheduler counts
     if is_pytorchs or not hasattr(value, "__dict__"):
         return ()
-    found.objects.append(vars(value))
+    found.objects += [vars(value), *_containers_in(vars(value), _DEPTH)]
     return [*vars(value).items(), ("", vars(type(value)).get("__call__"))]
+
+
+def _containers_in(container: Any, depth: int) -> Iterator[Any]:
+    """Yield the lists, dicts and sets that belong to an object: a history with a list for each number."""
+    for value in list(container.values() if isinstance(container, dict) else container):
+        if isinstance(value, (dict, list, set, deque)) and depth and len(value) <= _MOST_ITEMS:
+            yield value
+            yield from _containers_in(value, depth - 1)
 
 
 def _items(container: Any, found: Reached) -> Iterable[tuple[str, Any]]:

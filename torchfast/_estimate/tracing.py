@@ -3,9 +3,11 @@
 import copy
 import importlib
 import threading
+import types
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
 from torchfast._estimate.where import Whereabouts
-from torchfast._modules import unwrapped
+from torchfast._modules import comes_from, unwrapped
 
 
 def trace(plan: Plan, gpu: GPU) -> Trace:
@@ -68,6 +70,9 @@ class _Tracer:
         self._originals: list[Any] = []  # keeps the ids above from being used again
         self._n = 0
         self._n_backward = 0
+        self._grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._swapped: dict[int, Any] = {}  # groups and state of optimizers on paper, by the originals' ids
+        self._optimizers_done: set[int] = set()
 
     def run(self) -> None:
         """Put everything on paper, run the steps, and take everything back."""
@@ -81,6 +86,7 @@ class _Tracer:
         with ExitStack() as scope:
             # A cycle through the recorder would keep the model until Python's collector comes by.
             scope.callback(setattr, recorder, "module", str)
+            scope.callback(self._put_back)
             self._begin("weights", "weights")
             scope.enter_context(self._on_paper(plan.model, training=plan.training))
             for each in others.values():
@@ -89,14 +95,21 @@ class _Tracer:
             for each in taught_by.values():
                 scope.enter_context(self._on_paper(each, training=None))
             objects = self._objects(scope, reached)
-            scope.enter_context(kept(reached))
+            scope.enter_context(kept(reached, self._papers))
             self._say_what_was_found(others, reached.optimizers)
             scope.enter_context(where.watching())
             for self._n in range(1, plan.n_steps + 1):
                 self._phase("forward")
                 with _told(plan):
-                    run_step(plan, objects)
+                    run_step(plan, _with_batch_of_its_own(objects))
             recorder.stop()
+
+    def _put_back(self) -> None:
+        """Undo what was done to real tensors, which a step may get at by ways that are not known."""
+        self.recorder.put_back()
+        for original, grad in self._grads:
+            if original.grad is not grad:
+                original.grad = grad
 
     def _objects(self, scope: ExitStack, reached: Reached) -> Objects:
         """Put the batch and the optimizers on paper, and have everything recorded from then on."""
@@ -168,11 +181,14 @@ class _Tracer:
         paper = self.recorder.new(original.shape, original.dtype, _dense_strides(original))
         paper.requires_grad_(original.requires_grad)
         if isinstance(original, nn.Parameter):
+            vars(paper).update(vars(original))  # moved to a GPU, a parameter keeps what it is tagged with
             paper._is_param = True  # what makes isinstance(_, Parameter) true
             self._parameters.append(paper)
         keep(paper, original)
         self._papers[id(original)] = paper
         self._originals.append(original)
+        if original.requires_grad and original.is_leaf:
+            self._grads.append((original, original.grad))
         return paper
 
     @contextmanager
@@ -220,21 +236,55 @@ class _Tracer:
             parameters = [p for p in self.plan.model.parameters() if p.requires_grad]
             yield None if given is None else given(parameters)
             return
-        groups, state = given.param_groups, given.state
+        whole = [each for each in _with_inner(given) if id(each) not in self._optimizers_done]
+        self._optimizers_done.update(id(each) for each in whole)
+        taken = [(held, copy.copy(held)) for each in whole for held in (*_containers(vars(each)), vars(each))]
+        self._originals.append(taken)  # keeps the ids of groups and states from being used again
         try:
-            given.param_groups = [
-                {**group, "params": [self._paper(p) for p in group["params"]]} for group in groups
-            ]
-            given.state = defaultdict(dict)
-            for parameter, values in state.items():
-                given.state[self._paper(parameter)] = _tree.map_tensors(self._state_tensor, values)
+            for each in whole:
+                groups, state = each.param_groups, each.state
+                each.param_groups = self._swap(groups, self._groups)
+                each.state = self._swap(state, self._state)
+                for held in _containers(vars(each)):  # other lists of the same parameters, as LBFGS has one
+                    if isinstance(held, list):
+                        held[:] = [self._papers.get(id(item), item) for item in held]
             yield given
         finally:
-            given.param_groups, given.state = groups, state
+            for held, before in taken:
+                refill(held, before)
+
+    def _swap(self, original: Any, make: Callable[[Any], Any]) -> Any:
+        """Return what stands for an optimizer's groups or state: the same for all that share them."""
+        if id(original) not in self._swapped:
+            self._swapped[id(original)] = make(original)
+        return self._swapped[id(original)]
+
+    def _groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self._swap(group, self._group) for group in groups]
+
+    def _group(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {**group, "params": [self._paper(p) for p in group["params"]]}
+
+    def _state(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        papers: dict[Any, Any] = defaultdict(dict)
+        for key, values in state.items():
+            paper = self._paper(key) if isinstance(key, torch.Tensor) else key
+            papers[paper] = _tree.map_tensors(self._state_tensor, values)
+        return papers
 
     def _state_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Put a tensor of the optimizer's state on paper; step counters stay on the host."""
         return tensor.clone() if tensor.ndim == 0 and tensor.device.type == "cpu" else self._paper(tensor)
+
+
+def _with_inner(given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and those that it steps itself, as SAM and Lookahead do."""
+    found = [given]
+    for each in found:
+        held = [vars(each), *_containers(vars(each))]
+        values = (v for c in held for v in list(c.values() if isinstance(c, dict) else c))
+        found += [v for v in values if isinstance(v, torch.optim.Optimizer) and v not in found]
+    return found
 
 
 def _beside(given: list[nn.Module], reached: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -251,14 +301,26 @@ def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
     """Yield the lists, dicts and sets that a module holds, which a step may write into, inner ones first."""
     seen = {id(attributes)}
 
-    def within(container: Any) -> Iterator[Any]:
-        for value in list(container.values() if isinstance(container, dict) else container):
+    def within(container: Any, depth: int) -> Iterator[Any]:
+        for item in list(container.values() if isinstance(container, dict) else container):
+            is_object = depth > 0 and _is_plain_object(item)
+            value = vars(item) if is_object else item
             if isinstance(value, (dict, list, set, deque)) and id(value) not in seen:
                 seen.add(id(value))
-                yield from within(value)
+                yield from within(value, depth - is_object)
                 yield value
 
-    return within(attributes)
+    return within(attributes, _OBJECTS_DEEP)
+
+
+_OBJECTS_DEEP = 2  # caches and counters that a module holds, and what these hold
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value is an instance of a class of the user's own, in whose attributes a model may write."""
+    if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType)):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict) and not comes_from(value, "torch")
 
 
 def _moved(batch: Any) -> Any:
@@ -268,6 +330,22 @@ def _moved(batch: Any) -> Any:
         # Some move in place: a copy's parts are replaced, and the user's object keeps its own.
         [leaf if isinstance(leaf, torch.Tensor) else copy.copy(leaf).to(CUDA) for leaf in leaves]
     )
+
+
+def _with_batch_of_its_own(objects: Objects) -> Objects:
+    """Return the objects with the batch in new containers: a step may pop, or replace, what is in its own."""
+    parts = []
+    for part in (objects.inputs, objects.target):
+        leaves, structure = _tree.flatten(part, keep=_anew)
+        parts.append(structure.rebuild(leaves))
+    return replace(objects, inputs=parts[0], target=parts[1])
+
+
+def _anew(part: Any) -> Any:
+    """Copy the plain containers of what holds no tensors."""
+    if type(part) is dict:
+        return {key: _anew(value) for key, value in part.items()}
+    return [_anew(item) for item in part] if type(part) is list else part
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:

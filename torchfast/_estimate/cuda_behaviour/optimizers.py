@@ -12,7 +12,8 @@ def foreach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
     del kwargs
     if func._schema.returns == []:
         return None
-    return [recorder.new(t.shape, t.dtype, t.stride()) for t in args[0]]
+    first = next(arg for arg in args if isinstance(arg, (list, tuple)))  # pow may take its number first
+    return [recorder.new(t.shape, t.dtype, t.stride()) for t in first]
 
 
 def foreach_norm(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
