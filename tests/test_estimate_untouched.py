@@ -314,3 +314,26 @@ def test_optimizers_that_step_in_the_backward_pass_are_named() -> None:
     assert any(
         "post-accumulate-grad hooks of 1 parameters, such as 'weight'" in said for said in estimate.unmodelled
     )
+
+
+def test_optimizers_of_one_name_are_told_apart() -> None:
+    """As functions of two places know them: both are on paper, and come out as they went in."""
+    model = nn.Linear(8, 8)
+
+    def stepper(optimizer: torch.optim.Optimizer) -> Any:
+        def run() -> None:
+            optimizer.step()
+
+        return run
+
+    adams = [torch.optim.Adam(model.parameters()) for _ in range(2)]
+    first, second = map(stepper, adams)
+
+    def step(batch: torch.Tensor) -> None:
+        model(batch).sum().backward()
+        first()
+        second()
+
+    estimate = estimate_vram(model, torch.randn(4, 8), step=step, gpu="T4")
+    assert [len(adam.state) for adam in adams] == [0, 0]
+    assert estimate.breakdown["optimizer state"] >= 4 * 8 * 8 * 4

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.step import teacher_module
 from torchfast._modules import comes_from
 
+T = TypeVar("T")
 _MOST_ITEMS = 1000
 _DEPTH = 4
 
@@ -49,14 +50,24 @@ def _follow(value: Any, name: str, found: Reached, seen: set[int], depth: int) -
     seen.add(id(value))
     teacher = teacher_module(value) if callable(value) else None
     if teacher is not None:
-        found.modules[name or type(teacher).__name__] = teacher
+        _add(found.modules, name, teacher)
     elif isinstance(value, torch.optim.Optimizer):
-        found.optimizers[name or type(value).__name__] = value
+        _add(found.optimizers, name, value)
     elif isinstance(value, torch.amp.GradScaler):
         found.scalers.append(value)
     else:
         for inner_name, inner in _inside(value, found):
             _follow(inner, inner_name or name, found, seen, depth - 1)
+
+
+def _add(found: dict[str, T], name: str, value: T) -> None:
+    """Add what was found; two functions may know different things by one name."""
+    name = free = name or type(value).__name__
+    number = 1
+    while found.get(free, value) is not value:
+        number += 1
+        free = f"{name} ({number})"
+    found[free] = value
 
 
 @contextmanager
