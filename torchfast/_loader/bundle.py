@@ -53,7 +53,8 @@ class Bundle:
         copied = [*map(_is_copied, pickler.tensors)]
         memory, runs = _gathered([*itertools.compress(pickler.tensors, copied)])
         sent = [
-            None if is_copied else tensor for tensor, is_copied in zip(pickler.tensors, copied, strict=True)
+            None if is_copied else _sendable(tensor)
+            for tensor, is_copied in zip(pickler.tensors, copied, strict=True)
         ]
         self._parts = (skeleton.getvalue(), memory, runs, sent)
 
@@ -105,20 +106,25 @@ def _stand_in(index: int) -> torch.Tensor:
 
 
 def _is_copied(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is copied into the bundle; of the others, see to it that they can be sent.
+    """Say whether a tensor is copied into the bundle.
 
-    The queue's thread moves large memory that is not shared yet, and may just be at that: no tensor on it is
-    read here. It never has to move small memory, which is shared here where a large tensor shows it.
+    None on large memory that is not shared yet: the queue's thread moves that, and may just be at it.
     """
     memory, n_bytes = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
     if memory.is_shared():
         return n_bytes < COPY_SHARED_BELOW_BYTES
-    if memory.nbytes() >= COPY_BELOW_BYTES:
-        return False
-    is_copied = n_bytes < COPY_BELOW_BYTES
-    if not is_copied:
+    return max(memory.nbytes(), n_bytes) < COPY_BELOW_BYTES
+
+
+def _sendable(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that the queue's thread may send, which then has no small memory to move.
+
+    Where a large tensor shows such, it would be at that while the next batch is read from it.
+    """
+    memory = tensor.untyped_storage()
+    if not memory.is_shared() and memory.nbytes() < COPY_BELOW_BYTES:
         memory.share_memory_()
-    return is_copied
+    return tensor
 
 
 def _gathered(tensors: list[torch.Tensor]) -> tuple[bytearray | torch.Tensor, list[Run]]:
