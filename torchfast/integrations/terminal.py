@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from torchfast._monitor.monitor import VRAMMonitor
-from torchfast.integrations._repeat import repeating
+from torchfast.integrations._repeat import afterwards, repeating
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def live_line(vram: VRAMMonitor, /, *, every_s: float = 1.0, stream: TextIO | No
         width = len(text)
 
     if out.isatty():
-        with repeating(lambda: out.write("\n"), None), repeating(show, every_s):
+        with afterwards(lambda: out.write("\n")), repeating(show, every_s):
             yield
     else:
-        with repeating(lambda: out.write(f"{vram.line()}\n"), None):
+        with afterwards(lambda: out.write(f"{vram.line()}\n")):
             yield
