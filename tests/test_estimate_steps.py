@@ -248,10 +248,8 @@ def test_an_episode_keeps_its_graph() -> None:
     assert kept >= 8 * BATCH.nbytes
 
 
-def test_lbfgs_by_its_closure() -> None:
-    """LBFGS runs by a closure, and says what its history may take; without a step it is refused."""
-    model = layer()
-    optimizer = torch.optim.LBFGS(model.parameters(), history_size=3)
+def by_closure(optimizer: torch.optim.LBFGS, model: nn.Module) -> Callable[[torch.Tensor], None]:
+    """Return a step that an optimizer makes by running the model as often as it likes."""
 
     def step(batch: torch.Tensor) -> None:
         def closure() -> torch.Tensor:
@@ -262,7 +260,14 @@ def test_lbfgs_by_its_closure() -> None:
 
         optimizer.step(closure)
 
-    found = estimate(model, step=step, optimizer=optimizer)
+    return step
+
+
+def test_lbfgs_by_its_closure() -> None:
+    """LBFGS runs by a closure, and says what its history may take; without a step it is refused."""
+    model = layer()
+    optimizer = torch.optim.LBFGS(model.parameters(), history_size=3)
+    found = estimate(model, step=by_closure(optimizer, model), optimizer=optimizer)
     assert found.unmodelled == (
         "LBFGS keeps steps as numbers tell it to: its history takes up to another 6.01 MiB",
     )

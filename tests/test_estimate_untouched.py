@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from tests.test_estimate_steps import by_closure
 from torchfast import estimate_vram
 
 
@@ -207,19 +208,13 @@ def test_real_tensors_that_a_step_gets_at_come_out_as_they_were(*, fails: bool) 
     model = nn.Linear(8, 8)
     batch = torch.randn(4, 8)
     optimizer = Lookahead(torch.optim.AdamW(model.parameters()))
-    lbfgs = torch.optim.LBFGS(model.parameters())
+    step_by_closure = by_closure(torch.optim.LBFGS(model.parameters()), model)
     weights, average = list(model.parameters()), {"weight": torch.ones(8, 8)}
     model(batch).sum().backward()
     before = [t.detach().clone() for w in weights for t in (w, w.grad) if t is not None]
 
     def step(data: torch.Tensor) -> None:
-        def closure() -> torch.Tensor:
-            lbfgs.zero_grad()
-            loss: torch.Tensor = model(data).pow(2).sum()
-            loss.backward()
-            return loss
-
-        lbfgs.step(closure)
+        step_by_closure(data)
         optimizer.step()
         nn.utils.clip_grad_norm_(weights, 0.1)
         average["weight"].mul_(0.5)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from torchfast._estimate.containers import containers_within, put_on_paper, refill
 from torchfast._estimate.paper import PaperTensor
 from torchfast._estimate.step import teacher_module
 from torchfast._modules import comes_from
@@ -80,11 +81,8 @@ def kept(found: Reached, papers: dict[int, torch.Tensor]) -> Iterator[None]:
     before = [(held, copy.copy(held)) for held in (*scalers, *found.objects, *found.containers)]
     for attributes in scalers:
         attributes.update(vars(torch.amp.GradScaler("cuda")))
-    for held in (*found.objects, *found.containers):  # lists of the model's parameters, to clip or to average
-        if isinstance(held, dict):
-            held.update({key: papers[id(value)] for key, value in held.items() if id(value) in papers})
-        elif isinstance(held, list):
-            held[:] = [papers.get(id(item), item) for item in held]
+    for held in (*found.objects, *found.containers):
+        put_on_paper(held, papers)
     try:
         yield
     finally:
@@ -100,12 +98,6 @@ def _has_paper(value: Any, depth: int = _DEPTH) -> bool:
     if depth and isinstance(value, (list, tuple, set, deque)):
         return any(_has_paper(item, depth - 1) for item in value)
     return isinstance(value, PaperTensor)
-
-
-def refill(container: Any, contents: Any, /) -> None:
-    """Put back what a list, dict or set held."""
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
 
 
 _PLAIN = (type(None), str, bytes, int, float, complex, type, types.ModuleType, torch.Tensor, torch.dtype)
@@ -124,16 +116,8 @@ def _inside(value: Any, found: Reached) -> Iterable[tuple[str, Any]]:
     is_pytorchs = comes_from(value, "torch") and not comes_from(value, "torch.optim")  # a scheduler counts
     if is_pytorchs or not hasattr(value, "__dict__"):
         return ()
-    found.objects += [vars(value), *_containers_in(vars(value), _DEPTH)]
+    found.objects += [vars(value), *containers_within(vars(value), deep=_DEPTH, most_items=_MOST_ITEMS)]
     return [*vars(value).items(), ("", vars(type(value)).get("__call__"))]
-
-
-def _containers_in(container: Any, depth: int) -> Iterator[Any]:
-    """Yield the lists, dicts and sets that belong to an object: a history with a list for each number."""
-    for value in list(container.values() if isinstance(container, dict) else container):
-        if isinstance(value, (dict, list, set, deque)) and depth and len(value) <= _MOST_ITEMS:
-            yield value
-            yield from _containers_in(value, depth - 1)
 
 
 def _items(container: Any, found: Reached) -> Iterable[tuple[str, Any]]:

@@ -1,6 +1,5 @@
 """Records what every operator on paper tensors takes from the allocator and gives back."""
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import follow, off_host, on_zeros
 from torchfast._estimate.paper import META, PaperTensor, meta_kernels, wrap, wrap_outputs
 from torchfast._estimate.shapes import ShapeCache
+from torchfast._estimate.untouched import RealTensors
 
 Rule = Callable[["Recorder", Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -59,8 +59,7 @@ class Recorder(TorchDispatchMode):
         self._host_bytes = 0
         self.asked: dict[Any, int] = {}  # how often each place in the user's code asked for a value
         self._thread = threading.get_ident()
-        self._generators: dict[torch.Generator, torch.Tensor] = {}
-        self._written: dict[int, tuple[weakref.ref[torch.UntypedStorage], torch.UntypedStorage]] = {}
+        self.real = RealTensors()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator on paper, or for real where no paper tensor takes part."""
@@ -68,11 +67,7 @@ class Recorder(TorchDispatchMode):
         if PaperTensor not in types and kwargs.get("device") != META:
             if kwargs.get("pin_memory"):  # memory of the host, which only a CUDA build can pin
                 kwargs = {**kwargs, "pin_memory": False}
-            generator = kwargs.get("generator")
-            if generator is not None and generator not in self._generators:
-                self._generators[generator] = generator.get_state()
-            if func._schema.is_mutable:
-                self._remember_what_is_written(func, args, kwargs)
+            self.real.remember(func._schema, args, kwargs)
             return func(*args, **kwargs)
         self._operator = func
         try:
@@ -192,37 +187,6 @@ class Recorder(TorchDispatchMode):
         self.allocate(sum(blocks.values()))
         for address in blocks:
             self.free(self._live.pop(address).number)
-
-    def _remember_what_is_written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy the storages of real tensors, the user's own, that an operator is about to write into."""
-        for number, argument in enumerate(func._schema.arguments):
-            value = kwargs.get(argument.name) if number >= len(args) else args[number]
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-                    continue
-                storage = tensor.untyped_storage()
-                known = self._written.get(storage._cdata)
-                if storage.device.type != "meta" and (known is None or known[0]() is not storage):
-                    key = storage._cdata
-                    reference = weakref.ref(storage, functools.partial(self._forget, key))
-                    self._written[key] = reference, storage.clone()
-
-    def _forget(self, key: int, dead: "weakref.ref[torch.UntypedStorage]") -> None:
-        if key in self._written and self._written[key][0] is dead:
-            del self._written[key]
-
-    def put_back(self) -> None:
-        """Give the user's own tensors, which are not on paper, the numbers that they had."""
-        for generator, state in self._generators.items():
-            generator.set_state(state)
-        self._generators = {}
-        for storage, before in list(self._written.values()):
-            alive = storage()
-            if alive is not None:
-                alive.copy_(before, non_blocking=False)
-        self._written = {}
 
     def stop(self) -> None:
         """Record nothing more: what is freed from now on is freed by taking things back."""

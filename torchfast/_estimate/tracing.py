@@ -3,9 +3,7 @@
 import copy
 import importlib
 import threading
-import types
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,17 +14,19 @@ from torch import nn
 from torchfast import _tree
 from torchfast._estimate import cuda_behaviour
 from torchfast._estimate.assumed import lbfgs_history
+from torchfast._estimate.containers import containers_within, refill
 from torchfast._estimate.events import Trace
 from torchfast._estimate.gpus import GPU
 from torchfast._estimate.known import keep
 from torchfast._estimate.machine import OnPaper, imagined_gpu, watched_backward
 from torchfast._estimate.paper import CUDA, PaperTensor, recorded_elsewhere
-from torchfast._estimate.reach import Reached, kept, reached_by, refill
+from torchfast._estimate.paper_optimizers import OBJECTS_DEEP, PaperOptimizers
+from torchfast._estimate.reach import Reached, kept, reached_by
 from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
 from torchfast._estimate.where import Whereabouts
-from torchfast._modules import comes_from, unwrapped
+from torchfast._modules import unwrapped
 
 
 def trace(plan: Plan, gpu: GPU) -> Trace:
@@ -71,8 +71,6 @@ class _Tracer:
         self._n = 0
         self._n_backward = 0
         self._grads: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._swapped: dict[int, Any] = {}  # groups and state of optimizers on paper, by the originals' ids
-        self._optimizers_done: set[int] = set()
 
     def run(self) -> None:
         """Put everything on paper, run the steps, and take everything back."""
@@ -106,7 +104,7 @@ class _Tracer:
 
     def _put_back(self) -> None:
         """Undo what was done to real tensors, which a step may get at by ways that are not known."""
-        self.recorder.put_back()
+        self.recorder.real.put_back()
         for original, grad in self._grads:
             if original.grad is not grad:
                 original.grad = grad
@@ -125,10 +123,15 @@ class _Tracer:
         scope.enter_context(cuda_behaviour.cuda_kernels(recorder.gpu))
         inputs, target = _moved(inputs), _moved(target)
         self._begin("optimizer state", "optimizer")
-        optimizer = scope.enter_context(self._optimizer(plan.optimizer))
+        optimizers = PaperOptimizers(self._paper, self._papers)  # not kept, which would be a cycle
+        optimizer = plan.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            scope.enter_context(optimizers.filled(optimizer))
+        elif optimizer is not None:
+            optimizer = optimizer([p for p in plan.model.parameters() if p.requires_grad])
         for other in reached.optimizers.values():
             if other is not plan.optimizer:
-                scope.enter_context(self._optimizer(other))
+                scope.enter_context(optimizers.filled(other))
         scaler = torch.amp.GradScaler("cuda") if plan.grad_scaler else None
         return Objects(inputs, target, optimizer, scaler, recorder.assumptions)
 
@@ -198,7 +201,7 @@ class _Tracer:
             (held, copy.copy(held))
             for module in model.modules()
             # The module's attributes last: what a step adds to or replaces in them is taken back too.
-            for held in (*_containers(vars(module)), vars(module))
+            for held in (*containers_within(vars(module), objects_deep=OBJECTS_DEEP), vars(module))
         ]
         try:
             if training is not None and model.training is not training:
@@ -229,63 +232,6 @@ class _Tracer:
         was, now = ("eval", "train") if training else ("train", "eval")
         self.recorder.assumptions[f"the model was in {was} mode and is estimated in {now} mode"] = None
 
-    @contextmanager
-    def _optimizer(self, given: Any) -> Iterator[torch.optim.Optimizer | None]:
-        """Yield the optimizer, made of or filled with paper parameters."""
-        if not isinstance(given, torch.optim.Optimizer):
-            parameters = [p for p in self.plan.model.parameters() if p.requires_grad]
-            yield None if given is None else given(parameters)
-            return
-        whole = [each for each in _with_inner(given) if id(each) not in self._optimizers_done]
-        self._optimizers_done.update(id(each) for each in whole)
-        taken = [(held, copy.copy(held)) for each in whole for held in (*_containers(vars(each)), vars(each))]
-        self._originals.append(taken)  # keeps the ids of groups and states from being used again
-        try:
-            for each in whole:
-                groups, state = each.param_groups, each.state
-                each.param_groups = self._swap(groups, self._groups)
-                each.state = self._swap(state, self._state)
-                for held in _containers(vars(each)):  # other lists of the same parameters, as LBFGS has one
-                    if isinstance(held, list):
-                        held[:] = [self._papers.get(id(item), item) for item in held]
-            yield given
-        finally:
-            for held, before in taken:
-                refill(held, before)
-
-    def _swap(self, original: Any, make: Callable[[Any], Any]) -> Any:
-        """Return what stands for an optimizer's groups or state: the same for all that share them."""
-        if id(original) not in self._swapped:
-            self._swapped[id(original)] = make(original)
-        return self._swapped[id(original)]
-
-    def _groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [self._swap(group, self._group) for group in groups]
-
-    def _group(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {**group, "params": [self._paper(p) for p in group["params"]]}
-
-    def _state(self, state: dict[Any, Any]) -> dict[Any, Any]:
-        papers: dict[Any, Any] = defaultdict(dict)
-        for key, values in state.items():
-            paper = self._paper(key) if isinstance(key, torch.Tensor) else key
-            papers[paper] = _tree.map_tensors(self._state_tensor, values)
-        return papers
-
-    def _state_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Put a tensor of the optimizer's state on paper; step counters stay on the host."""
-        return tensor.clone() if tensor.ndim == 0 and tensor.device.type == "cpu" else self._paper(tensor)
-
-
-def _with_inner(given: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and those that it steps itself, as SAM and Lookahead do."""
-    found = [given]
-    for each in found:
-        held = [vars(each), *_containers(vars(each))]
-        values = (v for c in held for v in list(c.values() if isinstance(c, dict) else c))
-        found += [v for v in values if isinstance(v, torch.optim.Optimizer) and v not in found]
-    return found
-
 
 def _beside(given: list[nn.Module], reached: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the modules that a step reaches and that were not given, in whole or in parts."""
@@ -295,32 +241,6 @@ def _beside(given: list[nn.Module], reached: dict[str, nn.Module]) -> dict[str, 
         for name, module in reached.items()
         if any(id(tensor) not in known for tensor in (*module.parameters(), *module.buffers()))
     }
-
-
-def _containers(attributes: dict[str, Any]) -> Iterator[Any]:
-    """Yield the lists, dicts and sets that a module holds, which a step may write into, inner ones first."""
-    seen = {id(attributes)}
-
-    def within(container: Any, depth: int) -> Iterator[Any]:
-        for item in list(container.values() if isinstance(container, dict) else container):
-            is_object = depth > 0 and _is_plain_object(item)
-            value = vars(item) if is_object else item
-            if isinstance(value, (dict, list, set, deque)) and id(value) not in seen:
-                seen.add(id(value))
-                yield from within(value, depth - is_object)
-                yield value
-
-    return within(attributes, _OBJECTS_DEEP)
-
-
-_OBJECTS_DEEP = 2  # caches and counters that a module holds, and what these hold
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an instance of a class of the user's own, in whose attributes a model may write."""
-    if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType)):
-        return False
-    return isinstance(getattr(value, "__dict__", None), dict) and not comes_from(value, "torch")
 
 
 def _moved(batch: Any) -> Any:

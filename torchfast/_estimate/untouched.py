@@ -1,8 +1,10 @@
-"""Keeps what belongs to the whole process as it is while a step runs on paper: random state and flags."""
+"""Keeps what is not on paper as it is while a step runs there: random state, flags, and real tensors."""
 
+import functools
 import gc
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +25,52 @@ def random_state_kept() -> Iterator[None]:
             random.setstate(python_state)
             if numpy is not None:
                 numpy.random.set_state(numpy_state)
+
+
+class RealTensors:
+    """The user's own tensors, by whatever ways a step gets at them: remembered before they change."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.Generator, torch.Tensor] = {}
+        self._written: dict[int, tuple[weakref.ref[torch.UntypedStorage], torch.UntypedStorage]] = {}
+
+    def remember(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy what an operator is about to write into, and the state of a generator that it draws from."""
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
+        for value in _written_by(schema, args, kwargs) if schema.is_mutable else ():
+            if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                self._copy(value.untyped_storage())
+
+    def put_back(self) -> None:
+        """Give them the numbers that they had."""
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+        self._generators = {}
+        for storage, before in list(self._written.values()):
+            alive = storage()
+            if alive is not None:
+                alive.copy_(before, non_blocking=False)
+        self._written = {}
+
+    def _copy(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        known = self._written.get(key)
+        if storage.device.type != "meta" and (known is None or known[0]() is not storage):
+            self._written[key] = weakref.ref(storage, functools.partial(self._forget, key)), storage.clone()
+
+    def _forget(self, key: int, dead: "weakref.ref[torch.UntypedStorage]") -> None:
+        if key in self._written and self._written[key][0] is dead:
+            del self._written[key]
+
+
+def _written_by(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Yield the arguments of an operator that it writes into, of a list each."""
+    for number, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from value if isinstance(value, (list, tuple)) else (value,)
 
 
 @contextmanager
