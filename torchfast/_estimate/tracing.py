@@ -26,6 +26,7 @@ from torchfast._estimate.recorder import Recorder
 from torchfast._estimate.step import Objects, Plan, run_step, teacher_module
 from torchfast._estimate.untouched import collector_kept_quiet, flags_kept, random_state_kept
 from torchfast._estimate.where import Whereabouts
+from torchfast._keeper import Keeper
 from torchfast._modules import unwrapped
 
 
@@ -256,16 +257,9 @@ def _with_batch_of_its_own(objects: Objects) -> Objects:
     """Return the objects with the batch in new containers: a step may pop, or replace, what is in its own."""
     parts = []
     for part in (objects.inputs, objects.target):
-        leaves, structure = _tree.flatten(part, keep=_anew)
+        leaves, structure = _tree.flatten(part, keep=Keeper())
         parts.append(structure.rebuild(leaves))
     return replace(objects, inputs=parts[0], target=parts[1])
-
-
-def _anew(part: Any) -> Any:
-    """Copy the plain containers of what holds no tensors."""
-    if type(part) is dict:
-        return {key: _anew(value) for key, value in part.items()}
-    return [_anew(item) for item in part] if type(part) is list else part
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:

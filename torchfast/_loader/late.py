@@ -1,14 +1,11 @@
-"""What no transfer is planned for: leaves that move by their own `.to`, and parts without tensors."""
+"""What no transfer is planned for: leaves that move by their own `.to`."""
 
 import copy
-import operator
-import sys
-from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
 
-from torchfast._tree import Leaf, like
+from torchfast._tree import Leaf
 
 _PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
@@ -41,41 +38,6 @@ def copied(leaf: Leaf, /) -> Any:
             f"clone(), and copy.deepcopy failed: {error}. Give it a clone(), or load by a DataLoader with "
             "workers, whose batches are its own."
         ) from error
-
-
-class Keeper:
-    """Copies the plain data of one batch, to where the loader cannot write over it; not any other object.
-
-    Arrays that are files, of a class of their own, are left alone too: they may be the whole dataset.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[int, tuple[Any, Any]] = {}
-        """Each part that was asked for, held so that no other takes its address, and what became of it."""
-        numpy = sys.modules.get("numpy")
-        self._flat = (set, bytearray) if numpy is None else (set, bytearray, numpy.ndarray)
-
-    def __call__(self, part: Any, /) -> Any:
-        """Return the part, or a copy if it is plain: the same one wherever it occurs."""
-        if id(part) not in self._copies:
-            self._copies[id(part)] = part, self._copied(part)
-        _, twin = self._copies[id(part)]
-        return twin
-
-    def _copied(self, part: Any) -> Any:
-        kind = type(part)
-        if kind in self._flat:
-            return part.copy()
-        if kind is list:
-            return [*map(self, part)]
-        if isinstance(part, tuple):
-            items = [*map(self, part)]
-            return part if all(map(operator.is_, items, part)) else like(part, items)
-        if kind in (dict, OrderedDict, defaultdict):
-            twin = part.copy()
-            twin.update({key: self(value) for key, value in part.items()})
-            return twin
-        return part
 
 
 def pinned(part: Any, /) -> Any:

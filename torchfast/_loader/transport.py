@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 from torchfast._bytes import MIB
+from torchfast._keeper import Keeper
 from torchfast._layout import laid_out_like
 from torchfast._loader.blanks import Blank, Blanks
 from torchfast._loader.driver import current_raw_stream
-from torchfast._loader.late import Keeper, copied, moved, pinned, record_use
+from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.modes import outside_inference_mode
 from torchfast._loader.plan import Group, Plan, is_plain, tensor_on
 from torchfast._loader.plans import Plans
