@@ -153,6 +153,7 @@ class Work:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
         self.transport.settle()
         began_s = time.perf_counter()
+        failed: deque[Arrival] = deque()
         try:
             with self.modes.around():
                 batch = next(self.source)
@@ -160,10 +161,9 @@ class Work:
         except StopIteration:
             return self._ended()
         except BaseException as error:  # noqa: BLE001 - as above
-            # It takes the place, and so the permit, of its batch.
-            while (permit := self._permit()) is Sent:
-                pass
-            return permit is not Stop and self._failed(error) and not self._is_broken()
+            failed.append(failure(error))
+        if failed:
+            return self._pass_on_failure(failed)
         self._is_empty = False
         self.permits.load_s = time.perf_counter() - began_s
         self.tally.load_s += self.permits.load_s
@@ -209,15 +209,29 @@ class Work:
         """
         tally = self.tally
         staged_s = tally.stage_s
+        sent: deque[Arrival] = deque()
         try:
-            sent = deque([Arrival(self.transport.send(*batch_and_permit), state=state)])
+            sent.append(Arrival(self.transport.send(*batch_and_permit), state=state))
+            self.permits.send_s = tally.stage_s - staged_s
         except BaseException as error:  # noqa: BLE001 - as above
-            return self._failed(error)
-        self.permits.send_s = tally.stage_s - staged_s
+            sent.append(failure(error))
         batch_and_permit.clear()
-        _move_first(sent, self.ready)
-        self._tell_consumer()
+        self._put_in_line(sent)
         return True
+
+    def _pass_on_failure(self, failed: "deque[Arrival]") -> bool:
+        """Put an error of the loader in line: it takes the place, and so the permit, of its batch."""
+        while (permit := self._permit()) is Sent:
+            pass
+        if permit is Stop:
+            return False
+        self._put_in_line(failed)
+        return not self._is_broken()
+
+    def _put_in_line(self, arrivals: "deque[Arrival]") -> None:
+        """Do as `arrive` does, leaving nothing behind: what an error holds goes where the loop drops it."""
+        _move_first(arrivals, self.ready)
+        self._tell_consumer()
 
     # In the consumer's thread, for a loader that never keeps it waiting.
 
@@ -263,8 +277,7 @@ class Work:
             self.transport.fence()  # it may have come after the copies were enqueued
             if not isinstance(error, Exception):
                 raise  # an interrupt: the batch is sent again, to other memory
-            unknot(error)
-            self.here[0] = Arrival(error=error)  # raised where the batch is taken
+            self.here[0] = failure(error)  # raised where the batch is taken
         return True
 
     def _permit(self) -> Any:
@@ -280,11 +293,6 @@ class Work:
             self.arrive(Arrival(is_end=True))
             return True
         return False
-
-    def _failed(self, error: BaseException) -> bool:
-        unknot(error)
-        self.arrive(Arrival(error=error))
-        return True
 
 
 _at_work: dict[int, Work] = {}
@@ -310,17 +318,18 @@ def _move_first(source: "deque[Any]", target: "deque[Any]") -> None:
     target.extend(itertools.islice(iter(source.popleft, None), 1))
 
 
-def unknot(error: BaseException, /) -> None:
-    """Break the cycle of an error of a worker: the frame of PyTorch's that raised it anew holds it.
+def failure(error: BaseException, /) -> Arrival:
+    """Return what arrives in the place of a batch, with the cycle of an error of a worker broken.
 
-    It would keep this pass, events and all, until the collector finds it; and where that happens in a worker
-    forked since, a CUDA event that goes ends the worker.
+    The frame of PyTorch's that raised it anew holds it. It would keep this pass, events and all, until the
+    collector finds it; and where that happens in a worker forked since, a CUDA event that goes ends that.
     """
     traceback = error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_globals.get("__name__") == "torch._utils":
             traceback.tb_frame.clear()
         traceback = traceback.tb_next
+    return Arrival(error=error)
 
 
 def no_state() -> None:
