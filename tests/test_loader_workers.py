@@ -1,6 +1,8 @@
 """A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
 
+import functools
 import gc
+import inspect
 import multiprocessing
 import os
 import signal
@@ -8,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,10 +19,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils, dataloader
 
-from tests.loader_transport import copying_threads, open_feed, threaded
+from tests.loader_transport import copying_threads, open_feed, threaded, until
 from torchfast import DeviceLoader
 from torchfast._loader import dead_workers, wrapped
 from torchfast._loader.dead_workers import survive_dead_workers
+from torchfast._loader.thread import Work
 from torchfast._loader.wrapped import begun, begun_for_gpu, is_pinned_by_us, writes_afresh
 
 
@@ -242,6 +245,33 @@ def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_an_error_that_nobody_took_keeps_nothing_alive() -> None:
+    """A pass that is closed while an error waits for its turn is gone at once, without the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        batches = fails_after(1)
+        epoch, transport, feed = open_feed(batches, depth=1)
+        until(functools.partial(waits_with_an_error, feed._work, batches))
+        epoch.close()
+        gone = weakref.ref(transport)
+        del epoch, transport, feed
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def waits_with_an_error(work: Work, batches: Generator[int, None, None]) -> bool:
+    """Say whether the loader has failed and its error waits for a permit."""
+    return work.permits._is_listening and inspect.getgeneratorstate(batches) == inspect.GEN_CLOSED
+
+
+def fails_after(n_batches: int) -> Generator[int, None, None]:
+    """Yield so many batches, then fail."""
+    yield from range(n_batches)
+    raise LookupError("the next one is broken")
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")

@@ -224,6 +224,7 @@ class Work:
         while (permit := self._permit()) is Sent:
             pass
         if permit is Stop:
+            failed.clear()  # the error's traceback holds the frame that holds this
             return False
         self._put_in_line(failed)
         return not self._is_broken()
