@@ -256,6 +256,7 @@ import os, signal, sys, torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchfast import DeviceLoader
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 data = TensorDataset(torch.zeros(64, 300_000))
 loader = {loader}
 for number, batch in enumerate(loader):

@@ -419,6 +419,27 @@ def test_garbage_is_left_alone_in_workers() -> None:
         Collecting.found.clear()
 
 
+def test_the_thread_imports_nothing() -> None:
+    """Workers of another loader, forked while it imports, would wait for that module for ever."""
+    script = """
+import sys
+import threading
+import torch
+from tests.loader_transport import threaded
+
+imported = []
+def note(event, arguments):
+    if event == "import" and threading.current_thread().name == "torchfast-loader":
+        imported.append(arguments[0])
+
+sys.addaudithook(note)
+loader = torch.utils.data.DataLoader(torch.ones(4, 300_000), num_workers=2)
+assert len(list(threaded(loader))) == 4
+print([name for name in imported if not name.startswith("torch.profiler")])  # for which no worker asks
+"""
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
+
+
 def test_what_was_frozen_before_the_import_stays_frozen() -> None:
     """Only what Python itself freezes as it starts is taken for nobody's."""
     script = """
