@@ -3,14 +3,15 @@
 Checked first: every peer hands out the right batches in the right order (races are the business of
 `device_loader_reliability.py`). Then timed, as `loader_timing.py` does it.
 
-- `workloads`     large batches and many tensors, under a light and a heavy step
-- `small`         batches of a few KB, which a copy in the loop brings too
-- `resnet50`      a training step, on float images and on bytes to normalise
-- `workers`       a DataLoader with eight workers, some of whose batches are late
-- `loading`       the same without work: how fast batches of workers get to the GPU at all
-- `host_time`     what one `next` takes of the loop's own time
-- `sweep`         ratios of compute to transfer, numbers of tensors, pinned memory and pageable
-- `worker_sweep`  ratios of compute to loading by eight workers, numbers of tensors
+- `workloads`       large batches and many tensors, under a light and a heavy step
+- `small`           batches of a few KB, which a copy in the loop brings too
+- `resnet50`        a training step, on float images and on bytes to normalise
+- `workers`         a DataLoader with eight workers, some of whose batches are late
+- `loading`         the same without work: how fast batches of workers get to the GPU at all
+- `host_time`       what one `next` takes of the loop's own time
+- `sweep`           ratios of compute to transfer, numbers of tensors, pinned memory and pageable
+- `worker_sweep`    ratios of compute to loading by eight workers, one tensor and eight
+- `many_by_workers` the same of 512 tensors
 """
 
 import argparse
@@ -55,6 +56,7 @@ def main() -> None:
         "host_time": host_time,
         "sweep": sweep,
         "worker_sweep": worker_sweep,
+        "many_by_workers": many_by_workers,
     }
     parser.add_argument("parts", nargs="*", default=list(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--n-samples", type=int, default=5, help="passes timed for each number")
@@ -131,8 +133,6 @@ RATIOS = (0.25, 0.5, 1, 2, 4, 16)
 PASSES = {0.25: 48, 0.5: 48, 1: 48, 2: 48, 4: 24}
 """Batches of a pass over workers, by the ratio of compute to loading, which takes longer than copying: 16
 times that is 20 ms, under which all hides."""
-PASSES_OF_MANY = {0.25: 14, 1: 14}
-"""Those of 512 tensors, each batch of which takes the peers 0.15 s."""
 SWEPT = [
     name
     for name in ("pinned, non_blocking", "apex, record_stream", "torchtnt", "SPDL", "torchfast")
@@ -162,8 +162,18 @@ LOADING_CELL_S = 2.0
 
 def worker_sweep(n_samples: int) -> Iterator[dict[str, Any]]:
     """Time a DataLoader with workers, which is what most steps wait for, at ratios of compute to loading."""
-    for n_leaves, pin_memory in itertools.product((1, 8, 512), (True, False)):
-        passes = PASSES_OF_MANY if n_leaves == 512 else PASSES
+    for n_leaves in (1, 8):
+        yield from swept_by_workers(n_leaves, PASSES, n_samples)
+
+
+def many_by_workers(n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time the same with 512 tensors in a batch, each of which takes the peers 0.15 s."""
+    yield from swept_by_workers(512, {0.25: 12, 1: 12}, n_samples)
+
+
+def swept_by_workers(n_leaves: int, passes: dict[float, int], n_samples: int) -> Iterator[dict[str, Any]]:
+    """Time passes of so many batches, by the ratio of compute to loading."""
+    for pin_memory in (True, False):
         of_batches = {
             n_batches: ByWorkers(Made(n_batches, 0.01, n_leaves=n_leaves), pin_memory=pin_memory)
             for n_batches in set(passes.values())

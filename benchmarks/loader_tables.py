@@ -181,6 +181,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader_small": loader_small,
     "loader_sweep": loader_sweep,
     "loader_worker_sweep": loader_sweep,
+    "loader_many_by_workers": loader_sweep,
     "loader_workers": loader_workers,
 }
 """What renders the result file of each subject."""
