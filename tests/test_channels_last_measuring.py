@@ -11,6 +11,7 @@ from torch import nn
 
 from torchfast import LayoutReport, _timing, to_channels_last
 from torchfast._channels_last import measuring
+from torchfast._tree import tensors
 
 
 def net(*layers: nn.Module) -> nn.Sequential:
@@ -157,6 +158,20 @@ def test_without_a_sample_the_report_says_that_nothing_was_measured(
     with caplog.at_level(logging.INFO, logger="torchfast"):
         to_channels_last(net())
     assert caplog.messages == [f"to_channels_last: {expected}"]
+
+
+def test_a_report_that_fails_leaves_the_model_as_it_was() -> None:
+    """Who handles the error finds the layout, of the optimizer's state too, that was there before."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(SAMPLE).sum().backward()
+    optimizer.step()
+    strides = [tensor.stride() for tensor in tensors([*model.parameters(), optimizer.state_dict()])]
+    with pytest.raises(ZeroDivisionError):
+        to_channels_last(model, optimizer=optimizer, report=lambda _: 1 / 0)
+    assert [t.stride() for t in tensors([*model.parameters(), optimizer.state_dict()])] == strides
+    to_channels_last(model, optimizer=optimizer)
+    assert [t.stride() for t in tensors([*model.parameters(), optimizer.state_dict()])] != strides
 
 
 def test_reports_in_words() -> None:

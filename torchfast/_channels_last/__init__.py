@@ -6,7 +6,8 @@ every tensor out in new memory, and only then put the new memory under the old t
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchfast import _layout
-from torchfast._channels_last.changes import apply, state_changes, to_plain, weight_changes
+from torchfast._channels_last.changes import applied, apply, state_changes, to_plain, weight_changes
 from torchfast._channels_last.measuring import Comparison, LayoutReport, compared
 from torchfast._channels_last.refusals import (
     check_batch,
@@ -112,25 +113,26 @@ def to_channels_last(  # noqa: PLR0913 -- keyword options
         samples = {layout: lay_out_images(own, layout) for layout in (False, True)}
         comparison = _measured(model, optimizers, samples)
         enabled = comparison.pays
-    n_weights = _convert_model(model, optimizers, enabled=enabled)
-    _report(model, n_weights, comparison, report, enabled=enabled)
+    with _converted(model, optimizers, enabled=enabled) as n_weights:
+        _report(model, n_weights, comparison, report, enabled=enabled)
     return model_or_batch
 
 
 _LAY_OUT = {True: _layout.to_channels_last_tensor, False: to_plain}
 
 
-def _convert_model(model: nn.Module, optimizers: list[Optimizer], *, enabled: bool) -> int:
-    """Lay the model and its optimizers out, and return how many weights changed."""
+@contextmanager
+def _converted(model: nn.Module, optimizers: list[Optimizer], *, enabled: bool) -> Iterator[int]:
+    """Lay the model and its optimizers out, and say how many weights changed; undo it if the block fails."""
     weights = weight_changes(model, _LAY_OUT[enabled])
     check_may_change(model, optimizers, weights)
     states = [change for optimizer in optimizers for change in state_changes(optimizer, weights)]
+    with applied(weights + states):
+        yield sum(isinstance(tensor, nn.Parameter) for tensor, _ in weights)
     for optimizer in optimizers:
         if optimizer not in _followed:
             optimizer.register_load_state_dict_post_hook(_match_state)
             _followed.add(optimizer)
-    apply(weights + states)
-    return sum(isinstance(tensor, nn.Parameter) for tensor, _ in weights)
 
 
 def _measured(model: nn.Module, optimizers: list[Optimizer], samples: dict[bool, Any]) -> Comparison:

@@ -1,6 +1,7 @@
 """Laying tensors out again under the same objects: all of them, or none."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -56,12 +57,20 @@ def state_changes(optimizer: Optimizer, parameter_changes: Changes, /) -> Change
 
 def apply(changes: Changes, /) -> None:
     """Put the new memory under the old tensors; on an error, put the old memory back."""
+    with applied(changes):
+        pass
+
+
+@contextmanager
+def applied(changes: Changes, /) -> Iterator[None]:
+    """Do the same, to stay; an error in the block puts the old memory back as well."""
     undo: Changes = []
     try:
         for tensor, new in changes:
             old = tensor.data
             tensor.data = new
             undo.append((tensor, old))
+        yield
     except BaseException:
         for tensor, old in undo:
             tensor.data = old
