@@ -1,8 +1,6 @@
 """A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
 
-import functools
 import gc
-import inspect
 import multiprocessing
 import os
 import signal
@@ -10,7 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,11 +17,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils, dataloader
 
-from tests.loader_transport import copying_threads, open_feed, threaded, until
+from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
 from torchfast._loader import dead_workers, wrapped
 from torchfast._loader.dead_workers import survive_dead_workers
-from torchfast._loader.thread import Work
 from torchfast._loader.wrapped import begun, begun_for_gpu, is_pinned_by_us, writes_afresh
 
 
@@ -232,48 +229,6 @@ def test_a_dead_worker_that_interrupts_a_close_does_not_end_it(
     assert copying_threads() == 0
 
 
-def test_an_error_of_a_worker_keeps_nothing_alive() -> None:
-    """Once its error is handled and forgotten, a pass is gone at once, without the collector."""
-    gc.collect()
-    gc.disable()
-    try:
-        epoch, transport, feed = open_feed(DataLoader(Fragile(), batch_size=8, num_workers=1))
-        with pytest.raises(LookupError, match="sample 7"):
-            next(epoch)
-        gone = weakref.ref(transport)
-        del epoch, transport, feed
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def test_an_error_that_nobody_took_keeps_nothing_alive() -> None:
-    """A pass that is closed while an error waits for its turn is gone at once, without the collector."""
-    gc.collect()
-    gc.disable()
-    try:
-        batches = fails_after(1)
-        epoch, transport, feed = open_feed(batches, depth=1)
-        until(functools.partial(waits_with_an_error, feed._work, batches))
-        epoch.close()
-        gone = weakref.ref(transport)
-        del epoch, transport, feed
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def waits_with_an_error(work: Work, batches: Generator[int, None, None]) -> bool:
-    """Say whether the loader has failed and its error waits for a permit."""
-    return work.permits._is_listening and inspect.getgeneratorstate(batches) == inspect.GEN_CLOSED
-
-
-def fails_after(n_batches: int) -> Generator[int, None, None]:
-    """Yield so many batches, then fail."""
-    yield from range(n_batches)
-    raise LookupError("the next one is broken")
-
-
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 def test_a_loader_that_is_begun_without_pinning_is_never_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who looks at it while its iterator is made, as a sampler may, finds what it was told."""
@@ -417,27 +372,6 @@ def test_garbage_is_left_alone_in_workers() -> None:
     finally:
         gc.enable()
         Collecting.found.clear()
-
-
-def test_the_thread_imports_nothing() -> None:
-    """Workers of another loader, forked while it imports, would wait for that module for ever."""
-    script = """
-import sys
-import threading
-import torch
-from tests.loader_transport import threaded
-
-imported = []
-def note(event, arguments):
-    if event == "import" and threading.current_thread().name == "torchfast-loader":
-        imported.append(arguments[0])
-
-sys.addaudithook(note)
-loader = torch.utils.data.DataLoader(torch.ones(4, 300_000), num_workers=2)
-assert len(list(threaded(loader))) == 4
-print([name for name in imported if not name.startswith("torch.profiler")])  # for which no worker asks
-"""
-    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
 
 
 def test_what_was_frozen_before_the_import_stays_frozen() -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -765,6 +766,17 @@ def test_loader_transform_that_stops_the_iteration() -> None:
         list(DeviceLoader([1], "cpu", transform=lambda _: next(iter([]))))
     assert text_of(error) == (
         "transform= raised StopIteration, which would have ended the epoch without a word. "
+        "Raise another error, or end the loop from its body."
+    )
+
+
+def test_loader_batch_that_stops_the_iteration() -> None:
+    """So is one out of a batch that is moved."""
+    batch = SimpleNamespace(to=lambda _: next(iter([])))
+    with pytest.raises(RuntimeError, match="moving") as error:
+        list(DeviceLoader([batch], "cpu"))
+    assert text_of(error) == (
+        "moving a batch raised StopIteration, which would have ended the epoch without a word. "
         "Raise another error, or end the loop from its body."
     )
 

@@ -1,8 +1,6 @@
 """DeviceLoader on a GPU around a DataLoader: whose batches are pinned by us, and read from shared memory."""
 
 import _thread
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -182,27 +180,3 @@ def test_batches_of_workers_are_staged_by_a_team(
         assert wrong_of(DeviceLoader(loader_with_workers(), "cuda")) == 0
         assert torch.get_num_threads() == 1
     assert set(seen) == {team_size(2) if is_torchruns else 1}
-
-
-def test_the_threads_import_nothing() -> None:
-    """Workers of another loader, forked while they import, would wait for that module for ever."""
-    script = """
-import sys
-import threading
-import torch
-from torchfast import DeviceLoader
-
-imported = []
-def note(event, arguments):
-    if event == "import" and threading.current_thread() is not threading.main_thread():
-        imported.append(arguments[0])
-
-sys.addaudithook(note)
-torch.set_num_threads(4)
-tensors = [torch.ones(1_000_000), *[torch.ones(64, 1024) for _ in range(24)], torch.ones(3)]
-batches = torch.utils.data.DataLoader([tensors] * 4, batch_size=None, num_workers=2)
-for loader in (batches, [tensors] * 4, [[tensor.pin_memory() for tensor in tensors]] * 4):
-    assert len(list(DeviceLoader(loader, "cuda"))) == 4
-print([name for name in imported if not name.startswith("torch.profiler")])  # for which no worker asks
-"""
-    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"

@@ -53,9 +53,12 @@ def survive_dead_workers(batches: Any, /) -> None:
         batches._workers_done_event = DoneEvent(batches)
 
 
-def has_dead_worker(batches: Any, /) -> bool:
-    """Say, after an error, whether a worker ended badly: the pass is over then. Private, as above."""
-    return _has_died(getattr(batches, "_workers", ()))
+def tells_of_dead_worker(error: BaseException | None, /) -> bool:
+    """Say whether the pass is over with this error, PyTorch's own: it is raised once, then the loop may hang.
+
+    With any other, whatever became of the workers, it goes on as bare, and comes to that one.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _has_died(workers: Iterable[Any]) -> bool:

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import torch
 
-from torchfast._loader.dead_workers import has_dead_worker
+from torchfast._loader.dead_workers import tells_of_dead_worker
 from torchfast._loader.stats import Tally
 from torchfast._tree import flatten
 
@@ -93,7 +93,7 @@ class Epoch(Iterator[T]):
             raise
         except StopIteration as error:
             is_lost = True
-            raise stopped_by_transform() from error
+            raise stopped_by("transform=") from error
         except Exception:
             is_lost = True
             raise
@@ -190,9 +190,9 @@ def uncopyable(what: str, why: str) -> TypeError:
     return TypeError(f"{what} cannot be copied or pickled: {why}")
 
 
-def stopped_by_transform() -> RuntimeError:
+def stopped_by(what: str) -> RuntimeError:
     return RuntimeError(
-        "transform= raised StopIteration, which would have ended the epoch without a word. "
+        f"{what} raised StopIteration, which would have ended the epoch without a word. "
         "Raise another error, or end the loop from its body."
     )
 
@@ -238,6 +238,8 @@ class InlineFeed:
         except torch.OutOfMemoryError:
             self._waiting, self._state = [batch], state
             raise
+        except StopIteration as error:
+            raise stopped_by("moving a batch") from error
         self._tally.taken(waited_s)
         return moved
 
@@ -248,8 +250,8 @@ class InlineFeed:
             if self._is_closed:  # by another thread: this is not the end
                 raise closed_error() from None
             raise
-        except Exception:
-            if has_dead_worker(self._source):
+        except Exception as error:
+            if tells_of_dead_worker(error):
                 self._source = iter(())
             raise
 

@@ -144,9 +144,11 @@ class ThreadedFeed:
             batch = self._transport.deliver(arrival.parcel)
         except torch.OutOfMemoryError:
             raise  # once there is room, the same batch again
-        except Exception:
+        except Exception as error:
             self._transport.fence()
             self._pass_on(arrival)
+            if isinstance(error, StopIteration):
+                raise epoch.stopped_by("moving a batch") from error
             raise
         self._tally.taken(waited_s)
         self._pass_on(arrival)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, cast
 
-from torchfast._loader.dead_workers import has_dead_worker
+from torchfast._loader.dead_workers import tells_of_dead_worker
+from torchfast._loader.epoch import stopped_by
 from torchfast._loader.flag import Flag
+from torchfast._loader.forks import spare_imports
 from torchfast._loader.helpers import helped_thread
 from torchfast._loader.modes import Modes
 from torchfast._loader.permits import Permits
@@ -99,6 +101,7 @@ class Work:
     def run(self) -> None:
         """Load and send until told to stop, or until the loader ends."""
         _at_work[threading.get_ident()] = self
+        failed: deque[Arrival] = deque()
         try:
             self.modes.enter_thread()
             self.transport.enter_thread()
@@ -106,11 +109,13 @@ class Work:
             while not self.stopped and self.step():
                 pass
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the batch is taken
-            self.arrive(Arrival(error=error))
-            self.arrive(Arrival(is_end=True))
+            failed.append(failure(error))
         finally:
             self.entered.set()
             try:
+                if failed:
+                    self._put_in_line(failed)
+                    self.arrive(Arrival(is_end=True))
                 self.loaded.clear()
                 self._spare.clear()
                 del self.source
@@ -119,14 +124,15 @@ class Work:
                     # By somebody who did not wait: what was sent since has nobody to wait for it.
                     with contextlib.suppress(RuntimeError):  # a device that failed says so to the consumer
                         self.transport.fence()
-                    self._let_go_of_parcels()
+                    self._let_go_of_what_came_late()
             finally:
                 del _at_work[threading.get_ident()]
                 self.left.set()
 
-    def _let_go_of_parcels(self) -> None:
+    def _let_go_of_what_came_late(self) -> None:
         for arrival in list(self.ready):
-            if arrival.parcel is not None:
+            # By its traceback an error of this thread, which would hold this line, and not that of a close.
+            if arrival.parcel is not None or (arrival.error is not None and arrival.error.__traceback__):
                 with contextlib.suppress(ValueError):  # whoever closes the pass has done the same
                     self.ready.remove(arrival)
 
@@ -153,15 +159,18 @@ class Work:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""
         self.transport.settle()
         began_s = time.perf_counter()
-        failed: deque[Arrival] = deque()
+        is_over, failed = False, deque[Arrival]()
         try:
             with self.modes.around():
                 batch = next(self.source)
             state = self.snapshot()
-        except StopIteration:
-            return self._ended()
+        except StopIteration as error:
+            unknot(error)  # it may be that of a worker
+            is_over = True
         except BaseException as error:  # noqa: BLE001 - as above
             failed.append(failure(error))
+        if is_over:
+            return self._ended()
         if failed:
             return self._pass_on_failure(failed)
         self._is_empty = False
@@ -226,8 +235,11 @@ class Work:
         if permit is Stop:
             failed.clear()  # the error's traceback holds the frame that holds this
             return False
+        is_last = tells_of_dead_worker(failed[0].error)
         self._put_in_line(failed)
-        return not self._is_broken()
+        if is_last:
+            self.arrive(Arrival(is_end=True))
+        return not is_last
 
     def _put_in_line(self, arrivals: "deque[Arrival]") -> None:
         """Do as `arrive` does, leaving nothing behind: what an error holds goes where the loop drops it."""
@@ -288,16 +300,11 @@ class Work:
         permit = self.permits.get()
         return Stop if self.stopped else permit
 
-    def _is_broken(self) -> bool:
-        """Say whether the loader may hang if it is asked for another batch, and end the pass if so."""
-        if has_dead_worker(self.source):
-            self.arrive(Arrival(is_end=True))
-            return True
-        return False
-
 
 _at_work: dict[int, Work] = {}
 """What each copying thread works at."""
+
+spare_imports(lambda: [*_at_work])
 
 
 def served_threads() -> list[int]:
@@ -320,17 +327,33 @@ def _move_first(source: "deque[Any]", target: "deque[Any]") -> None:
 
 
 def failure(error: BaseException, /) -> Arrival:
-    """Return what arrives in the place of a batch, with the cycle of an error of a worker broken.
+    """Return what arrives in the place of a batch."""
+    unknot(error)
+    if not isinstance(error, StopIteration):
+        return Arrival(error=error)
+    stopped = stopped_by("loading or moving a batch")
+    stopped.__cause__ = error
+    return Arrival(error=stopped)
 
-    The frame of PyTorch's that raised it anew holds it. It would keep this pass, events and all, until the
-    collector finds it; and where that happens in a worker forked since, a CUDA event that goes ends that.
+
+def unknot(error: BaseException, /) -> None:
+    """Break the cycle of an error of a worker: the frame of PyTorch's that raised it anew holds it.
+
+    It would keep this pass, events and all, until the collector finds it; and where that happens in a worker
+    forked since, a CUDA event that goes ends the worker.
     """
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_globals.get("__name__") == "torch._utils":
-            traceback.tb_frame.clear()
-        traceback = traceback.tb_next
-    return Arrival(error=error)
+    tied, seen = [error], set[int]()
+    while tied:
+        one = tied.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        traceback = one.__traceback__
+        while traceback is not None:
+            if traceback.tb_frame.f_globals.get("__name__") == "torch._utils":
+                traceback.tb_frame.clear()
+            traceback = traceback.tb_next
+        tied += [other for other in (one.__cause__, one.__context__) if other is not None]
 
 
 def no_state() -> None:

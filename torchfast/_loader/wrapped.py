@@ -1,7 +1,6 @@
 """What a `DeviceLoader` knows about the loaders it wraps."""
 
 import gc
-import hmac  # noqa: F401 - which opening a worker's batch asks for: see `begun`
 import os
 import warnings
 import weakref
@@ -125,9 +124,6 @@ def begun(loader: Iterable[Any]) -> Iterator[Any]:
 
     Workers are forked with the garbage of this process. Were their collectors to find a CUDA event in it, its
     destructor would end them: so what there is by now is kept from them, and costs them no memory either.
-
-    Those of another loader may be forked at any moment of the pass. A module that the copying thread is just
-    importing would never be there for them, and they would wait for it: so that thread imports none.
     """
     if not getattr(loader, "num_workers", 0):
         return iter(loader)
