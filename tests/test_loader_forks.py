@@ -66,6 +66,12 @@ def fork_that_imports(name: str) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def fork_and_wait(name: str) -> None:
+    """Fork, and wait for the interrupt that comes after it."""
+    assert fork_that_imports(name) == 0
+    until(lambda: False)
+
+
 def pauses(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> Callable[[], int]:
     """Do something each time that a fork pauses; return what tells how often it has."""
     numbers, left = itertools.count(), list(actions)
@@ -145,7 +151,7 @@ def test_an_interrupt_while_a_fork_waits_comes_after_it(monkeypatch: pytest.Monk
     batches, _, _ = open_feed(imports("slow_one"))
     slow.has_begun.wait()
     with pytest.raises(KeyboardInterrupt):
-        fork_that_imports("slow_one")
+        fork_and_wait("slow_one")
     assert n_pauses() > 1
     assert slow.has_ended.is_set()
     assert fork_that_imports("slow_one") == 0
@@ -159,7 +165,7 @@ def test_a_second_interrupt_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) ->
     batches, _, _ = open_feed(imports("slow_one"))
     slow.has_begun.wait()
     with pytest.raises(KeyboardInterrupt):
-        fork_that_imports("this")
+        fork_and_wait("this")
     assert not slow.has_ended.is_set()
     slow.may_end.set()
     assert list(batches) == [1]

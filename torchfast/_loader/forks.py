@@ -6,8 +6,6 @@ are made of: a jagged tensor as it is opened asks for 2 s of imports. Which modu
 before.
 """
 
-import _thread
-import functools
 import os
 import signal
 import sys
@@ -17,6 +15,8 @@ from time import monotonic
 from time import sleep as pause
 from types import FrameType
 
+from torchfast._loader.unwaited import start_unwaited
+
 PATIENCE_S = 60.0
 """How long a fork waits: for ever if the import waits for what the forking thread holds."""
 
@@ -24,6 +24,9 @@ PATIENCE_IMPORTING_S = 5.0
 """The same for a thread that is importing itself: a module that is imported may fork."""
 
 PAUSE_S = 0.001
+
+INTERRUPT_S = 0.02
+"""How long after a fork an interrupt comes that was put off."""
 
 _put_off: list[int] = []
 """Interrupts that came while a fork waited, which would be lost in there."""
@@ -33,10 +36,7 @@ def spare_imports(threads: Callable[[], Iterable[int]], /) -> None:
     """Have each fork wait while one of these threads imports. An import begun meanwhile is not seen."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lambda: _wait(threads))
-        # In C: a handler that raises where Python runs for a fork raises nowhere else.
-        interrupt = functools.partial(max, _put_off, key=_thread.interrupt_main, default=None)
-        os.register_at_fork(after_in_parent=interrupt)
-        os.register_at_fork(after_in_parent=_put_off.clear, after_in_child=_put_off.clear)
+        os.register_at_fork(after_in_parent=_pass_on_interrupt, after_in_child=_put_off.clear)
 
 
 def _wait(threads: Callable[[], Iterable[int]]) -> None:
@@ -51,6 +51,18 @@ def _wait(threads: Callable[[], Iterable[int]]) -> None:
             if _put_off:
                 return
             _put_off.append(signal.SIGINT)
+
+
+def _pass_on_interrupt() -> None:
+    """Interrupt once other hooks are through: what is raised where Python runs for a fork is lost."""
+    if _put_off:
+        start_unwaited(_interrupt_soon, _put_off.pop())
+        _put_off.clear()
+
+
+def _interrupt_soon(number: int) -> None:
+    threading.Event().wait(INTERRUPT_S)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _any_importing(threads: Iterable[int]) -> bool:
