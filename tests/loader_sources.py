@@ -1,7 +1,7 @@
 """Loaders whose batches hold their own number, and the count of those that do not when a GPU reads them."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,27 @@ class Numbered(Dataset[list[torch.Tensor]]):
 
     def __getitem__(self, index: int) -> list[torch.Tensor]:
         return [torch.full(shape, float(index)) for shape in self._shapes]
+
+
+class Fragile(Dataset[int]):
+    """Ten numbers, of which 7 cannot be had."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 7:
+            raise self._error
+        return index
+
+
+def failing(at: int) -> Generator[int, None, None]:
+    """Fail in the place of one batch."""
+    yield from range(at)
+    raise LookupError("broken")
 
 
 def pinned_by_pytorch(dataset: Dataset[Any]) -> DataLoader[Any]:

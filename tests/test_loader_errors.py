@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from tests.loader_sources import Fragile, failing
 from tests.loader_transport import HostTransport, open_feed, threaded, until
 from torchfast import DeviceLoader
 from torchfast._loader import epoch as epochs
@@ -25,21 +26,6 @@ class BrokenError(Exception):
     """An error that can be watched."""
 
 
-class Fragile(Dataset[int]):
-    """Fails at one index."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> int:
-        if index == 7:
-            raise self._error
-        return index
-
-
 class Renaming(Iterator[Any]):
     """Raises other errors from those of a loader."""
 
@@ -51,12 +37,6 @@ class Renaming(Iterator[Any]):
             return next(self._batches)
         except LookupError as error:
             raise ArithmeticError from error
-
-
-def fails_after(n_batches: int) -> Generator[int, None, None]:
-    """Yield so many batches, then fail."""
-    yield from range(n_batches)
-    raise LookupError("the next one is broken")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +67,7 @@ def test_an_error_of_a_worker_keeps_nothing_alive(source: str) -> None:
 
 def test_an_error_that_nobody_took_keeps_nothing_alive() -> None:
     """A pass that is closed while an error waits for its turn is gone at once."""
-    batches = fails_after(1)
+    batches = failing(1)
     epoch, transport, feed = open_feed(batches, depth=1)
     until(functools.partial(waits_with_an_error, feed._work, batches))
     epoch.close()

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import pytest
 import torch
 
+from tests.loader_sources import failing
 from tests.loader_transport import HostTransport, copying_threads, number_of_a_new_thread, open_feed, until
 from torchfast._loader import epoch as epochs
 from torchfast._loader import thread
@@ -315,12 +316,6 @@ def test_a_slow_batch_does_not_delay_the_one_before_it() -> None:
     assert next(epoch) == 0
     may_go_on.set()
     assert next(epoch) == 1
-
-
-def failing(at: int) -> Iterator[int]:
-    """Fail in the place of one batch."""
-    yield from range(at)
-    raise LookupError("broken")
 
 
 def test_an_error_of_the_loader_comes_in_its_place() -> None:

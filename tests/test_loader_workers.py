@@ -17,23 +17,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils, dataloader
 
+from tests.loader_sources import Fragile
 from tests.loader_transport import copying_threads, open_feed, threaded
 from torchfast import DeviceLoader
 from torchfast._loader import dead_workers, wrapped
 from torchfast._loader.dead_workers import survive_dead_workers
 from torchfast._loader.wrapped import begun, begun_for_gpu, is_pinned_by_us, writes_afresh
-
-
-class Fragile(Dataset[int]):
-    """Fails at one index."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> int:
-        if index == 7:
-            raise LookupError(f"sample {index} is broken")
-        return index
 
 
 def test_breaks_with_workers_lose_no_batch() -> None:
@@ -90,7 +79,7 @@ def test_another_loader_around_the_same_workers_steals_nothing_either(kind: type
 
 def test_errors_of_workers_come_in_their_place() -> None:
     """An error in a worker arrives at its own batch, with the worker's traceback, and the pass goes on."""
-    loader = threaded(DataLoader(Fragile(), batch_size=2, num_workers=2))
+    loader = threaded(DataLoader(Fragile(LookupError("sample 7 is broken")), batch_size=2, num_workers=2))
     batches = iter(loader)
     assert [next(batches).tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(LookupError, match="sample 7 is broken"):

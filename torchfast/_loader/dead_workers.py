@@ -6,7 +6,6 @@ the same event, and waits for ever: five of eight series of up to 150 kills hung
 an error, and waits for ever when it is asked for another batch, since the others wait for the lock.
 """
 
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -38,7 +37,7 @@ class DoneEvent:
         self._give_back_lock()
 
     def _give_back_lock(self) -> None:
-        if not _has_died(self._workers):
+        if not any(worker.exitcode for worker in self._workers):
             return
         # In vain if its holder is dead; any process may give it back.
         self._event._cond.acquire(timeout=PATIENCE_S)
@@ -59,7 +58,3 @@ def tells_of_dead_worker(error: BaseException | None, /) -> bool:
     With any other, whatever became of the workers, it goes on as bare, and comes to that one.
     """
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def _has_died(workers: Iterable[Any]) -> bool:
-    return any(worker.exitcode for worker in workers)

@@ -29,7 +29,7 @@ INTERRUPT_S = 0.02
 """How long after a fork an interrupt comes that was put off."""
 
 _put_off: list[int] = []
-"""Interrupts that came while a fork waited, which would be lost in there."""
+"""The interrupt that came while a fork waited, if one did: it would be lost in there."""
 
 
 def spare_imports(threads: Callable[[], Iterable[int]], /) -> None:
@@ -57,7 +57,6 @@ def _pass_on_interrupt() -> None:
     """Interrupt once other hooks are through: what is raised where Python runs for a fork is lost."""
     if _put_off:
         start_unwaited(_interrupt_soon, _put_off.pop())
-        _put_off.clear()
 
 
 def _interrupt_soon(number: int) -> None:
