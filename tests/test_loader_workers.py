@@ -1,27 +1,18 @@
 """A loader with workers, fed by a thread: breaks, errors, and what workers are forked with."""
 
 import gc
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, _utils, dataloader
+from torch.utils.data import DataLoader, Dataset, TensorDataset, dataloader
 
 from tests.loader_sources import Fragile
-from tests.loader_transport import copying_threads, open_feed, threaded
+from tests.loader_transport import copying_threads, threaded
 from torchfast import DeviceLoader
-from torchfast._loader import dead_workers, wrapped
-from torchfast._loader.dead_workers import survive_dead_workers
 from torchfast._loader.wrapped import begun, begun_for_gpu, is_pinned_by_us, writes_afresh
 
 
@@ -85,137 +76,6 @@ def test_errors_of_workers_come_in_their_place() -> None:
     with pytest.raises(LookupError, match="sample 7 is broken"):
         next(batches)
     assert [batch.tolist() for batch in batches] == [[8, 9]]
-
-
-class Deadly(Dataset[int]):
-    """Its worker dies at one index."""
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> int:
-        if index == 20:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return index
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's signal handler
-@pytest.mark.parametrize("is_persistent", [False, True])
-def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
-    """A worker that is killed ends the pass with PyTorch's own error, and no thread stays behind."""
-    loader = threaded(DataLoader(Deadly(), num_workers=2, persistent_workers=is_persistent))
-    batches = iter(loader)
-    # Which error depends on what the worker was doing; PyTorch's signal handler raises one anywhere.
-    with suppress(RuntimeError), pytest.raises((RuntimeError, ConnectionError, EOFError)):
-        deque(batches, maxlen=0)
-    for _ in range(2):
-        with suppress(RuntimeError):
-            loader.close()
-    assert copying_threads() == 0
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # PyTorch's signal handler
-@pytest.mark.parametrize("make", [threaded, DeviceLoader], ids=["by the thread", "inline"])
-@pytest.mark.parametrize("is_persistent", [False, True])
-@pytest.mark.parametrize("lock", ["_workers_done_event", "_worker_result_queue"])
-def test_a_worker_that_dies_with_a_lock_is_no_hang_either(
-    lock: str,
-    make: Callable[[Any], DeviceLoader[Any]],
-    *,
-    is_persistent: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Killed as it looks whether it is to end, or as it writes, it keeps a lock that others wait for."""
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
-    monkeypatch.setattr(dead_workers, "PATIENCE_S", 0.2)
-    made = list[Any]()
-
-    def survive(inner: Any) -> None:
-        survive_dead_workers(inner)
-        made.append(inner)
-
-    monkeypatch.setattr(wrapped, "survive_dead_workers", survive)
-    dataset = TensorDataset(torch.zeros(64))
-    loader = make(DataLoader(dataset, num_workers=2, persistent_workers=is_persistent))
-    batches = iter(loader)
-    next(batches)
-    inner = made.pop()
-    assert isinstance(inner._workers_done_event, dead_workers.DoneEvent)
-    taken = (
-        inner._workers_done_event._event._cond
-        if lock == "_workers_done_event"
-        else inner._worker_result_queue._wlock
-    )
-    assert taken.acquire(timeout=60)  # by whom does not matter: nobody gives it back
-    os.kill(inner._workers[0].pid, signal.SIGKILL)
-    del inner, taken
-    n_errors = 0
-    for _ in range(64):
-        try:
-            next(batches)
-        except StopIteration:
-            break
-        except (RuntimeError, ConnectionError, EOFError):
-            n_errors += 1
-    assert n_errors > 0
-    for _ in range(2):
-        with suppress(RuntimeError):
-            loader.close()
-    del loader, batches
-    assert copying_threads() == 0
-
-
-class Ended:
-    """A worker that ended, well or badly."""
-
-    def __init__(self, exitcode: int | None) -> None:
-        self.exitcode = exitcode
-
-
-@pytest.mark.parametrize("exitcode", [None, 0, 1, -9])
-@pytest.mark.parametrize("is_held", [False, True])
-def test_workers_are_told_of_their_end(
-    *, is_held: bool, exitcode: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever holds the lock; one that is alive gives it back itself, and that of a dead one is free then."""
-    monkeypatch.setattr(dead_workers, "PATIENCE_S", 0.01)
-    event: Any = multiprocessing.get_context("spawn").Event()
-    inner = SimpleNamespace(_workers_done_event=event, _workers=[Ended(None), Ended(exitcode)])
-    stand_in = dead_workers.DoneEvent(inner)
-    assert not stand_in.is_set()
-    if is_held:
-        event._cond.acquire()
-    stand_in.set()
-    stand_in.set()
-    assert stand_in.is_set()
-    if is_held and not exitcode:
-        event._cond.release()
-    assert event.is_set()
-    event.clear()
-    assert not event.is_set()
-
-
-@pytest.mark.parametrize("is_dropped", [False, True], ids=["closed", "dropped"])
-def test_a_dead_worker_that_interrupts_a_close_does_not_end_it(
-    monkeypatch: pytest.MonkeyPatch, *, is_dropped: bool
-) -> None:
-    """PyTorch tells of a dead worker by an error in the loop's thread: a close still comes to its end."""
-    epoch, _, feed = open_feed(range(9))
-    next(epoch)
-    errors, wait = [RuntimeError("DataLoader worker is killed")] * 2, feed._work.left.wait
-
-    def interrupted(timeout_s: float | None = None) -> bool:
-        if errors:
-            raise errors.pop()
-        return wait(timeout_s)
-
-    monkeypatch.setattr(feed._work.left, "wait", interrupted)
-    if not is_dropped:
-        with pytest.raises(RuntimeError, match="is killed"):
-            epoch.close()
-    del epoch
-    assert not errors
-    assert copying_threads() == 0
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
