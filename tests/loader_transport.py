@@ -76,7 +76,7 @@ class HostTransport:
         self.n_sent_here += 1
         return self.send(batch, blank)
 
-    def deliver(self, parcel: Any) -> Any:
+    def deliver(self, parcel: Any, *, was_awaited: bool) -> Any:  # noqa: ARG002 - nothing is copied here
         """Hand the batch over, or run out of memory."""
         if self.delivery_fails_once:
             self.delivery_fails_once = False

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from torchfast._loader import blanks as module
 from torchfast._loader.blanks import Blank, Blanks
+from torchfast._loader.events import Events
 from torchfast._loader.plan import PACK_BELOW_BYTES, Plan, empty
 
 LARGE = PACK_BELOW_BYTES
@@ -84,7 +85,7 @@ def sizes(blank: Blank) -> list[int]:
 
 def after(batches: Sequence[Sequence[int]], consumer: Any) -> Blanks:
     """Return what has seen such batches."""
-    some = Blanks(torch.device("cpu"))
+    some = Blanks(torch.device("cpu"), Events())
     for batch in batches:
         some.fitting(None, plan(*batch), consumer)
     return some
@@ -105,7 +106,7 @@ def test_memory_is_set_aside_for_the_largest_of_the_recent_batches(batches: list
 
 def test_nothing_is_set_aside_where_there_is_no_telling(consumer: Any) -> None:
     """Before the first batch, and behind one that needs none; the next one that does is expected again."""
-    some = Blanks(torch.device("cpu"))
+    some = Blanks(torch.device("cpu"), Events())
     assert sizes(some.set_aside(consumer)) == []
     some.fitting(None, plan(LARGE), consumer)
     some.expect_none()
@@ -126,7 +127,7 @@ def test_a_device_that_is_full_is_no_error_of_the_step(
     monkeypatch.setattr(module, "empty", full)
     blank = some.set_aside(consumer)
     assert sizes(blank) == []
-    assert isinstance(blank.gate, Event)
+    assert isinstance(blank.gate.event, Event)
     with pytest.raises(torch.OutOfMemoryError):
         some.fitting(blank, plan(LARGE), consumer)
 
@@ -164,12 +165,12 @@ def test_the_gate_is_recorded_on_the_stream_of_the_memory(timeline: Timeline, co
     made = some.fitting(None, plan(LARGE), consumer)
     assert timeline.told == [
         ("allocate", "the loop's"),
-        ("record", aside.gate, consumer),
+        ("record", aside.gate.event, consumer),
         ("allocate", consumer),
-        ("record", made.gate, consumer),
+        ("record", made.gate.event, consumer),
     ]
     assert (aside.stream, made.stream) == (consumer, consumer)
-    assert aside.gate is not made.gate
+    assert aside.gate.event is not made.gate.event
 
 
 def test_memory_rests_for_two_batches_once_it_is_poisoned(timeline: Timeline, consumer: Any) -> None:
@@ -183,11 +184,11 @@ def test_memory_rests_for_two_batches_once_it_is_poisoned(timeline: Timeline, co
         assert rested is not None
         assert rested.buffers is aside.buffers
         assert all(bool((buffer == 0xFF).all()) for buffer in rested.buffers)
-        poisoned = rested.gate
+        poisoned = rested.gate.event
         order = [
             timeline.told.index(what)
             for what in (
-                ("wait", copying, aside.gate),
+                ("wait", copying, aside.gate.event),
                 ("record", poisoned, copying),
                 ("wait", consumer, poisoned),
             )
@@ -197,7 +198,7 @@ def test_memory_rests_for_two_batches_once_it_is_poisoned(timeline: Timeline, co
 
 def test_memory_for_nothing_rests_too_and_is_handed_to_nobody(timeline: Timeline, consumer: Any) -> None:
     """The batches behind the first are then told apart from it: it had none set aside."""
-    some, copying = Blanks(torch.device("cpu")), Stream(timeline)
+    some, copying = Blanks(torch.device("cpu"), Events()), Stream(timeline)
     blanks = [some.set_aside(consumer)]
     some.fitting(None, plan(LARGE), consumer)
     blanks += [some.set_aside(consumer) for _ in range(3)]

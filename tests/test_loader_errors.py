@@ -194,7 +194,7 @@ class Stopping:
         return next(iter(()))
 
 
-def stops(*_: Any) -> Any:
+def stops(*_: Any, **__: Any) -> Any:
     """Stop instead of doing whatever it is."""
     raise StopIteration
 

@@ -20,6 +20,7 @@ from tests.loader_transport import HostTransport, copying_threads, number_of_a_n
 from torchfast._loader import epoch as epochs
 from torchfast._loader import thread
 from torchfast._loader.epoch import Epoch
+from torchfast._loader.events import Gate
 from torchfast._loader.feed import ThreadedFeed
 from torchfast._loader.stats import READ_EVERY, Moment, Tally
 from torchfast._loader.thread import Arrival, Stop, Work, no_state
@@ -571,7 +572,7 @@ def test_the_record_is_not_waited_for_by_the_thread() -> None:
     tally = Tally()
     event: Any = Passed()
     for _ in range(READ_EVERY):
-        tally.note(Moment(event, event, [], 0))
+        tally.note(Moment(Gate(event, is_needed=True), event, [], 0))
     with tally._reading:
         tally.read_in_turn()
     assert len(tally._moments) == READ_EVERY

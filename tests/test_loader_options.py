@@ -16,6 +16,7 @@ from tests.loader_transport import computing_with, threaded
 from torchfast import DeviceLoader
 from torchfast._loader import normalize
 from torchfast._loader.cpus import chosen_threads
+from torchfast._loader.events import Gate
 from torchfast._loader.late import copied, pinned, record_use
 from torchfast._loader.plan import empty, separated
 from torchfast._loader.plans import Plans
@@ -257,6 +258,12 @@ class At:
         return other.ms - self.ms
 
 
+def moment(asked: At, there: At, spans: Any, n_bytes: int, *, is_needed: bool = True) -> Moment:
+    """Return what is noted of a batch, of events of the imagination."""
+    events: Any = (asked, there)
+    return Moment(Gate(events[0], is_needed=is_needed), events[1], spans, n_bytes)
+
+
 @pytest.mark.parametrize(
     ("spans", "stall_copy_ms"),
     [
@@ -272,12 +279,27 @@ def test_waiting_for_a_copy_is_told_from_waiting_for_the_host(
 ) -> None:
     """The device stood from 10 to 20 ms: for the copy as long as that was under way, else for the host."""
     tally: Any = Tally()
-    tally.note(Moment(At(0), At(1), [], 0))  # type: ignore[arg-type]  # of the imagination
+    tally.note(moment(At(0), At(1), [], 0))
     copies: Any = [(At(began), At(ended)) for began, ended in spans]
-    tally.note(Moment(At(10), At(20), copies, 1))  # type: ignore[arg-type]  # as above
+    tally.note(moment(At(10), At(20), copies, 1))
     found = tally.stats()
     assert (found.stall_s, found.stall_copy_s) == (pytest.approx(0.01), pytest.approx(stall_copy_ms / 1e3))
     assert found.copy_s == pytest.approx(sum(ended - began for began, ended in spans) / 1e3)
+
+
+@pytest.mark.parametrize("is_there_at_once", [True, False])
+@pytest.mark.parametrize("is_needed", [True, False])
+def test_events_are_recorded_again_that_nobody_needs(*, is_needed: bool, is_there_at_once: bool) -> None:
+    """Each once: not where a copy still has to wait for it, nor where its batch is not known to be there."""
+    tally: Any = Tally()
+    first, asked, began, ended = At(0), At(10), At(5), At(9)
+    there = asked if is_there_at_once else At(20)
+    tally.note(moment(first, first, [], 0))
+    tally.note(moment(asked, there, [(began, ended)], 1, is_needed=is_needed))
+    found = tally.stats()
+    idle = [began, *[asked] * (not is_needed), *[there] * (not is_there_at_once)]
+    assert sorted(map(id, tally.events._idle)) == sorted(map(id, idle))
+    assert found.stall_s == (0.0 if is_there_at_once else pytest.approx(0.01))
 
 
 def test_a_pass_on_the_cpu_is_counted_too() -> None:

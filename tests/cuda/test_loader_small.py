@@ -192,8 +192,8 @@ def test_an_interrupt_loses_none(name: str, when: str, monkeypatch: pytest.Monke
     """What came between a batch and the loop is done again."""
     original, calls = getattr(CudaTransport, name), itertools.count(1)
 
-    def interrupted(*arguments: Any) -> Any:
-        result = original(*arguments)
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
         if threading.current_thread() is threading.main_thread() and next(calls) % 5 == 0:
             raise KeyboardInterrupt
         return result

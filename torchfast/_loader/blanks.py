@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from torchfast._loader.events import Events, Gate
 from torchfast._loader.modes import outside_inference_mode
 from torchfast._loader.plan import Layout, Plan, bytes_of, empty
 
@@ -19,14 +20,15 @@ class Blank(NamedTuple):
     layouts: tuple[Layout, ...]
     buffers: list[torch.Tensor]
     stream: torch.cuda.Stream
-    gate: torch.cuda.Event
+    gate: Gate
 
 
 class Blanks:
     """Sets memory aside, and finds out how much."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, events: Events) -> None:
         self._device = device
+        self._events = events
         self._recent: deque[Plan] = deque(maxlen=8)
         self._expected: tuple[Layout, ...] = ()
         self._resting: deque[Blank] = deque()
@@ -41,18 +43,17 @@ class Blanks:
 
     def rested(self, blank: Blank, copy_stream: torch.cuda.Stream, /) -> Blank | None:
         """Poison memory once its last use is over, and return what was poisoned two batches ago."""
-        copy_stream.wait_event(blank.gate)
+        copy_stream.wait_event(blank.gate.event)
         with torch.cuda.stream(copy_stream):
             for buffer in blank.buffers:
                 bytes_of(buffer).fill_(0xFF)
-        gate = torch.cuda.Event()
-        gate.record(copy_stream)
+        gate = Gate(self._events.mark(copy_stream), is_needed=True)
         self._resting.append(blank._replace(gate=gate))
         rested = self._resting.popleft() if len(self._resting) > 2 else None
         if rested is None or not rested.buffers:
             return None
         # A batch that does not fit drops it unused: who gets it next must not get it before it is poisoned.
-        rested.stream.wait_event(rested.gate)
+        rested.stream.wait_event(rested.gate.event)
         return rested
 
     def fitting(self, blank: Blank | None, plan: Plan, stream: torch.cuda.Stream, /) -> Blank:
@@ -88,7 +89,5 @@ class Blanks:
         """Allocate on a stream, which is current, and set the gate there."""
         with outside_inference_mode():
             buffers = [empty(layout, self._device) for layout in layouts]
-        # Not one of the idle: they may be marked anew before the copy that waits for this one is enqueued.
-        gate = torch.cuda.Event(enable_timing=True)
-        gate.record(stream)
+        gate = Gate(self._events.mark(stream), is_needed=bool(layouts))
         return Blank(layouts, buffers, stream, gate)

@@ -93,9 +93,7 @@ class ThreadedFeed:
                 raise
             # Closed by another thread, which has taken what was to be sent here.
             raise epoch.closed_error() from None
-        began_s = time.perf_counter()
-        work.wait_for_arrival()
-        return self._delivered(time.perf_counter() - began_s)
+        return self._delivered(work.wait_for_arrival())
 
     @property
     def is_loading(self) -> bool:
@@ -141,7 +139,7 @@ class ThreadedFeed:
             finally:
                 del arrival  # the error's traceback holds this frame
         try:
-            batch = self._transport.deliver(arrival.parcel)
+            batch = self._transport.deliver(arrival.parcel, was_awaited=waited_s > 0)
         except torch.OutOfMemoryError:
             raise  # once there is room, the same batch again
         except Exception as error:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from torchfast._bytes import format_bytes
+from torchfast._loader.events import Events, Gate
 
 STALL_SHARE = 0.05
 """A pass whose device waited for batches for less of its time than this is bound by its own work."""
@@ -128,11 +129,11 @@ Span = tuple[torch.cuda.Event, torch.cuda.Event]
 class Moment(NamedTuple):
     """Events of one batch that lie on the device's timeline."""
 
-    asked: torch.cuda.Event
+    asked: Gate
     """The loop asked for the batch and all earlier work was done."""
 
     there: torch.cuda.Event
-    """The batch was there."""
+    """The batch was there: the same event where it was when it was asked for."""
 
     spans: list[Span]
     """Its copies."""
@@ -160,8 +161,7 @@ class Tally:
         self._before_first = (0.0, 0.0)
         self._at_end: tuple[float, float] | None = None
         """What was loaded and staged by the end, if that has come."""
-        self.idle_events: list[torch.cuda.Event] = []
-        """Events that were read, to be recorded again: making one takes as long as recording two."""
+        self.events = Events()
 
     def taken(self, waited_s: float) -> None:
         """Count a batch that was handed out after the loop's thread waited so long for it."""
@@ -227,13 +227,17 @@ class Tally:
         if self._first_there is None:
             self._first_there = moment.there
             return
-        stall_s = moment.asked.elapsed_time(moment.there) / 1e3
+        asked, there = moment.asked.event, moment.there
+        stall_s = 0.0 if there is asked else asked.elapsed_time(there) / 1e3
         self._stall_s += stall_s
-        self._elapsed_s = self._first_there.elapsed_time(moment.there) / 1e3
+        self._elapsed_s = self._first_there.elapsed_time(there) / 1e3
         for began, ended in moment.spans:
-            copy_s, since_asked_s = began.elapsed_time(ended) / 1e3, moment.asked.elapsed_time(began) / 1e3
+            copy_s, since_asked_s = began.elapsed_time(ended) / 1e3, asked.elapsed_time(began) / 1e3
             self._copy_s += copy_s
             self._stall_copy_s += max(0.0, min(since_asked_s + copy_s, stall_s) - max(since_asked_s, 0.0))
+            self.events.give_back(began)  # and not the end of a copy, which others may still wait for
         self.n_bytes += moment.n_bytes
-        # Not those that others may still wait for: gates, and the ends of copies.
-        self.idle_events += [moment.there, *(began for began, _ in moment.spans)]
+        if there is not asked:
+            self.events.give_back(there)
+        if not moment.asked.is_needed:
+            self.events.give_back(asked)

@@ -29,7 +29,7 @@ class Transport(Protocol):
     def begin(self, tally: Tally) -> None: ...
     def follow(self, now_s: float, /) -> None: ...
     def blank(self) -> Any: ...
-    def deliver(self, parcel: Any) -> Any: ...
+    def deliver(self, parcel: Any, *, was_awaited: bool) -> Any: ...
     def evict(self, parcel: Any) -> None: ...
     def fence(self) -> None: ...
     def enter_thread(self) -> None: ...
@@ -145,8 +145,11 @@ class Work:
         if self._is_awaited:
             self._arrivals.put(None)
 
-    def wait_for_arrival(self) -> None:
-        """Sleep until something is in line."""
+    def wait_for_arrival(self) -> float:
+        """Sleep until something is in line; return for how long."""
+        if self.ready:
+            return 0.0
+        began_s = time.perf_counter()
         # First say that it is awaited, then look: who arrives does it the other way round.
         self._is_awaited = True
         try:
@@ -154,6 +157,7 @@ class Work:
                 self._arrivals.get()
         finally:
             self._is_awaited = False
+        return time.perf_counter() - began_s
 
     def step(self) -> bool:
         """Bring one batch, or the error that came in its place, on its way; say whether more may come."""

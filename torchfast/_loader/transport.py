@@ -30,6 +30,7 @@ from torchfast._keeper import Keeper
 from torchfast._layout import laid_out_like
 from torchfast._loader.blanks import Blank, Blanks
 from torchfast._loader.driver import current_raw_stream
+from torchfast._loader.events import Events, Gate
 from torchfast._loader.late import copied, moved, pinned, record_use
 from torchfast._loader.modes import outside_inference_mode
 from torchfast._loader.plan import Group, Plan, is_plain, tensor_on
@@ -86,7 +87,8 @@ class CudaTransport:
     ) -> None:
         self._device = device
         self._poison = poison
-        self._blanks = Blanks(device)
+        self._events = Events()
+        self._blanks = Blanks(device, self._events)
         self._staging = Staging(depth, n_workers)
         self._streams = tuple(streams)
         self._borrows = borrows
@@ -94,11 +96,11 @@ class CudaTransport:
         self._copy_stream = torch.cuda.Stream(device)
         self._consumer = self._loading = torch.cuda.current_stream(device)
         self._owners = {self._consumer.cuda_stream: self._consumer}
-        self._asked = torch.cuda.Event(enable_timing=True)
+        self._asked: Gate | None = None
+        """Where the loop came for the batch that is to be delivered, until the record knows of it."""
         self._tally = Tally()
         self._plans = Plans()
         self._borrowed: torch.cuda.Event | None = None
-        self._idle_events: list[torch.cuda.Event] = []
         self._is_light = self._is_loops_turn = False
         """Whether the last batch took so little work that the loop might bring the next; whether it does."""
         self._turns = Turns(depth)
@@ -108,7 +110,7 @@ class CudaTransport:
     def begin(self, tally: Tally) -> None:
         """Begin a pass, which `tally` counts."""
         self._tally = tally
-        tally.idle_events = self._idle_events
+        tally.events = self._events
         self._turns.begin()
         self._staging.begin()
         self._follow_stream()
@@ -140,11 +142,16 @@ class CudaTransport:
             return self._blanks.rested(blank, self._copy_stream)
         return blank if blank.buffers else None
 
-    def deliver(self, parcel: Parcel) -> Any:
-        """Return the batch; the current stream has then waited for its copy."""
+    def deliver(self, parcel: Parcel, *, was_awaited: bool) -> Any:
+        """Return the batch; the current stream has then waited for its copy.
+
+        To ask whether a copy is over takes a tenth of what it takes to wait for it and to mark when it is.
+        """
         stream = self._consumer
-        for event in parcel.ready:
-            stream.wait_event(event)
+        is_there = not was_awaited and all(event.query() for event in parcel.ready)
+        if not is_there:
+            for event in parcel.ready:
+                stream.wait_event(event)
         blank = parcel.blank
         if blank is not None and (self._streams or blank.stream is not stream):
             for buffer in blank.buffers:
@@ -155,22 +162,27 @@ class CudaTransport:
         batch = _map_leaves(self._moved, parcel.batch) if parcel.has_late else parcel.batch
         # The events of its copies are noted once, also where an interrupt makes it be delivered once more.
         spans, parcel.spans = parcel.spans, []
-        there = self._mark(stream)
-        self._tally.note(Moment(self._asked, there, spans, parcel.n_bytes))
+        self._note(None if is_there else self._events.mark(stream), spans, parcel.n_bytes)
         return batch
 
     def _copied_late(self, parcel: Parcel) -> Any:
         """Copy a batch that was put off, and hold what the device is still to read of its memory."""
         leaves, structure, _ = parcel.batch
-        began = self._mark(self._consumer)
+        began = self._events.mark(self._consumer)
         with outside_inference_mode():
             copies = [self._moved(leaf) for leaf in leaves]
-        there = self._mark(self._consumer)
+        there = self._events.mark(self._consumer)
         # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
         if sources := [leaf for leaf in leaves if leaf.is_pinned()]:
             hold_until_read(self._consumer.record_event(), sources)  # not `there`, which is recorded anew
-        self._tally.note(Moment(self._asked, there, [(began, there)], parcel.n_bytes))
+        self._note(there, [(began, there)], parcel.n_bytes)
         return structure.rebuild(copies)
+
+    def _note(self, there: torch.cuda.Event | None, spans: list[Span], n_bytes: int) -> None:
+        """Tell the record of the pass, once: a batch that comes again after an interrupt was noted."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            self._tally.note(Moment(asked, there or asked.event, spans, n_bytes))
 
     def _moved(self, leaf: Any) -> Any:
         """Move a leaf as it is handed out. What the loader put on the device, it allocated in the thread."""
@@ -303,8 +315,9 @@ class CudaTransport:
 
     def _copy(self, leaves: list[Any], plan: Plan, blank: Blank) -> Shipment:
         """Replace the plain leaves by their copies, and start these: first what is pinned, in one call."""
-        self._copy_stream.wait_event(blank.gate)
-        shipment = Shipment(self._copy_stream, self._mark)
+        self._copy_stream.wait_event(blank.gate.event)
+        blank.gate.is_needed = False
+        shipment = Shipment(self._copy_stream, self._events.mark)
         targets = [
             buffer if layout == wanted else tensor_on(buffer, wanted)
             for buffer, layout, wanted in zip(blank.buffers, blank.layouts, plan.buffer_layouts, strict=True)
@@ -357,15 +370,6 @@ class CudaTransport:
         for stream in list(self._owners.values()):
             stream.wait_stream(self._copy_stream)
         let_go_of_what_was_read()
-
-    def _mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """Record an event that is waited for, if at all, before it is read: one that is idle, if there is."""
-        try:
-            event = self._idle_events.pop()
-        except IndexError:
-            event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
 
 
 def _map_leaves(change: Callable[[Any], Any], batch: Any) -> Any:

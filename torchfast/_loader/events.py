@@ -1,0 +1,37 @@
+"""CUDA events that are recorded again once nobody needs them: making one takes as long as recording two."""
+
+import torch
+
+
+class Events:
+    """Those that are idle, of one loader, for its thread and the loop's."""
+
+    def __init__(self) -> None:
+        self._idle: list[torch.cuda.Event] = []
+
+    def mark(self, stream: torch.cuda.Stream, /) -> torch.cuda.Event:
+        """Record an idle one, or a new one."""
+        try:
+            event = self._idle.pop()
+        except IndexError:
+            event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def give_back(self, event: torch.cuda.Event, /) -> None:
+        """Take one that nobody will read, nor wait for, before it is recorded again."""
+        self._idle.append(event)
+
+
+class Gate:
+    """An event behind all earlier use of memory that was set aside, which is free once it is passed.
+
+    The loop asks for a batch just there, so the record of the pass reads it too.
+    """
+
+    __slots__ = ("event", "is_needed")
+
+    def __init__(self, event: torch.cuda.Event, *, is_needed: bool) -> None:
+        self.event = event
+        self.is_needed = is_needed
+        """Whether a copy that is yet to be enqueued has to wait for it."""
