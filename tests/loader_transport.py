@@ -33,6 +33,7 @@ class HostTransport:
         self.takes_here = True
         self.n_sent_here = 0
         self.n_left = 0
+        self.came_at_once = list[bool]()
 
     def begin(self, tally: Tally) -> None:
         """Begin a pass."""
@@ -76,8 +77,9 @@ class HostTransport:
         self.n_sent_here += 1
         return self.send(batch, blank)
 
-    def deliver(self, parcel: Any, *, was_awaited: bool) -> Any:  # noqa: ARG002 - nothing is copied here
+    def deliver(self, parcel: Any, *, came_at_once: bool) -> Any:
         """Hand the batch over, or run out of memory."""
+        self.came_at_once.append(came_at_once)
         if self.delivery_fails_once:
             self.delivery_fails_once = False
             raise torch.OutOfMemoryError

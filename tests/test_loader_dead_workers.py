@@ -168,65 +168,93 @@ def test_workers_are_told_of_their_end(
 
 
 class Worker:
-    """A process that is about to end: it is alive for so many looks more, but its files are closed."""
+    """A process that ends once it was looked at so many times more; it may have closed its files already."""
 
-    def __init__(self, n_looks: int, *, lets_go: bool = True) -> None:
+    def __init__(self, n_looks: int, exitcode: int = -9, *, lets_go: bool = True) -> None:
         self._sentinel, self._held = multiprocessing.Pipe(duplex=False)
-        self.n_looks = n_looks
+        self._n_looks, self._exitcode = n_looks, exitcode
         if lets_go:
             self._held.close()
 
     @property
     def sentinel(self) -> int:
-        """A pipe whose other end the process holds."""
+        """A pipe whose other end the process holds, and whoever was forked meanwhile."""
         return self._sentinel.fileno()
 
-    def is_alive(self) -> bool:
+    @property
+    def exitcode(self) -> int | None:
         """Look once."""
-        self.n_looks -= 1
-        return self.n_looks >= 0
+        self._n_looks -= 1
+        return None if self._n_looks >= 0 else self._exitcode
 
 
 class Iterator:
     """What is read of PyTorch's iterator."""
 
-    def __init__(self, workers: list[Worker], are_at_work: list[bool]) -> None:
+    def __init__(self, *workers: Worker, are_at_work: bool = True) -> None:
         self.queue: Any = multiprocessing.get_context("fork").Queue()
-        self._data_queue, self._workers, self._workers_status = self.queue, workers, are_at_work
+        self._data_queue, self._workers = self.queue, workers
+        self._workers_status = [are_at_work] * len(workers)
+        survive_dead_workers(self)
+
+    def write(self, n_bytes: int) -> None:
+        """Write so many bytes of a message of ten, as a worker does."""
+        message = struct.pack("!i", 6) + b"result"
+        os.write(self.queue._writer.fileno(), message[:n_bytes])
 
 
-def test_a_dead_worker_is_as_if_time_was_up() -> None:
-    """Who waits for a result gets those that are there, and is told no sooner than the worker has ended."""
-    inner = Iterator([Worker(3), Worker(99, lets_go=False)], [True, True])
-    survive_dead_workers(inner)
+@pytest.mark.parametrize("lets_go", [True, False], ids=["by its files", "though others hold them"])
+def test_a_dead_worker_is_as_if_time_was_up(monkeypatch: pytest.MonkeyPatch, *, lets_go: bool) -> None:
+    """Who waits for a result gets those that are there, and is told once the worker has ended."""
+    monkeypatch.setattr(dead_workers, "LOOK_EVERY_S", 0.01)
+    inner = Iterator(Worker(3, lets_go=lets_go), Worker(10**9, lets_go=False))
     inner.queue.put("a result")
     assert inner.queue.get(timeout=600) == "a result"
     with pytest.raises(queue.Empty):
         inner.queue.get(timeout=600)
-    assert inner._workers[0].n_looks == -1
 
 
 @pytest.mark.parametrize("timeout_s", [0, 0.02])
-@pytest.mark.parametrize("worker", [Worker(0), Worker(10**9)], ids=["told to end", "without its files"])
-def test_other_workers_that_end_change_nothing(worker: Worker, timeout_s: float) -> None:
-    """One that was told to end, or has only closed its files, leaves the time that a result is waited for."""
-    inner = Iterator([worker], [worker.n_looks > 0])
-    survive_dead_workers(inner)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Iterator(Worker(0), are_at_work=False),
+        lambda: Iterator(Worker(10**9)),
+        lambda: Iterator(Worker(0, exitcode=0), Worker(10**9)),
+    ],
+    ids=["told to end", "without its files", "gone by itself"],
+)
+def test_other_workers_that_end_change_nothing(
+    make: Callable[[], Iterator], timeout_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever did not fail leaves the time that a result is waited for."""
+    inner = make()
     with pytest.raises(queue.Empty):
         inner.queue.get(timeout=timeout_s)
-    inner.queue.put("a result")
-    assert inner.queue.get() == "a result"
+    looks = dead_workers._ready
+    message = [10]
+
+    def comes_late(files: list[int], seconds: float) -> list[int]:
+        if seconds > 0 and message:
+            inner.write(message.pop())
+        return looks(files, seconds)
+
+    monkeypatch.setattr(dead_workers, "_ready", comes_late)
+    assert inner.queue._reader.poll(600)
+    assert inner.queue._reader.recv_bytes() == b"result"
 
 
+@pytest.mark.parametrize("exitcode", [-9, 0])
 @pytest.mark.parametrize("n_bytes", [0, 1, 4, 5])
-def test_half_a_message_of_a_dead_worker_is_the_end_of_the_pipe(n_bytes: int) -> None:
+def test_half_a_message_of_a_dead_worker_is_the_end_of_the_pipe(
+    n_bytes: int, exitcode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever would read on after it would take the next message for its rest."""
-    inner = Iterator([Worker(0)], [True])
-    survive_dead_workers(inner)
-    message = struct.pack("!i", 6) + b"result"
-    os.write(inner.queue._writer.fileno(), message[:n_bytes])
+    monkeypatch.setattr(dead_workers, "LOOK_EVERY_S", 0.01)
+    inner = Iterator(Worker(0, exitcode))
+    inner.write(n_bytes)
     with pytest.raises(EOFError if n_bytes else queue.Empty):
-        inner.queue.get(timeout=600)
+        inner.queue.get(timeout=600 if n_bytes or exitcode else 0.02)
     if n_bytes:
         with pytest.raises(OSError, match="closed"):
             inner.queue.get(timeout=600)
@@ -234,8 +262,7 @@ def test_half_a_message_of_a_dead_worker_is_the_end_of_the_pipe(n_bytes: int) ->
 
 def test_the_iterator_is_not_kept_by_its_pipe() -> None:
     """A pass that is dropped ends its workers at once, without the collector."""
-    inner = Iterator([], [])
-    survive_dead_workers(inner)
+    inner = Iterator()
     is_alive = weakref.ref(inner)
     pipe = inner.queue
     del inner

@@ -351,6 +351,33 @@ def test_a_batch_that_found_no_room_is_not_lost() -> None:
     assert list(epoch) == [0, 1, 2]
 
 
+def test_a_batch_came_at_once_if_nothing_took_time_since_the_loop_asked() -> None:
+    """Not where the loop sent another, nor where it takes what it had asked for before."""
+    epoch, transport, feed = open_feed(range(20), turns=itertools.repeat(False))
+    found = [next(epoch)]
+    for sends_here in (False, True, False):
+        until(lambda: len(feed._work.ready) > 0 and len(feed._work.loaded) > 0)
+        transport.sends_here = itertools.repeat(sends_here)
+        found.append(next(epoch))
+    until(lambda: len(feed._work.ready) > 0)
+    transport.delivery_fails_once = True
+    with pytest.raises(torch.OutOfMemoryError):
+        next(epoch)
+    found.append(next(epoch))
+    assert transport.came_at_once[1:] == [True, False, True, True, False]
+    assert transport.n_sent_here == 1
+    assert [*found, *epoch] == [*range(20)]
+
+
+def test_what_was_waited_for_did_not_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the wait was."""
+    epoch, transport, feed = open_feed(range(2))
+    wait = feed._work.wait_for_arrival
+    monkeypatch.setattr(feed._work, "wait_for_arrival", lambda: wait() or 1e-9)
+    assert list(epoch) == [0, 1]
+    assert transport.came_at_once == [False, False]
+
+
 def test_an_interrupt_loses_no_batch() -> None:
     """A keyboard interrupt while a batch is handed out leaves it in line, with its memory."""
     epoch, transport, _ = open_feed(range(3))
@@ -572,10 +599,10 @@ def test_the_record_is_not_waited_for_by_the_thread() -> None:
     tally = Tally()
     event: Any = Passed()
     for _ in range(READ_EVERY):
-        tally.note(Moment(Gate(event, is_needed=True), event, [], 0))
+        tally.moments.append(Moment(Gate(event, is_needed=True), event, [], 0))
     with tally._reading:
         tally.read_in_turn()
-    assert len(tally._moments) == READ_EVERY
+    assert len(tally.moments) == READ_EVERY
     assert tally.stats().n_batches == READ_EVERY
 
 

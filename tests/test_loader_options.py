@@ -279,9 +279,9 @@ def test_waiting_for_a_copy_is_told_from_waiting_for_the_host(
 ) -> None:
     """The device stood from 10 to 20 ms: for the copy as long as that was under way, else for the host."""
     tally: Any = Tally()
-    tally.note(moment(At(0), At(1), [], 0))
+    tally.moments.append(moment(At(0), At(1), [], 0))
     copies: Any = [(At(began), At(ended)) for began, ended in spans]
-    tally.note(moment(At(10), At(20), copies, 1))
+    tally.moments.append(moment(At(10), At(20), copies, 1))
     found = tally.stats()
     assert (found.stall_s, found.stall_copy_s) == (pytest.approx(0.01), pytest.approx(stall_copy_ms / 1e3))
     assert found.copy_s == pytest.approx(sum(ended - began for began, ended in spans) / 1e3)
@@ -294,8 +294,8 @@ def test_events_are_recorded_again_that_nobody_needs(*, is_needed: bool, is_ther
     tally: Any = Tally()
     first, asked, began, ended = At(0), At(10), At(5), At(9)
     there = asked if is_there_at_once else At(20)
-    tally.note(moment(first, first, [], 0))
-    tally.note(moment(asked, there, [(began, ended)], 1, is_needed=is_needed))
+    tally.moments.append(moment(first, first, [], 0))
+    tally.moments.append(moment(asked, there, [(began, ended)], 1, is_needed=is_needed))
     found = tally.stats()
     idle = [began, *[asked] * (not is_needed), *[there] * (not is_there_at_once)]
     assert sorted(map(id, tally.events._idle)) == sorted(map(id, idle))

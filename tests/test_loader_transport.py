@@ -195,7 +195,7 @@ def spoil(batch: Sequence[torch.Tensor]) -> None:
 
 def check(to_device: CudaTransport, parcel: Any, expected: Sequence[torch.Tensor]) -> None:
     """Hold a batch to what it should be, bit by bit."""
-    for leaf, should_be in zip(to_device.deliver(parcel, was_awaited=False), expected, strict=True):
+    for leaf, should_be in zip(to_device.deliver(parcel, came_at_once=True), expected, strict=True):
         assert (leaf.dtype, leaf.shape) == (should_be.dtype, should_be.shape)
         assert torch.equal(bytes_of(leaf.contiguous()), bytes_of(should_be.contiguous()))
 
@@ -231,7 +231,7 @@ def test_arrays_beside_tensors_are_kept_from_the_loader(beside: Callable[[Any], 
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
         parcel = to_device.send((torch.zeros(3), beside(ids)), None)
         ids.fill(7)
-        _, found = to_device.deliver(parcel, was_awaited=False)
+        _, found = to_device.deliver(parcel, came_at_once=True)
     assert repr(found) == repr(beside(numpy.zeros(2)))
     assert type(found) is type(beside(ids))
 
@@ -245,7 +245,7 @@ def test_memory_of_workers_goes_back_once_a_batch_is_settled() -> None:
         to_device.settle()
         assert not dropper._taken
         dropper.close()
-        assert int(to_device.deliver(parcel, was_awaited=False)[0].sum()) == 0
+        assert int(to_device.deliver(parcel, came_at_once=True)[0].sum()) == 0
 
 
 SMALL = [torch.zeros(100), torch.zeros(3, dtype=torch.uint8)]
@@ -280,7 +280,7 @@ def test_what_is_put_off_is_for_named_streams_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(transport, "record_use", lambda leaf, stream: used.append((leaf, stream)))
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
         to_device._is_loops_turn, to_device._streams = True, (named,)  # type: ignore[assignment]
-        batch = to_device.deliver(to_device.send(SMALL, None), was_awaited=False)
+        batch = to_device.deliver(to_device.send(SMALL, None), came_at_once=True)
     assert [(id(leaf), stream) for leaf, stream in used] == [(id(leaf), named) for leaf in batch]
 
 
@@ -290,9 +290,9 @@ def test_pinned_memory_of_what_is_put_off_is_held_until_it_was_read() -> None:
     with lagging({batch[0].data_ptr()}, is_batched=True, team=1, n_workers=0) as (late, to_device):
         to_device._is_loops_turn, to_device._borrows = True, False
         to_device._consumer.record_event = late.mark  # type: ignore[assignment, method-assign]
-        to_device.deliver(to_device.send(batch, None), was_awaited=False)
+        to_device.deliver(to_device.send(batch, None), came_at_once=True)
         late.enqueue([0], [0], [0], 0)
-        to_device.deliver(to_device.send(batch, None), was_awaited=False)
+        to_device.deliver(to_device.send(batch, None), came_at_once=True)
         held = [memory for _, memory in shipment._being_read]
         assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
         to_device._tally.read()
@@ -316,7 +316,7 @@ def test_the_turn_decides_when_a_small_batch_is_copied(monkeypatch: pytest.Monke
             parcel = to_device.send(SMALL, blank)
             found.append((blank is not None, parcel.blank is not None))
             assert parcel.n_bytes == 403
-            to_device.deliver(parcel, was_awaited=False)
+            to_device.deliver(parcel, came_at_once=True)
     ahead, first_ahead, late, first_late = (True, True), (False, True), (False, False), (True, False)
     later_turns = [ahead, ahead, first_late, late, late]
     assert found == [first_ahead, *later_turns, first_ahead, *later_turns[1:]]
@@ -326,7 +326,7 @@ def test_only_steps_of_the_loop_are_timed() -> None:
     """Neither what is between two passes, nor the time until the first batch, nor what others take."""
     large = [torch.zeros(80 * KIB)]
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
-        to_device.deliver(to_device.send(SMALL, None), was_awaited=False)
+        to_device.deliver(to_device.send(SMALL, None), came_at_once=True)
         for begun_s in (0.0, 100.0):
             to_device.begin(Tally())
             for taken_s in (1, 10, 11):  # the first is long in coming
@@ -334,15 +334,18 @@ def test_only_steps_of_the_loop_are_timed() -> None:
         assert to_device._turns._steps_s == [1.0, 1.0]
         for number in range(8):
             to_device.blank()
-            to_device.deliver(to_device.send(SMALL if number % 4 else large, None), was_awaited=False)
+            to_device.deliver(to_device.send(SMALL if number % 4 else large, None), came_at_once=True)
             to_device.follow(200.0 + number)
         assert to_device._turns._steps_s == [1.0, 1.0]
         assert to_device._tally.stats().n_batches == 8
 
 
-@pytest.mark.parametrize("was_awaited", [True, False])
+@pytest.mark.parametrize("came_at_once", [True, False])
 @pytest.mark.parametrize("is_over", [True, False])
-def test_what_was_there_is_neither_waited_for_nor_marked(*, is_over: bool, was_awaited: bool) -> None:
+@pytest.mark.parametrize("is_evicted", [True, False])
+def test_what_was_there_is_neither_waited_for_nor_marked(
+    *, is_evicted: bool, is_over: bool, came_at_once: bool
+) -> None:
     """Only there did the device stand still for nothing: else it is asked when the batch came."""
     batch, waited = [torch.zeros(80 * KIB)], list[object]()
     with lagging({batch[0].data_ptr()}, is_batched=True, team=1, n_workers=0) as (late, to_device):
@@ -350,12 +353,27 @@ def test_what_was_there_is_neither_waited_for_nor_marked(*, is_over: bool, was_a
         to_device.blank()
         parcel = to_device.send(batch, None)
         late.go_on_to(late.n_enqueued if is_over else 0)
-        for _ in range(2):  # as after an interrupt: it is noted once
-            to_device.deliver(parcel, was_awaited=was_awaited)
-        (moment,) = to_device._tally._moments
-    was_there = is_over and not was_awaited
+        if is_evicted:  # then it moves as it is handed out
+            to_device.evict(parcel)
+        to_device.deliver(parcel, came_at_once=came_at_once)
+        (moment,) = to_device._tally.moments
+    was_there = is_over and came_at_once and not is_evicted
     assert (moment.there is moment.asked.event) is was_there
-    assert waited == ([] if was_there else [*parcel.ready] * 2)
+    assert waited == ([] if was_there else parcel.ready)
+
+
+def test_a_batch_is_noted_once() -> None:
+    """Also where it comes again, after an interrupt, and the loop asked anew."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
+        to_device.blank()
+        parcel = to_device.send([torch.zeros(80 * KIB)], None)
+        for _ in range(2):
+            to_device.deliver(parcel, came_at_once=False)
+        to_device.blank()
+        to_device.deliver(parcel, came_at_once=False)
+        (moment,) = to_device._tally.moments
+    assert moment.spans
+    assert moment.n_bytes == 320 * KIB
 
 
 def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:
@@ -372,7 +390,7 @@ def test_what_is_copied_late_is_fit_for_a_backward() -> None:
         to_device._device = torch.device("meta")  # where a copy is one
         parcel = to_device.send(SMALL, None)
         with torch.inference_mode():
-            arrived = to_device.deliver(parcel, was_awaited=False)
+            arrived = to_device.deliver(parcel, came_at_once=True)
     assert [leaf.is_meta for leaf in arrived] == [True, True]
     assert not any(leaf.is_inference() for leaf in arrived)
 
@@ -385,7 +403,7 @@ def test_what_is_cropped_stays_channels_last(size: int, *, is_pinned: bool) -> N
     cropped = images[:, :, :size, :size]
     pinned = {images.untyped_storage().data_ptr()} if is_pinned else set[int]()
     with lagging(pinned, is_batched=True, team=3, n_workers=0) as (_, to_device):
-        (arrived,) = to_device.deliver(to_device.send([cropped], to_device.blank()), was_awaited=False)
+        (arrived,) = to_device.deliver(to_device.send([cropped], to_device.blank()), came_at_once=True)
     assert torch.equal(arrived, cropped)
     assert arrived.stride() == (3 * size * size, 1, 3 * size, 3)
 
@@ -403,7 +421,7 @@ def test_a_batch_without_room_is_out_of_the_loaders_reach_too(monkeypatch: pytes
         to_device.settle()
         numbers.fill_(7)
         names[0] = "b"
-        batch = to_device.deliver(parcel, was_awaited=False)
+        batch = to_device.deliver(parcel, came_at_once=True)
     assert (batch["numbers"].tolist(), batch["names"]) == ([0, 0, 0], ["a"])
 
 
@@ -431,7 +449,7 @@ def test_data_that_goes_at_once_is_not_taken_for_what_comes_in_its_place() -> No
     """A list that nobody else holds may be followed by another at the same address."""
     batch = Fresh(numbers=torch.zeros(3), **{str(number): number for number in range(50)})
     with lagging(set(), is_batched=True, team=1, n_workers=0) as (_, to_device):
-        arrived = to_device.deliver(to_device.send(batch, None), was_awaited=False)
+        arrived = to_device.deliver(to_device.send(batch, None), came_at_once=True)
     assert [arrived[str(number)] for number in range(50)] == [[[number]] for number in range(50)]
 
 
@@ -452,7 +470,7 @@ def test_plain_data_is_out_of_the_loaders_reach_too() -> None:
         names[0], notes["n"][0] = "b", 7
         seen.add(2)
         first, array, noted, (in_pair, _) = (
-            to_device.deliver(parcel, was_awaited=False) for parcel in parcels
+            to_device.deliver(parcel, came_at_once=True) for parcel in parcels
         )
     assert first.pop("again") is first["names"]
     assert first.pop("file") is file

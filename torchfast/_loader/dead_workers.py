@@ -22,7 +22,10 @@ PATIENCE_S = 1.0
 """How long the lock is waited for where a worker died: the others hold it for microseconds."""
 
 MOMENT_S = 0.001
-"""How long a worker that has let go of its files may still take to end."""
+"""How often one that has let go of its files is looked at until it has ended."""
+
+LOOK_EVERY_S = 1.0
+"""How often all are looked at: who was forked meanwhile holds the file by which one tells that it ended."""
 
 
 def survive_dead_workers(batches: Any, /) -> None:
@@ -101,19 +104,27 @@ class Results(Connection):
         return os.read(handle, n_bytes)
 
     def _is_filled(self, timeout_s: float | None) -> bool:
-        """Wait until there is something to read, and say so, or until time is up or a worker has died."""
-        if _ready([self.fileno()], 0):
-            return True
+        """Wait for something to read; say whether there is, or time is up, or a worker has failed.
+
+        Without a timeout, in the middle of a message, also where one has left by itself and nothing comes. In
+        between it is nobody's loss: the others go on, and PyTorch looks for it when time is up.
+        """
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while True:
+        while not _ready([self.fileno()], 0):
             workers = self._working()
-            files = [self.fileno(), *(worker.sentinel for worker in workers)]
-            ready = _ready(files, until_s - time.monotonic())
-            if self.fileno() in ready:
-                return True
-            if not ready or not all(worker.is_alive() for worker in workers) or time.monotonic() > until_s:
-                return False
-            time.sleep(MOMENT_S)
+            sentinels = [worker.sentinel for worker in workers if worker.exitcode is None]
+            if any(worker.exitcode for worker in workers):
+                break
+            ready = _ready([self.fileno(), *sentinels], min(until_s - time.monotonic(), LOOK_EVERY_S))
+            if time.monotonic() > until_s:
+                break
+            if not ready and timeout_s is None and len(sentinels) < len(workers):
+                break
+            if ready and self.fileno() not in ready:
+                time.sleep(MOMENT_S)
+        else:
+            return True
+        return bool(_ready([self.fileno()], 0))  # what came before the worker failed counts
 
     def _working(self) -> list[Any]:
         """Return the workers that were not told to end."""

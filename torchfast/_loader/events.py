@@ -19,7 +19,7 @@ class Events:
         return event
 
     def give_back(self, event: torch.cuda.Event, /) -> None:
-        """Take one that nobody will read, nor wait for, before it is recorded again."""
+        """Take one that nobody reads or waits for any more."""
         self._idle.append(event)
 
 
@@ -34,4 +34,4 @@ class Gate:
     def __init__(self, event: torch.cuda.Event, *, is_needed: bool) -> None:
         self.event = event
         self.is_needed = is_needed
-        """Whether a copy that is yet to be enqueued has to wait for it."""
+        """Whether a copy that is yet to be enqueued may wait for it; else it may be recorded again."""

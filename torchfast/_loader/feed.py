@@ -80,20 +80,23 @@ class ThreadedFeed:
         now_s = time.perf_counter()
         work.permits.keep_pace(now_s)
         self._transport.follow(now_s)
+        asks = work.n_owed > 0
         try:
             if work.here:
                 work.go_on_here()  # where an interrupt came
             # First of all: nothing that this step enqueues should delay the copy that goes there.
-            blank = self._transport.blank() if work.n_owed else None
+            blank = self._transport.blank() if asks else None
             # Before the delivery: an interrupt then loses nothing.
-            if not (self._may_send_here() and work.send_here(blank)):
+            is_sent_here = self._may_send_here() and work.send_here(blank)
+            if not is_sent_here:
                 self._grant(blank)
         except IndexError:
             if not work.stopped:
                 raise
             # Closed by another thread, which has taken what was to be sent here.
             raise epoch.closed_error() from None
-        return self._delivered(work.wait_for_arrival())
+        waited_s = work.wait_for_arrival()
+        return self._delivered(waited_s, came_at_once=asks and not is_sent_here and not waited_s)
 
     @property
     def is_loading(self) -> bool:
@@ -122,7 +125,7 @@ class ThreadedFeed:
         else:
             permits.call()
 
-    def _delivered(self, waited_s: float) -> Any:
+    def _delivered(self, waited_s: float, *, came_at_once: bool) -> Any:
         """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
         arrival = self._first()
         if arrival.is_end:
@@ -139,7 +142,7 @@ class ThreadedFeed:
             finally:
                 del arrival  # the error's traceback holds this frame
         try:
-            batch = self._transport.deliver(arrival.parcel, was_awaited=waited_s > 0)
+            batch = self._transport.deliver(arrival.parcel, came_at_once=came_at_once)
         except torch.OutOfMemoryError:
             raise  # once there is room, the same batch again
         except Exception as error:

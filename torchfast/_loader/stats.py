@@ -133,12 +133,16 @@ class Moment(NamedTuple):
     """The loop asked for the batch and all earlier work was done."""
 
     there: torch.cuda.Event
-    """The batch was there: the same event where it was when it was asked for."""
+    """The batch was there: the event of `asked` itself if it was by then."""
 
     spans: list[Span]
     """Its copies."""
 
     n_bytes: int
+
+    def is_over(self) -> bool:
+        """Say whether the device has passed its events. The loop may have changed its stream between two."""
+        return self.there.query() and (self.there is self.asked.event or self.asked.event.query())
 
 
 class Tally:
@@ -153,8 +157,9 @@ class Tally:
         self._copy_s = 0.0
         self._stall_s = self._stall_copy_s = 0.0
         self._elapsed_s = 0.0
-        self._n_read: int | None = None
-        self._moments: deque[Moment] = deque()
+        self._n_read = 0
+        self.moments: deque[Moment] = deque()
+        """Events of batches, to be read once the device has passed them."""
         self._reading = threading.Lock()
         self._first_there: torch.cuda.Event | None = None
         self._began_s = 0.0
@@ -173,7 +178,7 @@ class Tally:
             self._before_first = (self.load_s, self.stage_s)
             return
         self.wait_s += waited_s
-        if self._n_read is None:
+        if not self._is_read_on_device():
             self._elapsed_s = now_s - self._began_s
             self._stall_s = self.wait_s
 
@@ -181,15 +186,9 @@ class Tally:
         """Count no more loading and staging: what the thread does from now on is for the next pass."""
         self._at_end = self._at_end or (self.load_s, self.stage_s)  # it may end that, too, before it is begun
 
-    def note(self, moment: Moment) -> None:
-        """Remember a batch's events, to be read once the device has passed them."""
-        if self._n_read is None:
-            self._n_read = 0
-        self._moments.append(moment)
-
     def read_in_turn(self) -> None:
         """Read now and then: a few calls of the driver for each batch would hold up the loop each time."""
-        if len(self._moments) >= READ_EVERY:
+        if len(self.moments) >= READ_EVERY:
             self.read()
 
     def read(self, *, patience_s: float = 0.0) -> None:
@@ -201,8 +200,8 @@ class Tally:
         if not self._reading.acquire(timeout=patience_s):
             return
         try:
-            while self._moments and self._moments[0].there.query():
-                self._add(self._moments.popleft())
+            while self.moments and self.moments[0].is_over():
+                self._add(self.moments.popleft())
         finally:
             self._reading.release()
 
@@ -211,7 +210,7 @@ class Tally:
         self.read(patience_s=1.0)
         load_s, stage_s = self._at_end or (self.load_s, self.stage_s)
         return LoaderStats(
-            n_batches=self.n_batches if self._n_read is None else self._n_read,
+            n_batches=self._n_read if self._is_read_on_device() else self.n_batches,
             n_bytes=self.n_bytes,
             elapsed_s=self._elapsed_s,
             load_s=load_s - self._before_first[0],
@@ -222,8 +221,11 @@ class Tally:
             wait_s=self.wait_s,
         )
 
+    def _is_read_on_device(self) -> bool:
+        return self._n_read > 0 or len(self.moments) > 0
+
     def _add(self, moment: Moment) -> None:
-        self._n_read = (self._n_read or 0) + 1
+        self._n_read += 1
         if self._first_there is None:
             self._first_there = moment.there
             return

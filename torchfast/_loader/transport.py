@@ -48,7 +48,7 @@ HERE_FROM_LEAVES = 16
 class Parcel:
     """One batch on its way: on the device, or with leaves that move by themselves when it is handed out."""
 
-    __slots__ = ("batch", "blank", "has_late", "is_put_off", "n_bytes", "ready", "spans")
+    __slots__ = ("batch", "blank", "has_late", "is_noted", "is_put_off", "n_bytes", "ready", "spans")
 
     def __init__(
         self, batch: Any, blank: Blank | None, ready: list[torch.cuda.Event], *, has_late: bool
@@ -59,6 +59,8 @@ class Parcel:
         self.has_late = has_late
         self.is_put_off = False
         """Whether it is `Unpacked`, and nothing of it was copied yet."""
+        self.is_noted = False
+        """Whether it is in the record of the pass."""
         self.spans: list[Span] = []
         self.n_bytes = 0
 
@@ -142,14 +144,15 @@ class CudaTransport:
             return self._blanks.rested(blank, self._copy_stream)
         return blank if blank.buffers else None
 
-    def deliver(self, parcel: Parcel, *, was_awaited: bool) -> Any:
+    def deliver(self, parcel: Parcel, *, came_at_once: bool) -> Any:
         """Return the batch; the current stream has then waited for its copy.
 
-        To ask whether a copy is over takes a tenth of what it takes to wait for it and to mark when it is.
+        Where nothing took time since the loop asked, and the copy is over by now, the batch was there: asking
+        takes a tenth of what it takes to wait for the copy and to mark when it is over.
         """
         stream = self._consumer
-        is_there = not was_awaited and all(event.query() for event in parcel.ready)
-        if not is_there:
+        was_there = came_at_once and not parcel.has_late and all(event.query() for event in parcel.ready)
+        if not was_there:
             for event in parcel.ready:
                 stream.wait_event(event)
         blank = parcel.blank
@@ -160,9 +163,7 @@ class CudaTransport:
         if parcel.is_put_off:
             return self._copied_late(parcel)
         batch = _map_leaves(self._moved, parcel.batch) if parcel.has_late else parcel.batch
-        # The events of its copies are noted once, also where an interrupt makes it be delivered once more.
-        spans, parcel.spans = parcel.spans, []
-        self._note(None if is_there else self._events.mark(stream), spans, parcel.n_bytes)
+        self._note(parcel, parcel.spans, None if was_there else self._events.mark(stream))
         return batch
 
     def _copied_late(self, parcel: Parcel) -> Any:
@@ -175,14 +176,19 @@ class CudaTransport:
         # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
         if sources := [leaf for leaf in leaves if leaf.is_pinned()]:
             hold_until_read(self._consumer.record_event(), sources)  # not `there`, which is recorded anew
-        self._note(there, [(began, there)], parcel.n_bytes)
+        self._note(parcel, [(began, there)], there)
         return structure.rebuild(copies)
 
-    def _note(self, there: torch.cuda.Event | None, spans: list[Span], n_bytes: int) -> None:
-        """Tell the record of the pass, once: a batch that comes again after an interrupt was noted."""
-        asked, self._asked = self._asked, None
-        if asked is not None:
-            self._tally.note(Moment(asked, there or asked.event, spans, n_bytes))
+    def _note(self, parcel: Parcel, spans: list[Span], there: torch.cuda.Event | None) -> None:
+        """Note a batch in the record of the pass, once: after an interrupt it may be delivered again."""
+        asked = self._asked
+        if parcel.is_noted or asked is None:
+            return
+        moment = (Moment(asked, there or asked.event, spans, parcel.n_bytes),)
+        tally = self._tally
+        tally.moments += moment
+        # Neither batch nor gate is in two moments: no call comes in between, which an interrupt could follow.
+        parcel.is_noted, self._asked = True, None
 
     def _moved(self, leaf: Any) -> Any:
         """Move a leaf as it is handed out. What the loader put on the device, it allocated in the thread."""
