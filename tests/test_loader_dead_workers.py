@@ -189,12 +189,13 @@ class Worker:
 
 
 class Iterator:
-    """What is read of PyTorch's iterator."""
+    """What is read of PyTorch's iterator. The first worker has sent all that it was asked for."""
 
     def __init__(self, *workers: Worker, are_at_work: bool = True) -> None:
         self.queue: Any = multiprocessing.get_context("fork").Queue()
         self._data_queue, self._workers = self.queue, workers
         self._workers_status = [are_at_work] * len(workers)
+        self._task_info: dict[int, tuple[Any, ...]] = {0: (1,), 1: (0, "a batch"), 2: (len(workers),)}
         survive_dead_workers(self)
 
     def write(self, n_bytes: int) -> None:
@@ -244,6 +245,14 @@ def test_other_workers_that_end_change_nothing(
     assert inner.queue._reader.recv_bytes() == b"result"
 
 
+def test_a_worker_that_is_gone_is_missed_where_all_are_told_of_the_next_pass() -> None:
+    """It owes no batch then, but its word that it goes on."""
+    inner = Iterator(Worker(0, exitcode=0), Worker(10**9, lets_go=False))
+    inner._task_info.clear()
+    with pytest.raises(queue.Empty):
+        inner.queue.get(timeout=600)
+
+
 @pytest.mark.parametrize("exitcode", [-9, 0])
 @pytest.mark.parametrize("n_bytes", [0, 1, 4, 5])
 def test_half_a_message_of_a_dead_worker_is_the_end_of_the_pipe(
@@ -252,9 +261,10 @@ def test_half_a_message_of_a_dead_worker_is_the_end_of_the_pipe(
     """Whoever would read on after it would take the next message for its rest."""
     monkeypatch.setattr(dead_workers, "LOOK_EVERY_S", 0.01)
     inner = Iterator(Worker(0, exitcode))
+    inner._task_info[3] = (0,)
     inner.write(n_bytes)
     with pytest.raises(EOFError if n_bytes else queue.Empty):
-        inner.queue.get(timeout=600 if n_bytes or exitcode else 0.02)
+        inner.queue.get(timeout=600)
     if n_bytes:
         with pytest.raises(OSError, match="closed"):
             inner.queue.get(timeout=600)
