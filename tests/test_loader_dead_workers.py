@@ -204,6 +204,27 @@ class Iterator:
         os.write(self.queue._writer.fileno(), message[:n_bytes])
 
 
+def write_late(inner: Iterator, patch: pytest.MonkeyPatch) -> None:
+    """Have a message come where it is waited for."""
+    looks = dead_workers._ready
+    message = [10]
+
+    def comes_late(files: list[int], seconds: float) -> list[int]:
+        if seconds > 0 and message:
+            inner.write(message.pop())
+        return looks(files, seconds)
+
+    patch.setattr(dead_workers, "_ready", comes_late)
+
+
+def test_workers_are_not_looked_at_for_a_result_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look gives up the interpreter, and there would be some for each batch."""
+    inner = Iterator(Worker(0, lets_go=False))
+    write_late(inner, monkeypatch)
+    assert inner.queue._reader.poll(600)
+    assert inner._workers[0]._n_looks == 0
+
+
 @pytest.mark.parametrize("lets_go", [True, False], ids=["by its files", "though others hold them"])
 def test_a_dead_worker_is_as_if_time_was_up(monkeypatch: pytest.MonkeyPatch, *, lets_go: bool) -> None:
     """Who waits for a result gets those that are there, and is told once the worker has ended."""
@@ -232,15 +253,7 @@ def test_other_workers_that_end_change_nothing(
     inner = make()
     with pytest.raises(queue.Empty):
         inner.queue.get(timeout=timeout_s)
-    looks = dead_workers._ready
-    message = [10]
-
-    def comes_late(files: list[int], seconds: float) -> list[int]:
-        if seconds > 0 and message:
-            inner.write(message.pop())
-        return looks(files, seconds)
-
-    monkeypatch.setattr(dead_workers, "_ready", comes_late)
+    write_late(inner, monkeypatch)
     assert inner.queue._reader.poll(600)
     assert inner.queue._reader.recv_bytes() == b"result"
 

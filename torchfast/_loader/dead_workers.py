@@ -106,18 +106,20 @@ class Results(Connection):
 
     def _is_filled(self, timeout_s: float | None) -> bool:
         """Wait for something to read; say whether there is, or time is up, or a worker is lost."""
+        if self._is_readable():
+            return True
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        while not self._is_readable():
+        watched = [worker.sentinel for _, worker in self._working()]
+        while True:
+            ready = _ready([self.fileno(), *watched], min(until_s - time.monotonic(), LOOK_EVERY_S))
+            if self.fileno() in ready:
+                return True
+            # Not before: each look at a worker gives up the interpreter.
             if self._is_one_lost() or time.monotonic() > until_s:
                 return self._is_readable()  # what was sent before that counts
-            files = [
-                self.fileno(),
-                *(worker.sentinel for _, worker in self._working() if worker.exitcode is None),
-            ]
-            ready = _ready(files, min(until_s - time.monotonic(), LOOK_EVERY_S))
-            if ready and self.fileno() not in ready:
+            watched = [worker.sentinel for _, worker in self._working() if worker.exitcode is None]
+            if ready:
                 time.sleep(MOMENT_S)
-        return True
 
     def _is_readable(self) -> bool:
         return bool(_ready([self.fileno()], 0))
