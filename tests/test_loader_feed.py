@@ -369,6 +369,29 @@ def test_a_batch_came_at_once_if_nothing_took_time_since_the_loop_asked() -> Non
     assert [*found, *epoch] == [*range(20)]
 
 
+def test_no_memory_is_set_aside_for_a_batch_that_was_sent_before_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop has sent it, and owes no other: memory beyond `depth` batches would be taken for nothing."""
+    epoch, transport, feed = open_feed(range(6), turns=itertools.repeat(True))
+    found = [next(epoch)]
+    until(lambda: len(feed._work.ready) > 0 and len(feed._work.loaded) > 0)
+    go_on, n_set_aside = feed._work.go_on_here, itertools.count()
+
+    def interrupted() -> None:
+        monkeypatch.setattr(feed._work, "go_on_here", go_on)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feed._work, "go_on_here", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(epoch)
+    assert isinstance(feed._work.here[0], Arrival)
+    monkeypatch.setattr(transport, "blank", lambda: (next(n_set_aside), None)[1])
+    found.append(next(epoch))
+    assert next(n_set_aside) == 0
+    assert [*found, *epoch] == [*range(6)]
+
+
 def test_what_was_waited_for_did_not_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short the wait was."""
     epoch, transport, feed = open_feed(range(2))

@@ -80,10 +80,10 @@ class ThreadedFeed:
         now_s = time.perf_counter()
         work.permits.keep_pace(now_s)
         self._transport.follow(now_s)
-        asks = work.n_owed > 0
         try:
             if work.here:
                 work.go_on_here()  # where an interrupt came
+            asks = work.n_owed > 0
             # First of all: nothing that this step enqueues should delay the copy that goes there.
             blank = self._transport.blank() if asks else None
             # Before the delivery: an interrupt then loses nothing.
