@@ -27,6 +27,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+TOLD = (RuntimeError, ConnectionError, EOFError)
+"""By which of them depends on what the worker was doing; PyTorch's signal handler raises one anywhere."""
+
+
+def close(loader: DeviceLoader[Any]) -> None:
+    """Close it, also where the signal handler interrupts that."""
+    for _ in range(2):
+        with suppress(RuntimeError):
+            loader.close()
+
+
 class Deadly(Dataset[int]):
     """Its worker dies at one index."""
 
@@ -44,12 +55,9 @@ def test_a_killed_worker_is_an_error_not_a_hang(*, is_persistent: bool) -> None:
     """A worker that is killed ends the pass with PyTorch's own error, and no thread stays behind."""
     loader = threaded(DataLoader(Deadly(), num_workers=2, persistent_workers=is_persistent))
     batches = iter(loader)
-    # Which error depends on what the worker was doing; PyTorch's signal handler raises one anywhere.
-    with suppress(RuntimeError), pytest.raises((RuntimeError, ConnectionError, EOFError)):
+    with suppress(RuntimeError), pytest.raises(TOLD):
         deque(batches, maxlen=0)
-    for _ in range(2):
-        with suppress(RuntimeError):
-            loader.close()
+    close(loader)
     assert copying_threads() == 0
 
 
@@ -78,11 +86,9 @@ def test_who_is_told_of_a_dead_worker_does_not_wait(
     """The loop is left, and the next pass tells again or begins, long before the loader's own `timeout`."""
     loader = make(DataLoader(dataset, num_workers=2, timeout=600, persistent_workers=is_persistent))
     for _ in range(2):
-        with pytest.raises((RuntimeError, ConnectionError, EOFError)):
+        with pytest.raises(TOLD):
             deque(loader, maxlen=0)
-    for _ in range(2):
-        with suppress(RuntimeError):
-            loader.close()
+    close(loader)
     assert copying_threads() == 0
 
 
@@ -127,21 +133,12 @@ def test_a_worker_that_dies_with_a_lock_is_no_hang_either(
             next(batches)
         except StopIteration:
             break
-        except (RuntimeError, ConnectionError, EOFError):
+        except TOLD:
             n_errors += 1
     assert n_errors > 0
-    for _ in range(2):
-        with suppress(RuntimeError):
-            loader.close()
+    close(loader)
     del loader, batches
     assert copying_threads() == 0
-
-
-class Ended:
-    """A worker that ended, well or badly."""
-
-    def __init__(self, exitcode: int | None) -> None:
-        self.exitcode = exitcode
 
 
 @pytest.mark.parametrize("exitcode", [None, 0, 1, -9])
@@ -152,7 +149,8 @@ def test_workers_are_told_of_their_end(
     """Whoever holds the lock; one that is alive gives it back itself, and that of a dead one is free then."""
     monkeypatch.setattr(dead_workers, "PATIENCE_S", 0.01)
     event: Any = multiprocessing.get_context("spawn").Event()
-    inner = SimpleNamespace(_workers_done_event=event, _workers=[Ended(None), Ended(exitcode)])
+    workers = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=exitcode)]
+    inner = SimpleNamespace(_workers_done_event=event, _workers=workers)
     stand_in = dead_workers.DoneEvent(inner)
     assert not stand_in.is_set()
     if is_held:
