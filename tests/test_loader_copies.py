@@ -3,17 +3,18 @@
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.late_stream import LateStream
+from tests.late_stream import LateEvent, LateStream
 from torchfast._loader import shipment
 from torchfast._loader.pinned_ring import Part, PinnedBuffer
 from torchfast._loader.plan import Plan, empty
-from torchfast._loader.shipment import let_go_of_what_was_read
+from torchfast._loader.shipment import hold_until_read, let_go_of_what_was_read
 
 
 @pytest.fixture
@@ -102,8 +103,9 @@ def test_the_driver_is_told_where_the_tensors_are(kinds: list[tuple[torch.Tensor
 
 def test_another_device_that_lags_keeps_nothing_of_this_one(stream: LateStream) -> None:
     """What was read is let go of though something older was not."""
-    lagging, tensor, older = LateStream(), torch.ones(5), torch.ones(6)
-    shipment._being_read.append((lagging.event(), [older]))  # type: ignore[arg-type]  # of the imagination
+    lagging: Any = LateStream()
+    tensor, older = torch.ones(5), torch.ones(6)
+    hold_until_read(lagging.mark(), lagging, [older])
     lagging.n_done = -1
     gone = weakref.ref(tensor)
     (target,) = ship(stream, [tensor], [])
@@ -112,4 +114,36 @@ def test_another_device_that_lags_keeps_nothing_of_this_one(stream: LateStream) 
     assert torch.equal(target, torch.ones(5))
     let_go_of_what_was_read()
     assert gone() is None
-    assert [held for _, held in shipment._being_read] == [[older]]
+    assert [read.memory for read in shipment._being_read] == [[older]]
+
+
+def test_a_stream_that_is_behind_is_asked_once(stream: LateStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is past its copies in their order, and asking is a call of the driver."""
+    asked = list[Any]()
+    query = LateEvent.query
+
+    def noted(event: LateEvent) -> bool:
+        asked.append(event)
+        return query(event)
+
+    monkeypatch.setattr(LateEvent, "query", noted)
+    targets = [ship(stream, [torch.ones(5)], []) for _ in range(5)]
+    events = [read.ended for read in shipment._being_read]
+    stream.go_on_to(2)
+    let_go_of_what_was_read()
+    assert asked == events[:3]
+    assert len(shipment._being_read) == 3
+    assert len(targets) == 5
+
+
+def test_a_buffer_forgets_what_was_read(stream: LateStream) -> None:
+    """The event may be recorded again for something else, which who takes the buffer need not wait for."""
+    buffer = PinnedBuffer()
+    buffer.memory = torch.ones(8, dtype=torch.uint8)
+    targets = [ship(stream, [], [buffer]) for _ in range(2)]
+    second = shipment._being_read[1].ended
+    for n_read, found in ((1, second), (2, None)):
+        stream.go_on_to(n_read)
+        let_go_of_what_was_read()
+        assert buffer.read is found
+    assert len(targets) == 2

@@ -293,10 +293,10 @@ def test_pinned_memory_of_what_is_put_off_is_held_until_it_was_read() -> None:
         to_device.deliver(to_device.send(batch, None), came_at_once=True)
         late.enqueue([0], [0], [0], 0)
         to_device.deliver(to_device.send(batch, None), came_at_once=True)
-        held = [memory for _, memory in shipment._being_read]
+        held = [read.memory for read in shipment._being_read]
         assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
         to_device._tally.read()
-        assert not {event for event, _ in shipment._being_read} & {*to_device._events._idle}
+        assert not {read.ended for read in shipment._being_read} & {*to_device._events._idle}
         to_device.settle()
         assert len(shipment._being_read) == 1
         late.go_on_to(1)
@@ -374,6 +374,45 @@ def test_a_batch_is_noted_once() -> None:
         (moment,) = to_device._tally.moments
     assert moment.spans
     assert moment.n_bytes == 320 * KIB
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+@pytest.mark.parametrize("is_loops_turn", [True, False])
+@pytest.mark.parametrize("n_leaves", [1, 20])
+def test_in_the_long_run_no_event_is_made(
+    monkeypatch: pytest.MonkeyPatch, *, n_leaves: int, is_loops_turn: bool, is_pinned: bool
+) -> None:
+    """Making one takes as long as recording two. Idle ones are nowhere else: nobody asks or reads them."""
+    batch = [torch.zeros(100) for _ in range(n_leaves)]
+    pinned = {leaf.data_ptr() for leaf in batch} if is_pinned else set[int]()
+    made = list[LateEvent]()
+    with lagging(pinned, is_batched=True, team=1, n_workers=0) as (late, to_device):
+        to_device._is_loops_turn, to_device._borrows = is_loops_turn, False
+
+        def new_event(**_: object) -> LateEvent:
+            made.append(late.event())
+            return made[-1]
+
+        monkeypatch.setattr(torch.cuda, "Event", new_event)
+        n_made = 0
+        for number in range(80):
+            n_enqueued = late.n_enqueued
+            parcel = to_device.send(batch, to_device.blank())
+            late.go_on_to(n_enqueued)
+            to_device.deliver(parcel, came_at_once=True)
+            to_device.settle()
+            idle: list[Any] = to_device._events._idle
+            assert len({*idle}) == len(idle)
+            assert not busy_events(to_device) & {*idle}
+            n_made = len(made) if number == 40 else n_made
+    assert 0 < n_made == len(made)
+
+
+def busy_events(to_device: CudaTransport) -> set[Any]:
+    """Return the events of batches that are to be counted, and those that guard host memory."""
+    counted = {event for moment in to_device._tally.moments for event in moment.events()}
+    guarding = {read.ended for read in shipment._being_read}
+    return counted | guarding | {buffer.read for buffer in to_device._staging._ring._small}
 
 
 def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:

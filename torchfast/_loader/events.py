@@ -1,5 +1,7 @@
 """CUDA events that are recorded again once nobody needs them: making one takes as long as recording two."""
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -14,13 +16,14 @@ class Events:
         try:
             event = self._idle.pop()
         except IndexError:
-            event = torch.cuda.Event(enable_timing=True)
+            # Waiting for one must sleep: a GPU that lags behind would otherwise cost a core of spinning.
+            event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(stream)
         return event
 
-    def give_back(self, event: torch.cuda.Event, /) -> None:
-        """Take one that nobody reads or waits for any more."""
-        self._idle.append(event)
+    def give_back(self, events: Iterable[torch.cuda.Event], /) -> None:
+        """Take some that the device has passed, and that nobody reads any more."""
+        self._idle += events
 
 
 class Gate:

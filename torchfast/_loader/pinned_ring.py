@@ -31,9 +31,10 @@ class PinnedRing:
         buffers = self._large if n_bytes > LARGE_BYTES else self._small
         buffers.rotate(-1)
         buffer = buffers[0]
-        if buffer.read is not None and not buffer.read.query():
+        read = buffer.read
+        if read is not None and not read.query():
             began_s = time.perf_counter()
-            buffer.read.synchronize()
+            read.synchronize()
             self.waited_s += time.perf_counter() - began_s
         buffer.grow(n_bytes)
         return buffer
@@ -46,6 +47,11 @@ class PinnedBuffer:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.read: torch.cuda.Event | None = None
         self._packed: dict[Group, list[torch.Tensor]] = {}
+
+    def forget(self, read: torch.cuda.Event, /) -> None:
+        """Forget this event, which the device has passed and which may be recorded again."""
+        if self.read is read:
+            self.read = None
 
     def grow(self, n_bytes: int, /) -> None:
         """Make room for so many bytes, to a power of two since the pinning allocator rounds to one."""

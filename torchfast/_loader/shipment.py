@@ -9,35 +9,64 @@ died, would hang it. The next pass of any loader lets go of that.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from torchfast._loader.driver import batched_copy
-from torchfast._loader.pinned_ring import Part
+from torchfast._loader.pinned_ring import Part, PinnedBuffer
 from torchfast._loader.plan import Group, bytes_of
 
 if TYPE_CHECKING:
     from torchfast._loader.stats import Span
 
-_being_read: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """Host memory that the device may still be reading."""
+
+    ended: torch.cuda.Event
+    """Behind the last copy from it."""
+
+    stream: torch.cuda.Stream
+    memory: list[torch.Tensor]
+    buffers: Collection[PinnedBuffer]
+    """Those of the staging ring on some of it."""
 
 
-def hold_until_read(event: torch.cuda.Event, memory: list[torch.Tensor], /) -> None:
-    """Hold host memory until the device has passed an event, behind the last copy that reads it.
+_being_read: deque[Read] = deque()
 
-    An event of its own: one that is recorded again would hold it for longer.
-    """
-    _being_read.append((event, memory))
+
+def hold_until_read(
+    ended: torch.cuda.Event,
+    stream: torch.cuda.Stream,
+    memory: list[torch.Tensor],
+    buffers: Collection[PinnedBuffer] = (),
+) -> None:
+    """Hold host memory until the device has passed an event: behind the last copy that reads it."""
+    for buffer in buffers:
+        buffer.read = ended
+    _being_read.append(Read(ended, stream, memory, buffers))
 
 
 def let_go_of_what_was_read() -> None:
-    """Drop the host memory that the device is past."""
+    """Drop the host memory that the device is past, and all that asks for the events that say so.
+
+    A stream that is not past one copy is past none behind it: asking would be a call of the driver for each.
+    """
+    behind = set[int]()
     for read in list(_being_read):
-        if read[0].query():
-            with contextlib.suppress(ValueError):  # another thread has done the same
-                _being_read.remove(read)
+        if id(read.stream) in behind:
+            continue
+        if not read.ended.query():
+            behind.add(id(read.stream))
+            continue
+        for buffer in read.buffers:
+            buffer.forget(read.ended)
+        with contextlib.suppress(ValueError):  # another thread has done the same
+            _being_read.remove(read)
 
 
 class Shipment:
@@ -94,14 +123,11 @@ class Shipment:
         if not self._is_taken_by_the_driver():
             with torch.cuda.stream(self._stream):
                 self._copy_by_pytorch()
-        # Waiting for it must sleep: a GPU that lags behind would otherwise cost a core of spinning.
-        ended = torch.cuda.Event(enable_timing=True, blocking=True)
-        ended.record(self._stream)
+        ended = self._mark(self._stream)
         buffers = {part.buffer for part in self._parts}
-        hold_until_read(ended, [*self._sources, *(buffer.memory for buffer in buffers)])
+        memory = [*self._sources, *(buffer.memory for buffer in buffers)]
+        hold_until_read(ended, self._stream, memory, buffers)
         self.spans.append((began, ended))
-        for buffer in buffers:
-            buffer.read = ended
         self._begin()
 
     def _begin(self) -> None:

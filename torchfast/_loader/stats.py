@@ -1,5 +1,7 @@
 """Where the time of a pass went: what is counted while it runs, and the record that is made of it."""
 
+import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from torchfast._bytes import format_bytes
-from torchfast._loader.events import Events, Gate
+from torchfast._loader.events import Gate
 
 STALL_SHARE = 0.05
 """A pass whose device waited for batches for less of its time than this is bound by its own work."""
@@ -144,6 +146,11 @@ class Moment(NamedTuple):
         """Say whether the device has passed its events. The loop may have changed its stream between two."""
         return self.there.query() and (self.there is self.asked.event or self.asked.event.query())
 
+    def events(self) -> set[torch.cuda.Event]:
+        """Return them all, but for a gate that a copy may yet wait for."""
+        events = {self.asked.event, self.there, *itertools.chain.from_iterable(self.spans)}
+        return events - {self.asked.event} if self.asked.is_needed else events
+
 
 class Tally:
     """What one pass counts as it goes; the loop's thread and the copying thread never write at one time."""
@@ -160,13 +167,15 @@ class Tally:
         self._n_read = 0
         self.moments: deque[Moment] = deque()
         """Events of batches, to be read once the device has passed them."""
+        self._counted: deque[Moment] = deque()
+        """Those that nobody here will read again."""
         self._reading = threading.Lock()
         self._first_there: torch.cuda.Event | None = None
+        self._latest: Moment | None = None
         self._began_s = 0.0
         self._before_first = (0.0, 0.0)
         self._at_end: tuple[float, float] | None = None
         """What was loaded and staged by the end, if that has come."""
-        self.events = Events()
 
     def taken(self, waited_s: float) -> None:
         """Count a batch that was handed out after the loop's thread waited so long for it."""
@@ -202,8 +211,18 @@ class Tally:
         try:
             while self.moments and self.moments[0].is_over():
                 self._add(self.moments.popleft())
+            if self._first_there is not None and self._latest is not None:
+                self._elapsed_s = self._first_there.elapsed_time(self._latest.there) / 1e3
         finally:
             self._reading.release()
+
+    def take_counted(self) -> list[Moment]:
+        """Return those whose events, which the device has passed, may be recorded again."""
+        counted: list[Moment] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                counted.append(self._counted.popleft())
+        return counted
 
     def stats(self) -> LoaderStats:
         """Make a record of what is known by now, without waiting for the device."""
@@ -229,17 +248,19 @@ class Tally:
         if self._first_there is None:
             self._first_there = moment.there
             return
+        latest, self._latest = (
+            self._latest,
+            moment,
+        )  # first: an interrupt then loses one, and none is in twice
+        if latest is not None:
+            self._counted.append(latest)
         asked, there = moment.asked.event, moment.there
         stall_s = 0.0 if there is asked else asked.elapsed_time(there) / 1e3
         self._stall_s += stall_s
-        self._elapsed_s = self._first_there.elapsed_time(there) / 1e3
         for began, ended in moment.spans:
-            copy_s, since_asked_s = began.elapsed_time(ended) / 1e3, asked.elapsed_time(began) / 1e3
+            copy_s = began.elapsed_time(ended) / 1e3
             self._copy_s += copy_s
-            self._stall_copy_s += max(0.0, min(since_asked_s + copy_s, stall_s) - max(since_asked_s, 0.0))
-            self.events.give_back(began)  # and not the end of a copy, which others may still wait for
+            if stall_s:
+                since_asked_s = asked.elapsed_time(began) / 1e3
+                self._stall_copy_s += max(0.0, min(since_asked_s + copy_s, stall_s) - max(since_asked_s, 0.0))
         self.n_bytes += moment.n_bytes
-        if there is not asked:
-            self.events.give_back(there)
-        if not moment.asked.is_needed:
-            self.events.give_back(asked)

@@ -112,7 +112,6 @@ class CudaTransport:
     def begin(self, tally: Tally) -> None:
         """Begin a pass, which `tally` counts."""
         self._tally = tally
-        tally.events = self._events
         self._turns.begin()
         self._staging.begin()
         self._follow_stream()
@@ -175,7 +174,7 @@ class CudaTransport:
         there = self._events.mark(self._consumer)
         # PyTorch holds what it pinned itself, but does not know of memory that others pinned.
         if sources := [leaf for leaf in leaves if leaf.is_pinned()]:
-            hold_until_read(self._consumer.record_event(), sources)  # not `there`, which is recorded anew
+            hold_until_read(there, self._consumer, sources)
         self._note(parcel, [(began, there)], there)
         return structure.rebuild(copies)
 
@@ -246,11 +245,14 @@ class CudaTransport:
     def settle(self) -> None:
         """Give back the last batch's memory, or wait until it was read: the next may go to the same place."""
         self._staging.settle()
-        self._tally.read_in_turn()
-        let_go_of_what_was_read()
         if self._borrowed is not None:
             self._borrowed.synchronize()
             self._borrowed = None
+        self._tally.read_in_turn()
+        counted = self._tally.take_counted()
+        let_go_of_what_was_read()
+        for moment in counted:  # whose events nobody asks any more
+            self._events.give_back(moment.events())
 
     def send(self, batch: Any, blank: Blank | None) -> Parcel:
         """Start the copies of one batch, into `blank` if it fits."""
