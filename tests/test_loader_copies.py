@@ -140,10 +140,15 @@ def test_a_buffer_forgets_what_was_read(stream: LateStream) -> None:
     """The event may be recorded again for something else, which who takes the buffer need not wait for."""
     buffer = PinnedBuffer()
     buffer.memory = torch.ones(8, dtype=torch.uint8)
-    targets = [ship(stream, [], [buffer]) for _ in range(2)]
-    second = shipment._being_read[1].ended
-    for n_read, found in ((1, second), (2, None)):
-        stream.go_on_to(n_read)
-        let_go_of_what_was_read()
-        assert buffer.read is found
+    targets = [ship(stream, [torch.ones(5)], [buffer]) for _ in range(2)]
+    first, second = shipment._being_read
+    stream.go_on_to(2)
+    let_go_of_what_was_read()
+    assert (first.ended, first.memory) == (None, [])
+    first.let_go()  # so does another thread, which had asked before
+    assert buffer.read is second
+    assert not second.is_over()
+    second.wait()
+    let_go_of_what_was_read()
+    assert (second.ended, second.memory) == (None, [])
     assert len(targets) == 2

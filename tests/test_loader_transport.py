@@ -1,7 +1,7 @@
 """The transport as a whole, on a device of the imagination that lags: every byte of every batch arrives."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from tests.late_stream import LateEvent, LateStream
 from tests.loader_transport import computing_with, grow_unpinned
 from tests.strategies import Sample
 from torchfast._loader import pinned_ring, plan, shipment, staging, transport
+from torchfast._loader.events import Events
 from torchfast._loader.pinned_ring import PinnedBuffer
 from torchfast._loader.plan import bytes_of
 from torchfast._loader.stats import Tally
@@ -294,6 +295,7 @@ def test_pinned_memory_of_what_is_put_off_is_held_until_it_was_read() -> None:
         late.enqueue([0], [0], [0], 0)
         to_device.deliver(to_device.send(batch, None), came_at_once=True)
         held = [read.memory for read in shipment._being_read]
+        assert {read.stream for read in shipment._being_read} == {to_device._consumer}
         assert [leaf is batch[0] for memory in held for leaf in memory] == [True, True]
         to_device._tally.read()
         assert not {read.ended for read in shipment._being_read} & {*to_device._events._idle}
@@ -376,43 +378,89 @@ def test_a_batch_is_noted_once() -> None:
     assert moment.n_bytes == 320 * KIB
 
 
+@pytest.mark.parametrize("settles_every", [1, 10])
 @pytest.mark.parametrize("is_pinned", [True, False])
 @pytest.mark.parametrize("is_loops_turn", [True, False])
 @pytest.mark.parametrize("n_leaves", [1, 20])
 def test_in_the_long_run_no_event_is_made(
-    monkeypatch: pytest.MonkeyPatch, *, n_leaves: int, is_loops_turn: bool, is_pinned: bool
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    n_leaves: int,
+    is_loops_turn: bool,
+    is_pinned: bool,
+    settles_every: int,
 ) -> None:
-    """Making one takes as long as recording two. Idle ones are nowhere else: nobody asks or reads them."""
+    """Making one takes as long as recording two. Those that are recorded again are nowhere else."""
     batch = [torch.zeros(100) for _ in range(n_leaves)]
     pinned = {leaf.data_ptr() for leaf in batch} if is_pinned else set[int]()
-    made = list[LateEvent]()
+    made, n_made = list[LateEvent](), 0
     with lagging(pinned, is_batched=True, team=1, n_workers=0) as (late, to_device):
         to_device._is_loops_turn, to_device._borrows = is_loops_turn, False
+        watch_what_is_given_back(monkeypatch, to_device)
 
         def new_event(**_: object) -> LateEvent:
             made.append(late.event())
             return made[-1]
 
         monkeypatch.setattr(torch.cuda, "Event", new_event)
-        n_made = 0
-        for number in range(80):
+        for number in range(120):
             n_enqueued = late.n_enqueued
             parcel = to_device.send(batch, to_device.blank())
             late.go_on_to(n_enqueued)
             to_device.deliver(parcel, came_at_once=True)
-            to_device.settle()
-            idle: list[Any] = to_device._events._idle
-            assert len({*idle}) == len(idle)
-            assert not busy_events(to_device) & {*idle}
-            n_made = len(made) if number == 40 else n_made
+            if number % settles_every == 0:
+                to_device.settle()
+            n_made = len(made) if number == 60 else n_made
     assert 0 < n_made == len(made)
+
+
+def test_what_another_thread_counts_meanwhile_is_given_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the record just behind the letting go: the memory of those batches is still held."""
+    with lagging(set(), is_batched=True, team=1, n_workers=0) as (late, to_device):
+        given_back = watch_what_is_given_back(monkeypatch, to_device)
+
+        def let_go_and_read() -> None:
+            shipment.let_go_of_what_was_read()
+            late.go_on_to(late.n_enqueued)
+            to_device._tally.read()
+
+        monkeypatch.setattr(transport, "let_go_of_what_was_read", let_go_and_read)
+        waited = list[object]()
+        to_device._consumer.wait_event = waited.append  # type: ignore[assignment, method-assign]
+        batches = list[Any]()
+        for number in range(40):
+            parcel = to_device.send([torch.zeros(100)] * 20, to_device.blank())
+            batches.append(to_device.deliver(parcel, came_at_once=False))
+            if number % 10 == 9:
+                to_device.settle()
+    assert waited
+    assert given_back
+
+
+def watch_what_is_given_back(patch: pytest.MonkeyPatch, to_device: CudaTransport) -> list[Any]:
+    """Hold every event that is to be recorded again to being idle; return what will have been given back."""
+    given_back = list[Any]()
+    give_back = Events.give_back
+
+    def watched(events: Events, some: Iterable[Any]) -> None:
+        some = [*some]
+        assert len({*some, *events._idle}) == len(some) + len(events._idle)
+        assert not busy_events(to_device) & {*some}
+        given_back.extend(some)
+        give_back(events, some)
+
+    patch.setattr(Events, "give_back", watched)
+    return given_back
 
 
 def busy_events(to_device: CudaTransport) -> set[Any]:
     """Return the events of batches that are to be counted, and those that guard host memory."""
-    counted = {event for moment in to_device._tally.moments for event in moment.events()}
-    guarding = {read.ended for read in shipment._being_read}
-    return counted | guarding | {buffer.read for buffer in to_device._staging._ring._small}
+    tally, ring = to_device._tally, to_device._staging._ring
+    moments = [*tally.moments, *filter(None, [tally._latest])]
+    counted = {event for moment in moments for event in moment.reusable()}
+    reads = {buffer.read for buffer in (*ring._small, *ring._large)} | {*shipment._being_read}
+    guarding = {read.ended for read in reads if read}
+    return (counted | guarding | {tally._first_there, to_device._borrowed}) - {None}
 
 
 def test_where_memory_is_poisoned_nothing_is_copied_late() -> None:

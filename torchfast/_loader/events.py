@@ -22,7 +22,7 @@ class Events:
         return event
 
     def give_back(self, events: Iterable[torch.cuda.Event], /) -> None:
-        """Take some that the device has passed, and that nobody reads any more."""
+        """Take some that the device has passed, and that nobody asks, reads or waits for any more."""
         self._idle += events
 
 

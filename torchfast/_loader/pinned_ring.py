@@ -2,12 +2,15 @@
 
 import time
 from collections import deque
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchfast._bytes import MIB
 from torchfast._loader.plan import Group
+
+if TYPE_CHECKING:
+    from torchfast._loader.shipment import Read
 
 LARGE_BYTES = 16 * MIB
 N_LARGE = 4
@@ -30,28 +33,22 @@ class PinnedRing:
         """Return the next buffer, with room for so many bytes, after waiting for its turn without the GIL."""
         buffers = self._large if n_bytes > LARGE_BYTES else self._small
         buffers.rotate(-1)
-        buffer = buffers[0]
-        read = buffer.read
-        if read is not None and not read.query():
+        buffer, read = buffers[0], buffers[0].read
+        if read is not None and not read.is_over():
             began_s = time.perf_counter()
-            read.synchronize()
+            read.wait()
             self.waited_s += time.perf_counter() - began_s
         buffer.grow(n_bytes)
         return buffer
 
 
 class PinnedBuffer:
-    """A piece of pinned memory, the event after which it has been read, and the packed tensors on it."""
+    """A piece of pinned memory, the last copy that reads it, and the packed tensors on it."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.read: torch.cuda.Event | None = None
+        self.read: Read | None = None
         self._packed: dict[Group, list[torch.Tensor]] = {}
-
-    def forget(self, read: torch.cuda.Event, /) -> None:
-        """Forget this event, which the device has passed and which may be recorded again."""
-        if self.read is read:
-            self.read = None
 
     def grow(self, n_bytes: int, /) -> None:
         """Make room for so many bytes, to a power of two since the pinning allocator rounds to one."""

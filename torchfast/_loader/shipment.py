@@ -9,50 +9,62 @@ died, would hang it. The next pass of any loader lets go of that.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from torchfast._loader.driver import batched_copy
-from torchfast._loader.pinned_ring import Part, PinnedBuffer
+from torchfast._loader.pinned_ring import Part
 from torchfast._loader.plan import Group, bytes_of
 
 if TYPE_CHECKING:
     from torchfast._loader.stats import Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """Host memory that the device may still be reading."""
+    """Host memory that the device may still be reading. Once it is not, the event is there for other uses."""
 
-    ended: torch.cuda.Event
-    """Behind the last copy from it."""
+    __slots__ = ("ended", "memory", "stream")
 
-    stream: torch.cuda.Stream
-    memory: list[torch.Tensor]
-    buffers: Collection[PinnedBuffer]
-    """Those of the staging ring on some of it."""
+    def __init__(
+        self, ended: torch.cuda.Event, stream: torch.cuda.Stream, memory: list[torch.Tensor], /
+    ) -> None:
+        self.ended: torch.cuda.Event | None = ended
+        """Behind the last copy, on the stream."""
+        self.stream = stream
+        self.memory = memory
+
+    def is_over(self) -> bool:
+        """Say whether the device is past it."""
+        ended = self.ended  # another thread may let go at any moment
+        return ended is None or ended.query()
+
+    def wait(self) -> None:
+        """Wait until the device is past it."""
+        ended = self.ended
+        if ended is not None:
+            ended.synchronize()
+
+    def let_go(self) -> None:
+        """Drop the memory, and the event."""
+        self.ended, self.memory = None, []
 
 
 _being_read: deque[Read] = deque()
 
 
 def hold_until_read(
-    ended: torch.cuda.Event,
-    stream: torch.cuda.Stream,
-    memory: list[torch.Tensor],
-    buffers: Collection[PinnedBuffer] = (),
-) -> None:
-    """Hold host memory until the device has passed an event: behind the last copy that reads it."""
-    for buffer in buffers:
-        buffer.read = ended
-    _being_read.append(Read(ended, stream, memory, buffers))
+    ended: torch.cuda.Event, stream: torch.cuda.Stream, memory: list[torch.Tensor], /
+) -> Read:
+    """Hold host memory until the device has passed an event, behind the last copy that reads it."""
+    read = Read(ended, stream, memory)
+    _being_read.append(read)
+    return read
 
 
 def let_go_of_what_was_read() -> None:
-    """Drop the host memory that the device is past, and all that asks for the events that say so.
+    """Drop the host memory that the device is past.
 
     A stream that is not past one copy is past none behind it: asking would be a call of the driver for each.
     """
@@ -60,11 +72,10 @@ def let_go_of_what_was_read() -> None:
     for read in list(_being_read):
         if id(read.stream) in behind:
             continue
-        if not read.ended.query():
+        if not read.is_over():
             behind.add(id(read.stream))
             continue
-        for buffer in read.buffers:
-            buffer.forget(read.ended)
+        read.let_go()
         with contextlib.suppress(ValueError):  # another thread has done the same
             _being_read.remove(read)
 
@@ -126,8 +137,10 @@ class Shipment:
         ended = self._mark(self._stream)
         buffers = {part.buffer for part in self._parts}
         memory = [*self._sources, *(buffer.memory for buffer in buffers)]
-        hold_until_read(ended, self._stream, memory, buffers)
+        read = hold_until_read(ended, self._stream, memory)
         self.spans.append((began, ended))
+        for buffer in buffers:
+            buffer.read = read
         self._begin()
 
     def _begin(self) -> None:

@@ -1,6 +1,5 @@
 """Where the time of a pass went: what is counted while it runs, and the record that is made of it."""
 
-import contextlib
 import itertools
 import threading
 import time
@@ -146,7 +145,7 @@ class Moment(NamedTuple):
         """Say whether the device has passed its events. The loop may have changed its stream between two."""
         return self.there.query() and (self.there is self.asked.event or self.asked.event.query())
 
-    def events(self) -> set[torch.cuda.Event]:
+    def reusable(self) -> set[torch.cuda.Event]:
         """Return them all, but for a gate that a copy may yet wait for."""
         events = {self.asked.event, self.there, *itertools.chain.from_iterable(self.spans)}
         return events - {self.asked.event} if self.asked.is_needed else events
@@ -172,6 +171,7 @@ class Tally:
         self._reading = threading.Lock()
         self._first_there: torch.cuda.Event | None = None
         self._latest: Moment | None = None
+        """The one whose arrival tells how long the pass has taken, until that was read."""
         self._began_s = 0.0
         self._before_first = (0.0, 0.0)
         self._at_end: tuple[float, float] | None = None
@@ -211,18 +211,13 @@ class Tally:
         try:
             while self.moments and self.moments[0].is_over():
                 self._add(self.moments.popleft())
-            if self._first_there is not None and self._latest is not None:
-                self._elapsed_s = self._first_there.elapsed_time(self._latest.there) / 1e3
+            self._measure()
         finally:
             self._reading.release()
 
     def take_counted(self) -> list[Moment]:
         """Return those whose events, which the device has passed, may be recorded again."""
-        counted: list[Moment] = []
-        with contextlib.suppress(IndexError):
-            while True:
-                counted.append(self._counted.popleft())
-        return counted
+        return [self._counted.popleft() for _ in range(len(self._counted))]
 
     def stats(self) -> LoaderStats:
         """Make a record of what is known by now, without waiting for the device."""
@@ -243,15 +238,24 @@ class Tally:
     def _is_read_on_device(self) -> bool:
         return self._n_read > 0 or len(self.moments) > 0
 
+    def _measure(self) -> None:
+        """Read how long the pass has taken: once for all that were added, by a call of the driver."""
+        latest = self._latest
+        if latest is None or self._first_there is None:
+            return
+        self._elapsed_s = self._first_there.elapsed_time(latest.there) / 1e3
+        self._latest = None
+        self._counted.append(latest)
+
     def _add(self, moment: Moment) -> None:
         self._n_read += 1
         if self._first_there is None:
             self._first_there = moment.there
             return
-        latest, self._latest = (
-            self._latest,
-            moment,
-        )  # first: an interrupt then loses one, and none is in twice
+        latest = self._latest
+        self._latest = (
+            moment  # before the other goes: an interrupt then loses its events, and none is in twice
+        )
         if latest is not None:
             self._counted.append(latest)
         asked, there = moment.asked.event, moment.there

@@ -249,10 +249,11 @@ class CudaTransport:
             self._borrowed.synchronize()
             self._borrowed = None
         self._tally.read_in_turn()
+        # Taken first: what another thread counts meanwhile may still guard memory behind the letting go.
         counted = self._tally.take_counted()
         let_go_of_what_was_read()
-        for moment in counted:  # whose events nobody asks any more
-            self._events.give_back(moment.events())
+        for moment in counted:
+            self._events.give_back(moment.reusable())
 
     def send(self, batch: Any, blank: Blank | None) -> Parcel:
         """Start the copies of one batch, into `blank` if it fits."""
