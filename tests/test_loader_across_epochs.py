@@ -8,7 +8,10 @@ from typing import ClassVar
 import pytest
 import torch
 
-from tests.loader_transport import copying_threads, threaded, until
+from tests.loader_transport import HostTransport, copying_threads, threaded, until
+from torchfast._loader.feed import ThreadedFeed
+from torchfast._loader.stats import Tally
+from torchfast._loader.thread import no_state
 
 
 class Counted:
@@ -38,6 +41,20 @@ def test_the_next_pass_is_loaded_while_the_last_batches_are_in_use() -> None:
     del loader, batches
     gc.collect()
     assert copying_threads() == 0
+
+
+def test_the_end_of_a_pass_lets_the_next_one_go_on() -> None:
+    """The permit that is laid down as the loop finds the end is for a batch of the next pass."""
+    transport = HostTransport()
+    feed = ThreadedFeed(
+        iter([0]), transport, Tally(), depth=1, snapshot=no_state, begin_again=lambda: iter(range(1, 9))
+    )
+    assert feed.take() == 0
+    until(lambda: transport.n_sent == 2 and feed._work.permits._is_listening)
+    with pytest.raises(StopIteration):
+        feed.take()
+    until(lambda: transport.n_sent == 3)
+    feed.close()
 
 
 def test_a_loader_that_cannot_begin_again_is_an_error_and_no_hang() -> None:

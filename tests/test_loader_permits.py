@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,6 +122,15 @@ def test_a_thread_that_listens_is_woken() -> None:
     assert receiver.all() == ["permit"]
 
 
+def test_without_a_permit_nobody_is_woken() -> None:
+    """The thread would take the interpreter only to find that there is nothing for it."""
+    permits = Permits()
+    permits._is_listening = True
+    permits.call()
+    permits.hurry()
+    assert permits._words.empty()
+
+
 class Watched(deque[Any]):
     """A deque that lets something happen right before the thread looks into it, or after it has."""
 
@@ -199,6 +209,49 @@ def test_no_pace_starves_the_loop(depth: int, n_batches: int) -> None:
     epoch, _, feed = open_feed(range(n_batches), depth)
     feed._work.permits._pause_s = lambda: HOUR_S  # type: ignore[method-assign]
     assert list(epoch) == list(range(n_batches))
+
+
+def test_the_thread_is_woken_behind_the_delivery() -> None:
+    """The delivery lets go of the interpreter as it asks the driver: a thread that is awake takes it."""
+    epoch, transport, feed = open_feed(range(3), depth=1)
+    until(lambda: len(feed._work.ready) == 1 and feed._work.permits._is_listening)
+    deliver, is_awake = transport.deliver, list[bool]()
+
+    def deliver_and_look(parcel: Any, *, came_at_once: bool) -> Any:
+        permits = feed._work.permits
+        is_awake.append(not (permits._is_listening and permits._lying and permits._words.empty()))
+        return deliver(parcel, came_at_once=came_at_once)
+
+    transport.deliver = deliver_and_look  # type: ignore[method-assign]
+    assert next(epoch) == 0
+    assert is_awake == [False]
+    assert list(epoch) == [1, 2]
+
+
+def test_a_thread_is_woken_at_once_where_nothing_is_ready_but_the_batch_at_hand() -> None:
+    """However early in the step it is: the loop might come for the next before the middle of this one."""
+    epoch, transport, feed = open_feed(range(6))
+    until(lambda: len(feed._work.ready) == 2 and feed._work.permits._is_listening)
+    feed._work.permits._pause_s = lambda: HOUR_S  # type: ignore[method-assign]
+    assert next(epoch) == 0
+    until(lambda: len(feed._work.ready) == 2)
+    assert next(epoch) == 1
+    assert transport.n_sent == 3
+    assert next(epoch) == 2
+    until(lambda: transport.n_sent > 3)
+    assert list(epoch) == [3, 4, 5]
+
+
+def test_the_thread_is_woken_before_the_loop_waits() -> None:
+    """After a delivery that failed it has not been, and a loop that waits for a batch wakes nobody."""
+    epoch, transport, feed = open_feed(range(3), depth=1)
+    until(lambda: len(feed._work.ready) == 1 and feed._work.permits._is_listening)
+    transport.delivery_fails_once = True
+    with pytest.raises(torch.OutOfMemoryError):
+        next(epoch)
+    assert feed._work.permits._lying == deque([None])
+    del feed._work.ready[0]
+    assert list(epoch) == [1, 2]
 
 
 def test_after_a_release_nothing_is_sent_until_a_batch_is_taken() -> None:

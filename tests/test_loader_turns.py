@@ -235,6 +235,17 @@ def test_the_thread_loads_nothing_while_the_consumer_sends() -> None:
     assert list(epoch) == list(range(1, 9))
 
 
+def test_the_thread_sleeps_on_while_the_consumer_sends() -> None:
+    """Whoever sends a batch itself has nothing to wake the other thread for, until the loader ends."""
+    epoch, _, feed = open_feed(range(9), turns=itertools.repeat(True))
+    until_one_waits(feed)
+    until(lambda: feed._work.permits._is_listening)
+    assert [next(epoch) for _ in range(6)] == list(range(6))
+    assert feed._work.permits._words.empty()
+    assert feed._work.permits._is_listening
+    assert list(epoch) == [6, 7, 8]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
 def test_what_was_being_sent_here_is_fenced(error: type[BaseException]) -> None:
     """An interrupt, or an error of a signal's handler, may come once the copies are enqueued."""

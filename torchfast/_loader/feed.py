@@ -95,6 +95,8 @@ class ThreadedFeed:
                 raise
             # Closed by another thread, which has taken what was to be sent here.
             raise epoch.closed_error() from None
+        if not work.ready:
+            work.permits.hurry()
         waited_s = work.wait_for_arrival()
         return self._delivered(waited_s, came_at_once=asks and not is_sent_here and not waited_s)
 
@@ -114,16 +116,22 @@ class ThreadedFeed:
         return is_ready and self._is_instant and self._transport.is_sent_here()
 
     def _grant(self, blank: Any) -> None:
-        """Let the thread send one more batch for each that was taken: at once, if too few are ready."""
-        permits = self._work.permits
+        """Let the thread send one more batch for each that was taken."""
         while self._work.n_owed:
             self._work.n_owed -= 1
-            permits.lay_down(blank)
+            self._work.permits.lay_down(blank)
             blank = None
+
+    def _wake_thread(self) -> None:
+        """Have the thread look for permits: at once, if too few batches are ready.
+
+        After the delivery, since it takes the interpreter as soon as the loop lets go of it: now to launch a
+        kernel, which the device then has.
+        """
         if len(self._work.ready) <= self._n_in_time:
-            permits.hurry()
+            self._work.permits.hurry()
         else:
-            permits.call()
+            self._work.permits.call()
 
     def _delivered(self, waited_s: float, *, came_at_once: bool) -> Any:
         """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
@@ -133,6 +141,7 @@ class ThreadedFeed:
                 self.state = arrival.state
             self.is_between_passes = self.goes_on = arrival.goes_on
             if arrival.goes_on:
+                self._wake_thread()
                 del self._work.ready[0]  # the last end stays: whoever asks again is told again
             raise StopIteration
         if arrival.error is not None:
@@ -162,7 +171,8 @@ class ThreadedFeed:
             raise epoch.closed_error() from None
 
     def _pass_on(self, arrival: Arrival) -> None:
-        """Let the first leave the line. No call comes between here and the loop, so no interrupt does."""
+        """Let the first leave the line: no call comes between that and the loop, so no interrupt does."""
+        self._wake_thread()
         ready = self._work.ready
         self._work.n_owed += 1
         if arrival.state is not None:

@@ -51,13 +51,14 @@ class Permits:
         self._taken_s, self._last_step_s = now_s, last_step_s
 
     def call(self) -> None:
-        """Wake the thread if it does not wake by itself."""
-        if self._is_listening:
+        """Wake the thread if there is something for it, and it does not wake by itself."""
+        if self._lying and self._is_listening:
             self._words.put(None)
 
     def hurry(self) -> None:
-        """Wake the thread, or keep it from going to sleep once."""
-        self._words.put(None)
+        """Wake the thread if there is something for it, or keep it from going to sleep once."""
+        if self._lying:
+            self._words.put(None)
 
     # In the copying thread.
 
