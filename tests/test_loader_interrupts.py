@@ -129,6 +129,22 @@ def test_an_interrupt_of_next_loses_nothing(depth: int, sends_here: str) -> None
     assert copying_threads() == 0
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_an_interrupt_at_the_end_of_a_pass_leaves_the_next_one_whole(depth: int) -> None:
+    """Across epochs too, where the next pass goes on with what the thread has in line behind that end."""
+    for interrupt in interrupts():
+        loader = threaded(range(3), across_epochs=True, depth=depth)
+        epoch = iter(loader)
+        assert [next(epoch) for _ in range(3)] == [0, 1, 2]
+        with contextlib.suppress(KeyboardInterrupt), pytest.raises(StopIteration):
+            interrupt.during(lambda: next(epoch))  # noqa: B023 - called at once
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the first is open where no end was told
+            assert list(loader) == [0, 1, 2]
+        loader.close()
+    assert copying_threads() == 0
+
+
 class Grouping:
     """A transform that takes further batches itself; it runs out of memory once, if told to."""
 

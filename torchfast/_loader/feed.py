@@ -96,7 +96,7 @@ class ThreadedFeed:
             # Closed by another thread, which has taken what was to be sent here.
             raise epoch.closed_error() from None
         if not work.ready:
-            work.permits.hurry()
+            work.permits.hurry()  # the last take may have been cut short before it woke the thread
         waited_s = work.wait_for_arrival()
         return self._delivered(waited_s, came_at_once=asks and not is_sent_here and not waited_s)
 
@@ -123,10 +123,10 @@ class ThreadedFeed:
             blank = None
 
     def _wake_thread(self) -> None:
-        """Have the thread look for permits: at once, if too few batches are ready.
+        """Wake the thread for what was laid down: at once if too few batches are ready, else if it listens.
 
-        After the delivery, since it takes the interpreter as soon as the loop lets go of it: now to launch a
-        kernel, which the device then has.
+        Not before the delivery: a thread that is awake takes the interpreter as soon as the loop lets go of
+        it, and behind the delivery that is in the launch of a kernel, which the device then has.
         """
         if len(self._work.ready) <= self._n_in_time:
             self._work.permits.hurry()
@@ -136,12 +136,13 @@ class ThreadedFeed:
     def _delivered(self, waited_s: float, *, came_at_once: bool) -> Any:
         """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
         arrival = self._first()
+        if arrival.parcel is None:
+            self._wake_thread()  # first: behind it no call comes, so no interrupt does
         if arrival.is_end:
             if arrival.state is not None:
                 self.state = arrival.state
             self.is_between_passes = self.goes_on = arrival.goes_on
             if arrival.goes_on:
-                self._wake_thread()
                 del self._work.ready[0]  # the last end stays: whoever asks again is told again
             raise StopIteration
         if arrival.error is not None:
@@ -160,6 +161,7 @@ class ThreadedFeed:
             if isinstance(error, StopIteration):
                 raise epoch.stopped_by("moving a batch") from error
             raise
+        self._wake_thread()
         self._tally.taken(waited_s)
         self._pass_on(arrival)
         return batch
@@ -171,8 +173,7 @@ class ThreadedFeed:
             raise epoch.closed_error() from None
 
     def _pass_on(self, arrival: Arrival) -> None:
-        """Let the first leave the line: no call comes between that and the loop, so no interrupt does."""
-        self._wake_thread()
+        """Let the first leave the line. No call comes between here and the loop, so no interrupt does."""
         ready = self._work.ready
         self._work.n_owed += 1
         if arrival.state is not None:

@@ -56,7 +56,7 @@ class Permits:
             self._words.put(None)
 
     def hurry(self) -> None:
-        """Wake the thread if there is something for it, or keep it from going to sleep once."""
+        """If there is something for the thread, wake it, or keep it from going to sleep once."""
         if self._lying:
             self._words.put(None)
 
