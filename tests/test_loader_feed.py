@@ -420,6 +420,17 @@ def test_a_batch_that_cannot_be_moved_is_passed_over_after_its_error() -> None:
     assert list(epoch) == [1, 2]
 
 
+def test_loading_goes_on_while_the_loop_handles_an_error() -> None:
+    """The thread is woken for the next batch behind a delivery that failed too."""
+    epoch, transport, feed = open_feed(range(9))
+    until(lambda: len(feed._work.ready) == 2 and feed._work.permits._is_listening)
+    transport.delivery_breaks_once = True
+    with pytest.raises(ConnectionError):
+        next(epoch)
+    until(lambda: transport.n_sent == 3)
+    assert list(epoch) == [*range(1, 9)]
+
+
 def test_what_is_dropped_is_fenced_first() -> None:
     """Closing a pass with copies under way makes the owners of their memory wait for them."""
     epoch, transport, feed = open_feed(range(9))

@@ -137,7 +137,7 @@ class ThreadedFeed:
         """Hand out what arrived first; it leaves the line last of all, so that an interrupt loses nothing."""
         arrival = self._first()
         if arrival.parcel is None:
-            self._wake_thread()  # first: behind it no call comes, so no interrupt does
+            self._wake_thread()  # first: behind an end no call comes, so no interrupt does
         if arrival.is_end:
             if arrival.state is not None:
                 self.state = arrival.state
@@ -157,6 +157,7 @@ class ThreadedFeed:
             raise  # once there is room, the same batch again
         except Exception as error:
             self._transport.fence()
+            self._wake_thread()
             self._pass_on(arrival)
             if isinstance(error, StopIteration):
                 raise epoch.stopped_by("moving a batch") from error
