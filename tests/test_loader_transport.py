@@ -99,14 +99,7 @@ def lagging(
         patch.setattr(plan, "STAGE_BELOW_BYTES", 64)
         device = torch.device("cpu")
         to_device = CudaTransport(
-            device,
-            2,
-            streams=(),
-            is_stored=False,
-            borrows=True,
-            pins=False,
-            n_workers=n_workers,
-            poison=False,
+            device, 2, streams=(), borrows=True, pins=False, n_workers=n_workers, poison=False
         )
         to_device.begin(Tally())
         to_device.enter_thread()
@@ -385,19 +378,17 @@ def test_a_batch_is_noted_once() -> None:
     assert moment.n_bytes == 320 * KIB
 
 
-@pytest.mark.parametrize("is_stored", [True, False])
 @pytest.mark.parametrize("settles_every", [1, 10])
 @pytest.mark.parametrize("is_pinned", [True, False])
 @pytest.mark.parametrize("is_loops_turn", [True, False])
 @pytest.mark.parametrize("n_leaves", [1, 20])
-def test_in_the_long_run_no_event_is_made(  # noqa: PLR0913 - each a case
+def test_in_the_long_run_no_event_is_made(
     monkeypatch: pytest.MonkeyPatch,
     *,
     n_leaves: int,
     is_loops_turn: bool,
     is_pinned: bool,
     settles_every: int,
-    is_stored: bool,
 ) -> None:
     """Making one takes as long as recording two. Those that are recorded again are nowhere else."""
     batch = [torch.zeros(100) for _ in range(n_leaves)]
@@ -405,7 +396,6 @@ def test_in_the_long_run_no_event_is_made(  # noqa: PLR0913 - each a case
     made, n_made = list[LateEvent](), 0
     with lagging(pinned, is_batched=True, team=1, n_workers=0) as (late, to_device):
         to_device._is_loops_turn, to_device._borrows = is_loops_turn, False
-        to_device._is_stored = is_stored
         watch_what_is_given_back(monkeypatch, to_device)
 
         def new_event(**_: object) -> LateEvent:
@@ -424,20 +414,22 @@ def test_in_the_long_run_no_event_is_made(  # noqa: PLR0913 - each a case
     assert 0 < n_made == len(made)
 
 
-@pytest.mark.parametrize("is_stored", [True, False])
-def test_only_what_is_held_anyway_is_held_for_longer(*, is_stored: bool) -> None:
-    """Memory that was read goes at the next batch; that of a list with that of some other batches."""
+@pytest.mark.parametrize("n_batches", [1, READ_EVERY, 40])
+def test_memory_that_was_read_goes_at_the_next_batch(n_batches: int) -> None:
+    """However long passes are: nothing may pile up where one begins before the last has been read."""
     n_held = list[int]()
     leaves = [[torch.zeros(2 * KIB)] for _ in range(40)]
     with lagging({leaf.data_ptr() for (leaf,) in leaves}, is_batched=True, team=1, n_workers=0) as (late, it):
-        it._is_stored, it._borrows = is_stored, False
-        for batch in leaves:
+        it._borrows = False
+        for number, batch in enumerate(leaves):
+            if number % n_batches == 0:
+                it.begin(Tally())
             it.deliver(it.send(batch, it.blank()), came_at_once=False)
+            n_held.append(len(shipment._being_read))
             late.go_on_to(late.n_enqueued)
             it.settle()
-            n_held.append(len(shipment._being_read))
-    assert max(n_held) == (READ_EVERY - 1 if is_stored else 0)
-    assert min(n_held) == 0
+    assert set(n_held) == {1}
+    assert not shipment._being_read
 
 
 def test_what_another_thread_counts_meanwhile_is_given_back_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -360,7 +360,6 @@ class DeviceLoader(Generic[T]):
                 self.device,
                 self._depth,
                 streams=self._streams,
-                is_stored=wrapped.is_stored(loader),
                 borrows=not wrapped.writes_afresh(loader),
                 pins=self._is_pinned_by_us,
                 n_workers=getattr(loader, "num_workers", 0),
@@ -374,7 +373,7 @@ class DeviceLoader(Generic[T]):
             depth=self._depth,
             snapshot=snapshot,
             begin_again=begin if self._across_epochs else None,
-            is_instant=wrapped.is_stored(loader),
+            is_instant=wrapped.is_instant(loader),
         )
         if self._across_epochs:
             to_close_at_exit().add(self)

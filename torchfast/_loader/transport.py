@@ -82,7 +82,6 @@ class CudaTransport:
         depth: int,
         *,
         streams: Sequence[torch.cuda.Stream],
-        is_stored: bool,
         borrows: bool,
         pins: bool,
         n_workers: int,
@@ -94,7 +93,6 @@ class CudaTransport:
         self._blanks = Blanks(device, self._events)
         self._staging = Staging(depth, n_workers)
         self._streams = tuple(streams)
-        self._is_stored = is_stored
         self._borrows = borrows
         self._pins = pins
         self._copy_stream = torch.cuda.Stream(device)
@@ -253,8 +251,7 @@ class CudaTransport:
         self._tally.read_in_turn()
         # Taken first: what another thread counts meanwhile may still guard memory behind the letting go.
         counted = self._tally.take_counted()
-        if counted or not self._is_stored:  # what is stored is held anyway: of several batches at once
-            let_go_of_what_was_read()
+        let_go_of_what_was_read()
         for moment in counted:
             self._events.give_back(moment.reusable())
 

@@ -47,14 +47,14 @@ ROOM_OF_A_BATCH_BYTES = 256 * MIB
 """Shared memory that must be free for each batch that workers may make ahead; 256 float images are 154 MB."""
 
 
-def is_stored(loader: object) -> bool:
-    """Say whether the batches are all there, and stay there: in a list or tuple."""
+def is_instant(loader: object) -> bool:
+    """Say whether the batches are all there: asking for one never keeps anybody waiting."""
     return type(loader) in (list, tuple)
 
 
 def writes_afresh(loader: object) -> bool:
     """Say whether asking the loader for a batch surely leaves the memory of earlier ones alone."""
-    return is_stored(loader) or (_iterates_as_pytorch(loader) and loader.num_workers > 0)
+    return is_instant(loader) or (_iterates_as_pytorch(loader) and loader.num_workers > 0)
 
 
 def is_pinned_by_us(loader: object) -> bool:
